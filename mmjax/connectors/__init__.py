@@ -1,0 +1,1 @@
+"""Connectors: how many media tokens survive, and in which space."""

@@ -1,0 +1,27 @@
+"""The two-layer GELU MLP of LLaVA-1.5 (Liu et al. 2023, section 3.3): one media token per patch."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from mmjax.core.spec import Spec
+from mmjax.nn import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    inputs: int
+    outputs: int
+
+    @property
+    def mlp(self) -> mlp.Config:
+        return mlp.Config(self.inputs, self.outputs, self.outputs)
+
+
+def spec(cfg: Config) -> Spec:
+    return mlp.spec(cfg.mlp)
+
+
+def apply(params: dict, features: Float[Array, "b p d"], cfg: Config) -> Float[Array, "b p outputs"]:
+    """[B, P, inputs] → [B, M = P, outputs]."""
+    return mlp.apply(params, features, cfg.mlp)

@@ -1,0 +1,178 @@
+"""Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and four helpers.
+
+Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `einsum`, `take` and `take_rows` read the
+mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto axes (the
+compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
+`shard_map` (arrays are already local).
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmjax.core.errors import InputError
+
+Axes = tuple[str | None, ...]
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which mesh axes carry each logical axis; a logical axis that is not named here is never split.
+
+    The first four are axes of parameters and of activations, `embed` is an axis of parameters alone: it is gathered
+    for the moment of use (fully sharded data parallelism), while activations keep their width whole.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    embed: tuple[str, ...] = ("fsdp",)
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        return getattr(self, logical, ()) if logical else ()
+
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("mmjax_rules", default=Rules())  # noqa: B039 (frozen)
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[None]:
+    """Traces what is inside with these rules. They are read while tracing: a compiled function keeps its own."""
+    token = _rules.set(rules)
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The mesh: how many devices along each axis. One of them may be -1: all devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    explicit: bool = False  # Explicit axes (shardings in types) instead of Auto ones (the compiler propagates)
+
+
+def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+    """A mesh (data, fsdp, tensor) over the given devices, or over all.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        wanted = " × ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        raise InputError(
+            f"The mesh {wanted} does not fit {len(devices)} device(s); set mesh.data, mesh.fsdp and mesh.tensor to "
+            f"sizes whose product is {len(devices)} (one of them may be -1)."
+        )
+    kind = AxisType.Explicit if cfg.explicit else AxisType.Auto
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(kind,) * 3, devices=devices)
+
+
+def partition(axes: Axes, rules: Rules, sizes: dict[str, int], shape: tuple[int, ...] | None = None) -> P:
+    """The PartitionSpec of logical axes on a mesh with these axis sizes.
+
+    A mesh axis is used once, by the first dimension that names it. Where `shape` is given, a dimension that does not
+    divide evenly stays whole (two key heads on four tensor devices are repeated, not cut).
+    """
+    used, entries = set(), []
+    for i, logical in enumerate(axes):
+        mesh_axes = tuple(a for a in rules.mesh_axes(logical) if a in sizes and a not in used)
+        parts = int(np.prod([sizes[a] for a in mesh_axes]))
+        if shape is not None and shape[i] % parts:
+            mesh_axes = ()
+        used.update(mesh_axes)
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return P(*entries)
+
+
+def named(mesh: jax.sharding.Mesh, axes: Axes, rules: Rules, shape: tuple[int, ...] | None = None) -> NamedSharding:
+    """The NamedSharding of logical axes on a concrete mesh."""
+    return NamedSharding(mesh, partition(axes, rules, dict(mesh.shape), shape))
+
+
+def _mode() -> AxisType | None:
+    """How the mesh in force wants to be spoken to; None where nothing may be said (no mesh, or all local)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = set(mesh.axis_types) if mesh.axis_names else set()
+    if AxisType.Manual in kinds or not kinds:
+        return None
+    return AxisType.Explicit if AxisType.Explicit in kinds else AxisType.Auto
+
+
+def _partition_here(axes: Axes, shape: tuple[int, ...]) -> P:
+    return partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape), shape)
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Lays x out along logical axes; does nothing where there is no mesh."""
+    match _mode():
+        case AxisType.Auto:
+            return jax.lax.with_sharding_constraint(x, _partition_here(axes, x.shape))
+        case AxisType.Explicit:
+            return jax.sharding.reshard(x, _partition_here(axes, x.shape))
+    return x
+
+
+def _gathered(w: jax.Array, x: jax.Array) -> jax.Array:
+    """w without the mesh axes that x is split over: the all-gather of fully sharded data parallelism."""
+    taken = {a for entry in jax.typeof(x).sharding.spec for a in (entry if isinstance(entry, tuple) else (entry,))}
+    entries = [
+        tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a not in taken and a is not None)
+        for entry in jax.typeof(w).sharding.spec
+    ]
+    return jax.sharding.reshard(w, P(*[e[0] if len(e) == 1 else e or None for e in entries]))
+
+
+def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+    """jnp.einsum of an activation and a parameter, whose result lies along the logical `axes`."""
+    match _mode():
+        case AxisType.Auto:
+            return constrain(jnp.einsum(equation, x, w), axes)
+        case AxisType.Explicit:
+            shape = jax.eval_shape(lambda a, b: jnp.einsum(equation, a, b), *(_bare(x), _bare(w))).shape
+            return jnp.einsum(equation, x, _gathered(w, x), out_sharding=_partition_here(axes, shape))
+    return jnp.einsum(equation, x, w)
+
+
+def _bare(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
+    """table[ids] along the first axis, for a parameter table that may be split; ids must be in range (see Batch)."""
+    if _mode() is AxisType.Explicit:
+        out = _partition_here(axes, (*ids.shape, *table.shape[1:]))
+        return table.at[ids].get(out_sharding=out)
+    return constrain(table[ids], axes)
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, index[b, l]] for every row b, with zeros where index is negative: never leaves the row, so it is local.
+
+    Args:
+      x: [B, M, ...].
+      index: i32[B, L].
+
+    Returns:
+      [B, L, ...].
+    """
+    # "fill" would wrap -1 around first, as Python does: send every negative index past the end instead.
+    outside = jnp.where(index < 0, x.shape[1], index)
+    return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, outside)

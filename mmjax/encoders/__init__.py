@@ -1,0 +1,1 @@
+"""Media encoders: patches and frames to features."""

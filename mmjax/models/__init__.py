@@ -1,0 +1,1 @@
+"""Models: compositions of encoders, connectors and blocks, and nothing else."""

@@ -1,0 +1,43 @@
+"""A linear map of the last axis."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float
+
+from mmjax.core import sharding
+from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec, fan_in
+
+
+@dataclass(frozen=True)
+class Config:
+    """`axes` are the logical axes of the kernel's two dimensions; `stddev` of None means 1/sqrt(inputs)."""
+
+    inputs: int
+    outputs: int
+    bias: bool = True
+    axes: tuple[str | None, str | None] = ("embed", None)
+    stddev: float | None = None
+
+
+def spec(cfg: Config) -> Spec:
+    start = fan_in(cfg.inputs) if cfg.stddev is None else Normal(cfg.stddev)
+    out = {"kernel": ParamSpec((cfg.inputs, cfg.outputs), cfg.axes, start)}
+    if cfg.bias:
+        out["bias"] = ParamSpec((cfg.outputs,), cfg.axes[1:], ZEROS)
+    return out
+
+
+def apply(params: dict, x: Float[Array, "b l inputs"], cfg: Config) -> Float[Array, "b l outputs"]:
+    """x @ kernel + bias for activations [B, L, inputs].
+
+    The result's last axis is split as the kernel's is, except over "embed", along which activations are whole.
+    """
+    out = None if cfg.axes[1] == "embed" else cfg.axes[1]
+    y = sharding.einsum("bli,io->blo", x, params["kernel"], ("batch", None, out))
+    return add_bias(y, params["bias"]) if cfg.bias else y
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias along the last axes; written out because rank promotion is an error in our tests, and in good taste."""
+    return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)

@@ -1,0 +1,49 @@
+"""The transformer's MLP: plain (Vaswani et al. 2017) or gated (Shazeer 2020)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from mmjax.core.spec import Spec
+from mmjax.nn import linear
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    width: int
+    hidden: int
+    outputs: int | None = None  # None: as wide as the input
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    gated: bool = False
+    bias: bool = True
+
+    @property
+    def up(self) -> linear.Config:
+        return linear.Config(self.width, self.hidden, self.bias, ("embed", "mlp"))
+
+    @property
+    def down(self) -> linear.Config:
+        return linear.Config(self.hidden, self.outputs or self.width, self.bias, ("mlp", "embed"))
+
+
+def spec(cfg: Config) -> Spec:
+    out = {"up": linear.spec(cfg.up), "down": linear.spec(cfg.down)}
+    if cfg.gated:
+        out["gate"] = linear.spec(cfg.up)
+    return out
+
+
+def apply(params: dict, x: Float[Array, "b l d"], cfg: Config) -> Float[Array, "b l outputs"]:
+    """down(act(up(x))), or down(act(gate(x)) · up(x)) where gated."""
+    act = ACTIVATIONS[cfg.activation]
+    h = linear.apply(params["up"], x, cfg.up)
+    h = act(linear.apply(params["gate"], x, cfg.up)) * h if cfg.gated else act(h)
+    return linear.apply(params["down"], h, cfg.down)

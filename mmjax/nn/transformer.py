@@ -1,0 +1,140 @@
+"""A pre-norm transformer: equal blocks, stacked and scanned. Encoders and decoders differ in their intervals alone."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int, Num
+
+from mmjax.core import sharding
+from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.nn import mlp, norm, rope
+from mmjax.nn.attention import attend
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and variants of every block.
+
+    rope_sections: rotated pairs per position axis (see nn.rope); empty for no rotary embedding.
+    remat: what the backward pass recomputes: nothing, all but matrix products, everything.
+    unroll: scanned layers per loop turn (CPU gains about a tenth from unrolling all, compile time grows with it).
+    """
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    hidden: int
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "silu"
+    gated: bool = True
+    bias: bool = False
+    norm: Literal["layer", "rms"] = "rms"
+    epsilon: float = 1e-6
+    qk_norm: bool = False
+    rope_sections: tuple[int, ...] = ()
+    rope_theta: float = 10_000.0
+    rope_frequencies: Literal["shared", "repeated"] = "shared"
+    remat: Literal["none", "dots", "full"] = "none"
+    unroll: int = 1
+
+    @property
+    def norm_config(self) -> norm.Config:
+        return norm.Config(self.width, self.norm, self.epsilon)
+
+    @property
+    def head_norm(self) -> norm.Config:
+        return norm.Config(self.head, "rms", self.epsilon)
+
+    @property
+    def mlp(self) -> mlp.Config:
+        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias)
+
+    @property
+    def rope(self) -> rope.Config | None:
+        if not self.rope_sections:
+            return None
+        return rope.Config(self.head, self.rope_sections, self.rope_theta, self.rope_frequencies)
+
+
+def spec(cfg: Config) -> Spec:
+    """The blocks' parameters, stacked along a leading `layers` axis."""
+
+    def project(heads: int) -> Spec:
+        out = {"kernel": ParamSpec((cfg.width, heads, cfg.head), ("embed", "heads", None), fan_in(cfg.width))}
+        return out | ({"bias": ParamSpec((heads, cfg.head), ("heads", None))} if cfg.bias else {})
+
+    # Residual branches start smaller the deeper the stack (GPT-2): the sum of 2 × layers of them keeps its size.
+    back = Normal((cfg.heads * cfg.head) ** -0.5 * (2 * cfg.layers) ** -0.5)
+    attention = {
+        "q": project(cfg.heads),
+        "k": project(cfg.kv_heads),
+        "v": project(cfg.kv_heads),
+        "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), back)}
+        | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.bias else {}),
+    }
+    if cfg.qk_norm:
+        attention |= {"q_norm": norm.spec(cfg.head_norm), "k_norm": norm.spec(cfg.head_norm)}
+    block = {
+        "attention_norm": norm.spec(cfg.norm_config),
+        "attention": attention,
+        "mlp_norm": norm.spec(cfg.norm_config),
+        "mlp": mlp.spec(cfg.mlp),
+    }
+    return stack(block, cfg.layers)
+
+
+def apply(
+    params: dict,
+    x: Float[Array, "b l d"],
+    cfg: Config,
+    *,
+    order: Int[Array, "b l"],
+    lo: Int[Array, "b l"],
+    hi: Int[Array, "b l"],
+    position: Num[Array, "b l axes"] | None = None,
+) -> Float[Array, "b l d"]:
+    """All blocks in turn (no final norm).
+
+    Args:
+      params: as `spec(cfg)`.
+      x: [B, L, D].
+      order, lo, hi: who sees whom (see nn.attention).
+      position: [B, L, axes], needed where cfg has rotary sections.
+    """
+    turn = None if cfg.rope is None else rope.angles(position, cfg.rope)
+
+    def block(x: jax.Array, layer: dict) -> tuple[jax.Array, None]:
+        h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
+        x = x + _attention(layer["attention"], h, cfg, order, lo, hi, turn)
+        h = norm.apply(layer["mlp_norm"], x, cfg.norm_config)
+        return sharding.constrain(x + mlp.apply(layer["mlp"], h, cfg.mlp), ("batch", None, None)), None
+
+    if cfg.remat != "none":
+        block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
+    return jax.lax.scan(block, x, params, unroll=min(cfg.unroll, cfg.layers))[0]
+
+
+def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> jax.Array:
+    split = ("batch", None, "heads", None)
+
+    def project(name: str) -> jax.Array:
+        y = sharding.einsum("bld,dhe->blhe", x, params[name]["kernel"], split)
+        return y + params[name]["bias"][None, None] if cfg.bias else y
+
+    q, k, v = project("q"), project("k"), project("v")
+    if cfg.qk_norm:
+        q = norm.apply(params["q_norm"], q, cfg.head_norm)
+        k = norm.apply(params["k_norm"], k, cfg.head_norm)
+    if turn is not None:
+        q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
+    out, _ = attend(q, k, v, order, lo, hi)
+    y = sharding.einsum("blhe,hed->bld", out, params["out"]["kernel"], ("batch", None, None))
+    return y + params["out"]["bias"][None, None] if cfg.bias else y
