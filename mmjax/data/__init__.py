@@ -1,0 +1,1 @@
+"""Data: datasets as documents, the index pass, and Grain sources of batches."""

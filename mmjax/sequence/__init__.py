@@ -1,0 +1,1 @@
+"""One sequence, one descriptor per token: documents, layouts, rows, batches. NumPy on the host; static shapes."""

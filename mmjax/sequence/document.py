@@ -1,0 +1,54 @@
+"""A document: an ordered list of typed spans. Every dataset is read into it, every model is fed from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mmjax.core.errors import InputError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words. `train`: whether the model learns to write them."""
+
+    text: str
+    role: Role = "user"
+    train: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture, by its place in the list; its size is known before its pixels are.
+
+    source: encoded bytes, a path, an array u8[height, width, 3], or a function of no arguments that gives such an
+      array (for a dataset that draws or augments).
+    """
+
+    height: int
+    width: int
+    source: bytes | Path | np.ndarray | Callable[[], np.ndarray]
+    role: Role = "user"
+
+
+Span = Text | Image
+
+
+@dataclass(frozen=True)
+class Document:
+    """Spans in reading order. `id` names the document in every error message."""
+
+    id: str
+    spans: tuple[Span, ...]
+
+    def __post_init__(self):
+        if not self.spans:
+            raise InputError(f"Document {self.id!r} has no spans; give it at least one Text or Image.")
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(span for span in self.spans if isinstance(span, Image))

@@ -1,0 +1,64 @@
+"""The tokens that are not text: what they are called, and where a tokenizer has put them.
+
+A conversation is written `begin`, then for each turn the role token, its spans and `end`; an image stands as
+`image_start`, one `image` placeholder for each media token, `image_end`. Text can never produce any of them.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from mmjax.core.errors import InputError
+
+
+class Control(NamedTuple):
+    """One control token: the name the code uses, and the symbol the tokenizer model stores for it."""
+
+    name: str
+    symbol: str
+
+
+# Their order is their id in every tokenizer trained here.
+CONTROLS = (
+    Control("pad", "<|pad|>"),  # fills empty slots
+    Control("begin", "<|begin|>"),  # before a document
+    Control("end", "<|end|>"),  # after a turn and after a document
+    Control("system", "<|system|>"),  # before the turn of each role
+    Control("user", "<|user|>"),
+    Control("assistant", "<|assistant|>"),
+    Control("image", "<|image|>"),  # one for each media token, which takes its place in the sequence
+    Control("image_start", "<|image_start|>"),
+    Control("image_end", "<|image_end|>"),
+)
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """Ids of the control tokens and the number of ids: all that the sequence code needs of a tokenizer.
+
+    Ids lie in [0, size). Roles may share an id with others (many published models pad with `end`), but `image` may
+    not: a media slot must be told from every other slot. InputError names the field that breaks either rule.
+    """
+
+    pad: int
+    begin: int
+    end: int
+    system: int
+    user: int
+    assistant: int
+    image: int
+    image_start: int
+    image_end: int
+    size: int
+
+    def __post_init__(self):
+        for field in fields(self)[:-1]:
+            token = getattr(self, field.name)
+            if not 0 <= token < self.size:
+                raise InputError(
+                    f"vocabulary: the id of {field.name!r} is {token}, outside 0 to {self.size - 1}; take the ids and the "
+                    "size from the same tokenizer"
+                )
+            if token == self.image and field.name != "image":
+                raise InputError(
+                    f"vocabulary: 'image' and {field.name!r} share the id {token}; give the image placeholder its own id"
+                )
