@@ -43,10 +43,15 @@ def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d
     return connector.apply(params["connector"], features, cfg.connector)
 
 
-def hidden(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b l d"]:
-    """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders."""
+def hidden(
+    params: dict, batch: Batch, cfg: Config, *, media: Float[Array, "b m d"] | None = None
+) -> Float[Array, "b l d"]:
+    """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders.
+
+    `media` are the row's media tokens where they are known already (as between the steps of an answer).
+    """
     text = decoder.embed(params["decoder"], batch.tokens)
-    media = sharding.take_rows(media_tokens(params, batch, cfg), batch.slot)
+    media = sharding.take_rows(media_tokens(params, batch, cfg) if media is None else media, batch.slot)
     x = jnp.where((batch.slot >= 0)[:, :, None], media.astype(text.dtype), text)
     return decoder.apply(
         params["decoder"], x, cfg.decoder, order=batch.order, lo=batch.lo, hi=batch.hi, position=batch.position

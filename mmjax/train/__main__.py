@@ -1,0 +1,16 @@
+"""python -m mmjax.train CONFIG [--field value ...]"""
+
+from collections.abc import Sequence
+
+from mmjax.core import config
+
+
+def run(arguments: Sequence[str]) -> int:
+    cfg = config.from_command_line("mmjax.train", arguments, "Trains, evaluates and checkpoints a model.")
+    from mmjax.train import loop
+
+    return loop.run(cfg)
+
+
+if __name__ == "__main__":
+    config.main(run)

@@ -1,0 +1,52 @@
+"""What a training run is: one frozen dataclass, made by the `config()` function of one file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmjax.core.sharding import MeshConfig
+from mmjax.data import drawings
+from mmjax.models import vlm
+from mmjax.sequence.interleave import See
+from mmjax.tokenizers.resolution import Native
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The static shapes: `rows` × `tokens` per step, patches and images as at most `buckets` shapes need them."""
+
+    rows: int = 16
+    tokens: int = 256
+    buckets: int = 2
+    see: See = "causal"  # whether a picture's tokens see only backwards or each other
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay; only matrices decay."""
+
+    learning_rate: float = 1e-3  # at the peak
+    warmup: float = 0.05  # share of the steps
+    final: float = 0.01  # learning rate at the end, as a share of the peak
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global norm of the gradient
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
+
+    model: vlm.Config
+    data: drawings.Config
+    out: Path  # where everything the run makes is kept; give the same place again to resume
+    steps: int
+    resolution: Native = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
+    packing: Packing = field(default_factory=Packing)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    save_every: int = 200  # steps between checkpoints
+    keep: int = 2  # checkpoints
+    threads: int = 2  # that read and decode
+    answer: int = 10  # tokens an answer may take in the evaluation

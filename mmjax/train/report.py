@@ -1,0 +1,142 @@
+"""What a run shows: a progress line, metrics as JSON lines and TensorBoard events, a loss curve, a sheet of answers."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.core.files import write_atomic
+from mmjax.data.drawings import Question
+from mmjax.data.source import load
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends one JSON line a step and the same numbers to TensorBoard.
+
+    What an interrupted run wrote after `start`, the step of its checkpoint, is cut off: the curve goes on where the
+    parameters do.
+    """
+
+    def __init__(self, out: Path, start: int):
+        from tensorboardX import SummaryWriter
+
+        path = out / METRICS
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self.file.flush()
+        self.board.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line cut short by a kill belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step so far."""
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in rows]
+
+
+class Progress:
+    """One line that says how far the run is; where the output is no terminal, a plain line now and then."""
+
+    EVERY = 20.0  # seconds between plain lines
+
+    def __init__(self, steps: int, start: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self.console, self.steps, self.first, self.began = console, steps, start, time.monotonic()
+        self.task = self.bar.add_task("", total=steps, completed=start, text="")
+        self.said = 0.0
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, fill: float) -> None:
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} useful tokens/s  fill {fill:.1%}"
+        self.bar.update(self.task, completed=step, text=text)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.said > self.EVERY or step == self.steps):
+            left = (now - self.began) / max(1, step - self.first) * (self.steps - step)
+            self.console.print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", highlight=False)
+            self.said = now
+
+
+def draw_curve(out: Path, name: str) -> None:
+    """The loss of every step, and its running mean, as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    steps, loss = map(np.array, zip(*losses(out), strict=True))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per trained token", yscale="log")
+    axes.plot(steps, loss, linewidth=0.5, alpha=0.5, label="each step")
+    width = max(1, len(loss) // 50)
+    smooth = np.convolve(loss, np.ones(width) / width, "valid")
+    axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
+    axes.legend()
+    figure.savefig(out / name, dpi=120)
+
+
+def draw_sheet(out: Path, name: str, questions: Sequence[Question], answers: Sequence[str], most: int = 24) -> None:
+    """Held-out pictures with question, answer and truth, as a PNG; right answers green, wrong ones red."""
+    from matplotlib.figure import Figure
+
+    shown = [int(i) for i in np.linspace(0, len(questions) - 1, min(most, len(questions)))]
+    columns = 6
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(columns * 1.9, rows * 2.2), layout="constrained")
+    for place, i in enumerate(shown, start=1):
+        q, said = questions[i], answers[i]
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(load(q.document.images[0]))
+        axes.set_axis_off()
+        right = said == q.answer
+        label = f"{q.question}\n{printable(said)}" + ("" if right else f"\n(truth: {q.answer})")
+        axes.set_title(label, fontsize=8, color="green" if right else "firebrick", parse_math=False)
+    figure.savefig(out / name, dpi=120)
+
+
+def printable(text: str) -> str:
+    """Text in which what cannot be drawn is a dot: an untrained model says anything."""
+    return "".join(c if c.isascii() and c.isprintable() else "·" for c in text)[:24]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,64 @@
+"""Train state: parameters and optimizer state, abstract, sharded and concrete, from specs alone."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmjax.core import spec as specs
+from mmjax.core.sharding import Rules
+from mmjax.core.spec import Spec
+from mmjax.train.config import Optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on."""
+
+    step: jax.Array  # i32[]; how many steps are done
+    params: dict
+    optimizer: optax.OptState
+
+
+def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
+    """Clipping, AdamW, warm-up and cosine over `steps` steps."""
+    warmup = max(1, round(cfg.warmup * steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip),
+        optax.adamw(schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=_matrices),
+    )
+
+
+def _matrices(params: dict) -> dict:
+    """Which leaves decay: kernels and tables, not scales and biases (which layers stack to two dimensions)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+
+def create(spec: Spec, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    params = specs.init(spec, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def abstract(spec: Spec, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without making it: optimizer moments lie as their parameters do."""
+    whole = NamedSharding(mesh, P())
+    params = specs.abstract(spec, mesh, rules)
+    moments = optax.tree_map_params(
+        tx,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    )
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments)
+
+
+def shardings(state: TrainState) -> TrainState:
+    """The shardings of an abstract state."""
+    return jax.tree.map(lambda x: x.sharding, state)

@@ -1,0 +1,66 @@
+"""The train step: one pure function, compiled ahead of time for every bucket."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mmjax.core import sharding
+from mmjax.core.sharding import Rules
+from mmjax.models import vlm
+from mmjax.objectives import next_token
+from mmjax.sequence import batch as batches
+from mmjax.sequence.batch import Batch
+from mmjax.sequence.layout import EMPTY
+from mmjax.train.state import TrainState, shardings
+
+
+def loss_fn(params: dict, batch: Batch, cfg: vlm.Config) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean next-token loss over the trained tokens, and its parts: sums, so that they add up over batches."""
+    logits = vlm.logits(params, batch, cfg)
+    total, weight = next_token.loss(logits, batch.target, batch.weight)
+    sums = {"loss": total, "weight": weight, "correct": next_token.correct(logits, batch.target, batch.weight)}
+    return total / jnp.maximum(weight, 1.0), sums
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, cfg: vlm.Config, tx: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update.
+
+    Returns the new state and metrics: `loss`, `weight`, `correct` (sums over trained tokens), `tokens` (not padding),
+    `grad_norm`, and `violations` i32[B], which must be zeros (see sequence.batch.violations). Where it is not, the
+    update is left out: a broken batch never spoils parameters.
+    """
+    violations = batches.violations(batch, cfg.decoder.vocab)
+    (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, cfg)
+    updates, moments = tx.update(grads, state.optimizer, state.params)
+    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments)
+    sound = violations.sum() == 0
+    new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+    return new, {
+        **sums,
+        "tokens": (batch.modality != EMPTY).sum(),
+        "grad_norm": optax.global_norm(grads),
+        "violations": violations,
+    }
+
+
+def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
+    """Rows over the data axes, everything else whole."""
+    return jax.tree.map(lambda x: sharding.named(mesh, ("batch",) + (None,) * (x.ndim - 1), rules, x.shape), batch)
+
+
+def compile_step(
+    state: TrainState, batch: Batch, cfg: vlm.Config, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> jax.stages.Compiled:
+    """The compiled step for one bucket. `state` and `batch` are abstract; the state's buffers are reused (donated)."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return train_step(state, batch, cfg=cfg, tx=tx)
+
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, batch_shardings(batch, mesh, rules)
+    )
+    with jax.set_mesh(mesh), sharding.use_rules(rules):
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)).lower(state, placed).compile()
