@@ -17,7 +17,7 @@ from mmjax.tokenizers.resolution import Native
 from mmjax.train.config import Config, Optimizer, Packing
 
 PATCH = 8
-VOCAB = 640
+VOCAB = 1024
 
 
 def model() -> vlm.Config:

@@ -1,6 +1,6 @@
 """Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and four helpers.
 
-Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `einsum`, `take` and `take_rows` read the
+Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `dense`, `take` and `take_rows` read the
 mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto axes (the
 compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
 `shard_map` (arrays are already local).
@@ -140,19 +140,23 @@ def _gathered(w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(w, P(*[e[0] if len(e) == 1 else e or None for e in entries]))
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
-    """jnp.einsum of an activation and a parameter, whose result lies along the logical `axes`."""
-    match _mode():
-        case AxisType.Auto:
-            return constrain(jnp.einsum(equation, x, w), axes)
-        case AxisType.Explicit:
-            shape = jax.eval_shape(lambda a, b: jnp.einsum(equation, a, b), *(_bare(x), _bare(w))).shape
-            return jnp.einsum(equation, x, _gathered(w, x), out_sharding=_partition_here(axes, shape))
-    return jnp.einsum(equation, x, w)
+def dense(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+    """The product of an activation with a parameter, over all axes of x after the first two.
 
-
-def _bare(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    Args:
+      x: [B, L, in…].
+      w: [in…, out…].
+      axes: logical axes of the result [B, L, out…].
+    """
+    inner = x.ndim - 2
+    if _mode() is AxisType.Explicit:
+        out = _partition_here(axes, x.shape[:2] + w.shape[inner:])
+        dims = ((tuple(range(2, x.ndim)), tuple(range(inner))), ((), ()))
+        return jax.lax.dot_general(x, _gathered(w, x), dims, out_sharding=out)
+    # One flat matrix product: on CPUs its gradients take two thirds of the time of a product in three dimensions.
+    width = int(np.prod(w.shape[:inner]))
+    y = x.reshape(-1, width) @ w.reshape(width, -1)
+    return constrain(y.reshape(x.shape[:2] + w.shape[inner:]), axes)
 
 
 def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:

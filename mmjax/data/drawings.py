@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mmjax.core.errors import InputError
-from mmjax.data import augment
+from mmjax.data import augment as augmentation
 from mmjax.sequence.document import Document, Image, Text
 from mmjax.tokenizers import image as images
 
@@ -42,7 +42,7 @@ class Config:
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
     shortest: int = 32  # a training picture's longer side is drawn from here …
     longest: int = 48  # … to here
-    augment: augment.Config = field(default_factory=augment.Config)
+    augment: augmentation.Config = field(default_factory=augmentation.Config)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def corpus() -> list[str]:
     concepts = archive()[0]
     names = [c.name for c in concepts]
     fixed = [NAMING, SAME, KIND, "yes", "no", "first", "second", *sorted({c.group for c in concepts})]
-    return 50 * fixed + names + [WHICH.format(n) for n in names]
+    # Weighted roughly as the questions are asked, so that common words become one token.
+    return 300 * fixed + 3 * [n for n in names if n.isalpha()] + names + [WHICH.format(n) for n in names]
 
 
 class Training(Sequence):
@@ -144,7 +145,7 @@ class Training(Sequence):
         if rng.random() < self.cfg.blend:
             other = self.styles[1 - self.styles.index(style)]
             picture = _mix(picture, pixels(other, concept.code), rng)
-        return augment.augment(picture, height, width, self.cfg.augment, rng)
+        return augmentation.augment(picture, height, width, self.cfg.augment, rng)
 
     def _naming(self, rng: np.random.Generator) -> list[Image | Text]:
         concept = self.named[rng.integers(len(self.named))]

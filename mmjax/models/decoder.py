@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
@@ -59,4 +59,4 @@ def apply(
 def logits(params: dict, hidden: Float[Array, "b l d"], cfg: Config) -> Float[Array, "b l vocab"]:
     """f32[B, L, V]."""
     table = params["embed"] if cfg.tied else params["head"]
-    return sharding.einsum("bld,vd->blv", hidden, table, ("batch", None, "vocab")).astype(jax.numpy.float32)
+    return sharding.dense(hidden, table.T, ("batch", None, "vocab")).astype(jnp.float32)

