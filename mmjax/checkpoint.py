@@ -128,7 +128,6 @@ class Checkpoints:
             # itself, which the program that owns the run may have locked already.
             stack.enter_context(lock_directory(self.directory / "done", wait=60.0))
             stack.enter_context(disk_errors(f"save step {step} in", self.directory))
-            stack.enter_context(_quiet())
             remove_step(self.directory, step)
             try:
                 with _orbax() as ocp:
@@ -160,7 +159,7 @@ class Checkpoints:
                     remove_step(self.directory, old)
         except BaseException as error:
             self._error = error
-            if not threading.main_thread().is_alive():
+            if "cannot schedule new futures" in str(error):  # Python's, when it is shutting down
                 self._error = InputError(f"step {step} was not saved: the program ended first; call Checkpoints.close")
 
     def wait(self) -> None:
@@ -266,22 +265,15 @@ def _orbax() -> Iterator[Any]:
     context.atomicity.mode = ocp.options.AtomicityMode.ATOMIC_RENAME
     # Otherwise a save that fails at its start leaves a thread that keeps the program from ending for five minutes.
     context.asynchronous.create_directories_asynchronously = False
+    # For good, once: those threads may log after the save has failed.
+    logging.getLogger("absl").addFilter(_wanted)
     with context:
         yield ocp
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # Orbax's threads log the error that `result` raises too, hundreds of lines of traceback for a full disk.
-    def wanted(record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
+def _wanted(record: logging.LogRecord) -> bool:
+    """Leaves out the errors that Orbax's threads log, hundreds of lines for a full disk, and `result` raises too."""
+    return "_SignalingThread.run() raised" not in record.getMessage()
 
 
 def _target(name: str, leaf: Any) -> Any:

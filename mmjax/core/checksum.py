@@ -1,11 +1,11 @@
 """A checksum for every leaf of a tree that is the same number however the leaf is sharded, and on the host.
 
-A leaf is read as unsigned words w[0], w[1], ... (row-major; one word for up to 4 bytes, two for 8; what has
-less than a byte is widened to one) and gives two sums
-modulo 2³²: Σ w[i], and Σ mix(w[i] + i·φ), where φ = 0x9E3779B9 and mix is MurmurHash3's 32-bit finaliser. Sums of
-integers do not depend on their order, so any mesh and any device give the same two numbers. A flipped bit always
-changes the first sum. Swapped elements change the second but for a chance of 2⁻³²; a plain index-weighted sum
-Σ i·w[i] would miss +x and -x changing places at any even distance, because their words differ by 2³¹.
+A leaf is read as unsigned words w[0], w[1], ... (row-major; one word for up to 4 bytes, two for 8; what has less than
+a byte is widened to one) and gives two sums modulo 2³²: Σ w[i], and Σ mix(w[i] + i·φ), where φ = 0x9E3779B9 and mix is
+MurmurHash3's 32-bit finaliser. Sums of integers do not depend on their order, so any mesh and any device give the same
+two numbers. A flipped bit always changes the first sum. Swapped elements change the second but for a chance of 2⁻³²; a
+plain index-weighted sum Σ i·w[i] would miss +x and -x changing places at any even distance, because their words differ
+by 2³¹.
 
 As text, with dtype and shape: "float32[3,5]:deadbeef:0123abcd". A typed PRNG key is summed as its key data.
 """

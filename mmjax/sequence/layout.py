@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Document, Image, Text
@@ -12,6 +12,7 @@ EMPTY, TEXT, IMAGE = 0, 1, 2  # what `modality` says of a token
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a layout needs of a tokenizer: ordinary text to ids, and the ids of turns and media."""
 
@@ -20,6 +21,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
+@runtime_checkable
 class Resolution(Protocol):
     """What a layout needs of a resolution policy (tokenizers.resolution)."""
 

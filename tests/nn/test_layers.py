@@ -1,0 +1,106 @@
+"""Known values, gradients and variants of the small layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.core import spec as specs
+from mmjax.core.errors import InputError
+from mmjax.nn import linear, mlp, norm, patch_embed, rope
+
+
+def randomised(spec, seed=0):
+    """Random values for every parameter: initial zeros and ones would hide a forgotten term."""
+    values = specs.init(spec, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(values)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+def test_linear_is_a_product_and_a_bias(rng):
+    cfg = linear.Config(5, 7)
+    p = randomised(linear.spec(cfg))
+    x = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    np.testing.assert_allclose(linear.apply(p, jnp.asarray(x), cfg), x @ np.array(p["kernel"]) + np.array(p["bias"]), atol=1e-6)
+
+
+def test_layer_norm(rng):
+    cfg = norm.Config(6, "layer", 1e-5)
+    p = randomised(norm.spec(cfg))
+    x = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(norm.apply(p, jnp.asarray(x), cfg), y * np.array(p["scale"]) + np.array(p["bias"]), atol=2e-6)
+
+
+def test_rms_norm_in_float32_whatever_the_input(rng):
+    cfg = norm.Config(6, "rms", 1e-6)
+    p = randomised(norm.spec(cfg))
+    x = jnp.asarray(300 * rng.normal(size=(2, 3, 6)), jnp.bfloat16)
+    exact = np.asarray(x, np.float32)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * np.array(p["scale"])
+    out = norm.apply(p, x, cfg)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(jnp.asarray(exact, jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlp(rng, gated):
+    cfg = mlp.Config(5, 9, 3, "silu", gated)
+    p = randomised(mlp.spec(cfg))
+    x = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
+    lin = lambda q, a: a @ np.array(q["kernel"]) + np.array(q["bias"])  # noqa: E731
+    hidden = silu(lin(p["gate"], x)) * lin(p["up"], x) if gated else silu(lin(p["up"], x))
+    np.testing.assert_allclose(mlp.apply(p, jnp.asarray(x), cfg), lin(p["down"], hidden), atol=2e-6)
+
+
+def test_patch_embedding_equals_a_convolution(rng):
+    cfg = patch_embed.Config(4, 6)
+    p = randomised(patch_embed.spec(cfg))
+    pictures = rng.integers(0, 256, (3, 12, 20, 3), dtype=np.uint8)
+    patches = patch_embed.patchify(jnp.asarray(pictures), 4)
+    assert patches.shape == (3, 15, 48)
+    ours = patch_embed.apply(p, patches, cfg)
+    pixels = (pictures / np.float32(255) - 0.5) / 0.5
+    kernel = np.array(p["kernel"]).reshape(4, 4, 3, 6)
+    theirs = jax.lax.conv_general_dilated(
+        pixels.astype(np.float32), kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ).reshape(3, 15, 6)
+    np.testing.assert_allclose(ours, theirs + np.array(p["bias"]).reshape(1, 1, -1), atol=1e-5)
+    floats = patch_embed.patchify(jnp.asarray(pixels, jnp.float32), 4)
+    np.testing.assert_allclose(patch_embed.apply(p, floats, cfg), ours, atol=1e-5)
+
+
+def test_unpatchify_undoes_patchify(rng):
+    pictures = jnp.asarray(rng.integers(0, 256, (2, 8, 12, 3), dtype=np.uint8))
+    np.testing.assert_array_equal(patch_embed.unpatchify(patch_embed.patchify(pictures, 4), 2, 3), pictures)
+
+
+def test_rotary_equals_complex_rotation(rng):
+    cfg = rope.Config(12, (3, 2, 1), 100.0)
+    x = rng.normal(size=(2, 5, 3, 12))
+    position = rng.integers(0, 50, (2, 5, 3))
+    frequency, axis = 100.0 ** -(np.arange(6) / 6), [0, 0, 0, 1, 1, 2]
+    turned = (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * position[..., axis] * frequency)[:, :, None]
+    ours = rope.rotate(jnp.asarray(x, jnp.float32), *rope.angles(jnp.asarray(position), cfg))
+    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+
+
+def test_repeated_frequencies_start_anew_for_every_axis():
+    frequency, axis = rope.tables(rope.Config(8, (2, 2), 100.0, "repeated"))
+    np.testing.assert_allclose(frequency, [1, 0.1, 1, 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(axis, [0, 0, 1, 1])
+
+
+def test_equal_axes_are_plain_rope(rng):
+    """Text has one number three times: M-RoPE must then be RoPE."""
+    position = rng.integers(0, 1000, (2, 7, 1))
+    three = rope.angles(jnp.asarray(np.repeat(position, 3, -1)), rope.Config(16, (4, 2, 2)))
+    one = rope.angles(jnp.asarray(position), rope.Config(16, (8,)))
+    np.testing.assert_array_equal(three[0], one[0])
+
+
+def test_sections_that_do_not_add_up_are_refused():
+    with pytest.raises(InputError, match=r"\(4, 4\) rotate 16 values of a head that has 24; .* 12"):
+        rope.Config(24, (4, 4))

@@ -1,0 +1,92 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.core import spec as specs
+from mmjax.nn import transformer
+from mmjax.sequence import intervals
+
+CFG = transformer.Config(
+    width=16, layers=3, heads=4, kv_heads=2, head=8, hidden=20, rope_sections=(2, 1, 1), qk_norm=True, bias=True
+)
+
+
+def inputs(rng, batch=3, length=11):
+    lo, hi = intervals.causal(length)
+    tile = lambda x: np.tile(x[None], (batch, 1))  # noqa: E731
+    see = {
+        "order": tile(np.arange(length, dtype=np.int32)),
+        "lo": tile(lo),
+        "hi": tile(hi),
+        "position": rng.integers(0, 9, (batch, length, 3)),
+    }
+    return jnp.asarray(rng.normal(size=(batch, length, 16)), jnp.float32), jax.tree.map(jnp.asarray, see)
+
+
+def parameters(cfg):
+    """Initial values with noise on top, so that no scale is one and no bias is zero."""
+    values = specs.init(transformer.spec(cfg), jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), values)
+
+
+def oracle(params, x, cfg, order, lo, hi, position):
+    """The same blocks written straight down in float64: one loop, dense mask, complex rotation."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    x, order, lo, hi, position = np.float64(x), *map(np.asarray, (order, lo, hi, position))
+    frequency = cfg.rope_theta ** -(np.arange(4) / 4)
+    turn = np.exp(1j * position[..., [0, 0, 1, 2]] * frequency)[:, :, None]
+
+    def rms(v, scale):
+        return v / np.sqrt((v**2).mean(-1, keepdims=True) + cfg.epsilon) * scale
+
+    def rotate(v):
+        z = (v[..., :4] + 1j * v[..., 4:]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    for i in range(cfg.layers):
+        a = jax.tree.map(lambda v, i=i: v[i], p)
+        h = rms(x, a["attention_norm"]["scale"])
+        q, k, v = (
+            np.einsum("bld,dhe->blhe", h, a["attention"][n]["kernel"]) + a["attention"][n]["bias"] for n in "qkv"
+        )
+        q = rotate(rms(q, a["attention"]["q_norm"]["scale"]))
+        k = rotate(rms(k, a["attention"]["k_norm"]["scale"]))
+        k, v = np.repeat(k, 2, 2), np.repeat(v, 2, 2)
+        seen = (lo[:, :, None] <= order[:, None]) & (order[:, None] <= hi[:, :, None])
+        weight = np.where(seen[:, None], np.exp(np.einsum("blhe,bshe->bhls", q, k) / np.sqrt(8)), 0)
+        out = np.einsum("bhls,bshe->blhe", weight / weight.sum(-1, keepdims=True), v)
+        x = x + np.einsum("blhe,hed->bld", out, a["attention"]["out"]["kernel"]) + a["attention"]["out"]["bias"]
+        h = rms(x, a["mlp_norm"]["scale"])
+        gate, up = (h @ a["mlp"][n]["kernel"] + a["mlp"][n]["bias"] for n in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ a["mlp"]["down"]["kernel"] + a["mlp"]["down"]["bias"]
+    return x
+
+
+def test_equals_the_formula_written_straight_down(rng):
+    x, see = inputs(rng)
+    p = parameters(CFG)
+    np.testing.assert_allclose(transformer.apply(p, x, CFG, **see), oracle(p, x, CFG, **see), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 3}])
+def test_how_it_runs_does_not_change_what_it_computes(rng, change):
+    x, see = inputs(rng)
+    p = parameters(CFG)
+
+    def run(cfg):
+        return jax.value_and_grad(lambda p: jnp.square(transformer.apply(p, x, cfg, **see)).mean())(p)
+
+    (one, grad), (other, other_grad) = run(CFG), run(dataclasses.replace(CFG, **change))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grad, other_grad)
+
+
+def test_spec_is_the_truth():
+    spec = transformer.spec(CFG)
+    made = jax.eval_shape(lambda key: specs.init(spec, key), jax.random.key(0))
+    assert jax.tree.map(lambda x: x.shape, made) == specs.map_specs(lambda p: p.shape, spec)
+    assert specs.count(spec) == sum(x.size for x in jax.tree.leaves(made))
+    assert all(p.axes[0] == "layers" and p.shape[0] == 3 for p in jax.tree.leaves(spec, is_leaf=specs._is_leaf))
