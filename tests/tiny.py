@@ -1,9 +1,16 @@
-"""The smallest model that has every part, for tests."""
+"""The smallest model that has every part, and the smallest run, for tests."""
+
+import dataclasses
+from pathlib import Path
 
 from mmjax.connectors import mlp as connector
+from mmjax.core.sharding import MeshConfig
+from mmjax.data import drawings
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, transformer
+from mmjax.tokenizers.resolution import Native
+from mmjax.train.config import Config, Optimizer, Packing
 
 
 def tiny_model(vocab: int, patch: int = 4, width: int = 16) -> vlm.Config:
@@ -30,3 +37,20 @@ def tiny_model(vocab: int, patch: int = 4, width: int = 16) -> vlm.Config:
         connector=connector.Config(width, width),
         decoder=decoder.Config(vocab, language),
     )
+
+
+def tiny_run(out: Path, **changes) -> Config:
+    """A run of seconds on the built-in drawings; `changes` replace its fields."""
+    cfg = Config(
+        model=tiny_model(vocab=1024, patch=8),
+        data=drawings.Config(concepts=5),
+        out=out,
+        steps=6,
+        resolution=Native(patch=8, min_pixels=64, max_pixels=48 * 48),
+        packing=Packing(rows=8, tokens=128, buckets=2),
+        optimizer=Optimizer(learning_rate=3e-3),
+        mesh=MeshConfig(data=1, fsdp=1, tensor=1),
+        save_every=2,
+        answer=4,
+    )
+    return dataclasses.replace(cfg, **changes)

@@ -40,7 +40,7 @@ class Text:
         missing = [control.symbol for control in CONTROLS if control.symbol not in self.controls]
         if missing:
             raise InputError(
-                f"{name} has no control token {missing[0]}; use a model made by mmjax.tokenizers.text.train, or retrain it"
+                f"{name} has no control token {missing[0]}; use a model that mmjax.tokenizers.text.train made"
             )
         self.vocab = Vocab(**{control.name: self.controls[control.symbol] for control in CONTROLS}, size=len(ids))
         self._bytes = [self._spell(i, piece) for i, piece in enumerate(pieces)]

@@ -55,10 +55,10 @@ class Vocab:
             token = getattr(self, field.name)
             if not 0 <= token < self.size:
                 raise InputError(
-                    f"vocabulary: the id of {field.name!r} is {token}, outside 0 to {self.size - 1}; take the ids and the "
-                    "size from the same tokenizer"
+                    f"vocabulary: the id of {field.name!r} is {token}, outside 0 to {self.size - 1}; take the "
+                    "ids and the size from the same tokenizer"
                 )
             if token == self.image and field.name != "image":
                 raise InputError(
-                    f"vocabulary: 'image' and {field.name!r} share the id {token}; give the image placeholder its own id"
+                    f"vocabulary: 'image' and {field.name!r} share the id {token}; give the placeholder its own id"
                 )

@@ -1,0 +1,218 @@
+"""Image files to arrays and arrays to patches: what is not a sound picture is refused, never guessed at."""
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from mmjax.core.errors import InputError
+from mmjax.tokenizers.image_header import Header, Unfit, pixels_only, scan
+
+Source = str | os.PathLike | bytes | np.ndarray
+
+# The classes and not Image.open, which warns of large pictures in its own way and opens some JPEG as other formats.
+READERS = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+}
+# How to set a picture of each EXIF orientation upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(InputError):
+    """A picture that cannot be used: one sentence with its name, the reason, and what to do."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is decoded at most: bytes of the file, pixels, and the ratio of the longer side to the shorter.
+
+    The defaults admit a 50-megapixel photograph, which takes 150 MB as an array.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 50_000_000
+    max_aspect: float = 200.0
+
+    def __post_init__(self):
+        if self.max_bytes < 1 or self.max_pixels < 1 or not self.max_aspect >= 1:
+            raise InputError(f"{self} admits no picture; give limits of at least 1")
+
+
+LIMITS = Limits()
+
+
+def read_size(source: Source, limits: Limits = LIMITS) -> tuple[int, int]:
+    """Height and width that `decode` would give, after EXIF orientation, from the header alone: no pixel is decoded.
+
+    `source` is a path, the bytes of a file, or a uint8 array. ImageError as for `decode`, as far as a header shows it.
+    """
+    with _errors(source):
+        if isinstance(source, np.ndarray):
+            return _check_size(_check_array(source).shape[0], source.shape[1], limits)
+        with _opened(source, limits) as file:
+            return _check_size(*scan(file).size, limits)
+
+
+def decode(
+    source: Source, limits: Limits = LIMITS, *, background: tuple[int, int, int] = (255, 255, 255)
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of an image as RGB bytes, upright, on `background` where it is transparent.
+
+    `source` is a path or the bytes of a JPEG, PNG, WebP or GIF file (told by content; of an animation the first frame),
+    or a uint8 array [height, width], [height, width, 3] or [height, width, 4]. 16-bit grey is scaled, colour profiles
+    are ignored. All limits are checked before any pixel is decoded. ImageError, and no other error or warning, for
+    whatever is not a whole picture within the limits; InputError for a background that is not a colour.
+    """
+    if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+        raise InputError(f"background {background} is not a colour; give three numbers from 0 to 255")
+    with _errors(source):
+        if isinstance(source, np.ndarray):
+            _check_size(_check_array(source).shape[0], source.shape[1], limits)
+            return np.array(_flatten(Image.fromarray(np.ascontiguousarray(source)), background))
+        with _opened(source, limits) as file:
+            header = scan(file)
+            _check_size(*header.size, limits)
+            file.seek(0)
+            data = file.read(limits.max_bytes)
+        picture = _flatten(_load(header, pixels_only(data, header)), background)
+        if header.orientation in TURNS:
+            picture = picture.transpose(TURNS[header.orientation])
+        return np.array(picture)
+
+
+def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """The image at another size in pixels, by Pillow's bicubic filter (which averages when it shrinks)."""
+    if height < 1 or width < 1:
+        raise InputError(f"cannot resize an image to {height}x{width}; both sides must be at least 1 pixel")
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def patchify(image: UInt8[np.ndarray, "height width 3"], patch: int) -> UInt8[np.ndarray, "patches values"]:
+    """Cut an image into square patches of `patch` pixels, row by row: [rows * columns, patch * patch * 3].
+
+    A patch is flattened as (row in it, column in it, channel). InputError if a side is not a multiple of `patch`.
+    """
+    height, width, _ = image.shape
+    if patch < 1 or height % patch or width % patch or not image.size:
+        raise InputError(f"an image of {height}x{width} is not a grid of {patch}-pixel patches; resize it to one first")
+    rows, columns = height // patch, width // patch
+    cut = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    return cut.reshape(rows * columns, patch * patch * 3)
+
+
+def unpatchify(
+    patches: UInt8[np.ndarray, "patches values"], rows: int, columns: int, patch: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The inverse of `patchify`: the image of `rows` by `columns` patches. InputError if the shape is another."""
+    if min(rows, columns, patch) < 1 or patches.shape != (rows * columns, patch * patch * 3):
+        raise InputError(
+            f"an array of shape {patches.shape} is not {rows}x{columns} patches of {patch}x{patch}x3 values; "
+            "give the grid and the patch size that it was cut with"
+        )
+    return patches.reshape(rows, columns, patch, patch, 3).swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
+
+
+@contextmanager
+def _errors(source: Source) -> Iterator[None]:
+    """Whatever goes wrong inside becomes an ImageError with the name of the source."""
+    try:
+        yield
+    # Any exception: the decoders raise a dozen kinds on damaged input, from IndexError to SyntaxError.
+    except Exception as error:
+        if isinstance(source, np.ndarray):
+            name = f"image array of shape {source.shape}"
+        else:
+            name = f"image of {len(source):,} bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
+        if isinstance(error, Unfit):
+            reason = str(error)
+        elif isinstance(error, OSError) and error.errno:
+            reason = f"cannot be read ({error.strerror}); check the path"
+        else:
+            reason = f"cannot be decoded ({str(error) or type(error).__name__}); fetch the file again or leave it out"
+        raise ImageError(f"{name} {reason}") from error
+
+
+@contextmanager
+def _opened(source: str | os.PathLike | bytes, limits: Limits) -> Iterator[BinaryIO]:
+    """The file, if it is one and not too long."""
+    with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source)) as file:
+        length = file.seek(0, io.SEEK_END)
+        if length > limits.max_bytes:
+            raise Unfit(
+                f"is {length:,} bytes long, over the limit of {limits.max_bytes:,}; shrink it or raise Limits.max_bytes"
+            )
+        file.seek(0)
+        yield file
+
+
+def _open_file(path: str) -> BinaryIO:
+    # Before opening: a pipe or a device would block or never end.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Unfit("is not a file; give the path of an image file")
+    return open(path, "rb")
+
+
+def _check_size(height: int, width: int, limits: Limits) -> tuple[int, int]:
+    size = f"is {height}x{width} pixels"
+    if not height or not width:
+        raise Unfit(f"{size}, so there is nothing to see; leave it out")
+    if height * width > limits.max_pixels:
+        raise Unfit(f"{size}, over the limit of {limits.max_pixels:,}; shrink it or raise Limits.max_pixels")
+    if max(height, width) > limits.max_aspect * min(height, width):
+        raise Unfit(f"{size}, one side over {limits.max_aspect:g} times the other; crop it or raise Limits.max_aspect")
+    return height, width
+
+
+def _check_array(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise Unfit(
+            f"of type {array.dtype} is not an image; give uint8 of shape [height, width], [height, width, 3] or "
+            "[height, width, 4]"
+        )
+    return array
+
+
+def _load(header: Header, data: bytes) -> Image.Image:
+    """Decode, as stored: neither turned nor flattened."""
+    picture = READERS[header.kind](io.BytesIO(data))
+    if picture.size != (header.width, header.height):
+        raise Unfit(f"tells two sizes, {header.height}x{header.width} and another; fetch the file again")
+    # Pillow scales samples to 8 bits, but not the one that is transparent; levels of 16-bit grey stay as they are.
+    if header.clear and picture.mode != "I;16":
+        scaled = [value >> 8 if header.depth == 16 else value * 255 // (2**header.depth - 1) for value in header.clear]
+        picture.info["transparency"] = tuple(scaled) if len(scaled) > 1 else scaled[0]
+    picture.load()
+    return picture
+
+
+def _flatten(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """As RGB, transparent parts over the background."""
+    if picture.mode == "I;16":
+        # Pillow's own conversion would clip: all but the darkest 256 of 65,536 levels would be white.
+        levels = np.asarray(picture)
+        clear = picture.info.get("transparency")
+        picture = Image.fromarray(((levels.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8))
+        if clear is not None:
+            picture.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
+    return picture.convert("RGB")

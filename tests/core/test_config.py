@@ -1,0 +1,33 @@
+import pytest
+
+from mmjax.core import config
+from mmjax.core.errors import InputError
+from mmjax.train.config import Config
+
+
+def test_every_config_that_comes_with_mmjax_loads():
+    assert "quickstart" in config.names()
+    for name in config.names():
+        assert isinstance(config.load(name), Config)
+
+
+def test_a_path_beats_a_name(tmp_path, monkeypatch):
+    (tmp_path / "quickstart.py").write_text("def config():\n    return 'mine'\n")
+    monkeypatch.chdir(tmp_path)
+    assert config.load("quickstart.py") == "mine"
+    assert isinstance(config.load("quickstart"), Config)
+    assert isinstance(config.load("configs/quickstart.py"), Config)  # as typed in the README, from anywhere
+
+
+def test_fields_are_set_by_dotted_names():
+    cfg = config.from_command_line("mmjax.train", ["quickstart", "--model.vision.blocks.layers", "7", "--out", "x/y"], "")
+    assert cfg.model.vision.blocks.layers == 7
+    flat = config.flatten(cfg)
+    assert flat["model.vision.blocks.layers"] == 7
+    assert flat["out"] == "x/y"
+    assert flat["model.vision.blocks.rope_sections"] == [6, 6]
+
+
+def test_unknown_configs_name_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'quickstart'"):
+        config.find("quikstart")

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+
+from mmjax.core.errors import InputError
+from mmjax.sequence.batch import Bucket
+from mmjax.sequence.buckets import assign, choose
+from mmjax.sequence.pack import pack
+
+TOKENS = 128
+
+
+def conversations(rng, n=300):
+    """Text alone, one picture with few words, and several pictures: (tokens, patches, images)."""
+    pictures = rng.choice([0, 1, 3], n, p=[0.3, 0.4, 0.3])
+    patches = pictures * rng.integers(9, 26, n)
+    return np.stack([patches + rng.integers(6, 30, n), patches, pictures], 1)
+
+
+def fill(sizes, buckets):
+    """Harmonic mean of the shares of tokens and of patches that are not padding, each bucket packed by itself."""
+    bucket = assign(sizes, buckets)
+    room = np.zeros(2)
+    for b, shape in enumerate(buckets):
+        room += np.multiply(shape.row[:2], len(pack(sizes[bucket == b], shape.row)))
+    return 2 / (room / sizes[:, :2].sum(0)).sum()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_at_most_k_and_every_document_fits(rng, k):
+    sizes = conversations(rng)
+    found = choose(sizes, k, TOKENS, rows=4)
+    assert 1 <= len(found) <= k
+    assert len(set(found)) == len(found)
+    assert all(b.rows == 4 and b.tokens == TOKENS for b in found)
+    fits = (sizes[:, None] <= np.array([b.row for b in found])).all(-1)
+    assert fits.any(1).all()
+    assert fits[np.arange(len(sizes)), assign(sizes, found)].all()
+
+
+def test_more_buckets_waste_less(rng):
+    sizes = conversations(rng)
+    one, two, four = (fill(sizes, choose(sizes, k, TOKENS, rows=4)) for k in (1, 2, 4))
+    assert one > 0.6
+    assert two > one + 0.02
+    assert four > two - 0.01
+    assert four > 0.85
+
+
+def test_one_kind_of_document_is_nearly_all_filled():
+    """Rows of 100 tokens, documents of 20 of which 15 are patches: five to a row, 75 patches, rounded up to eights."""
+    (bucket,) = choose(np.tile([20, 15, 1], (40, 1)), 3, 100, rows=2)
+    assert (bucket.rows, bucket.tokens, bucket.images) == (2, 100, 5)
+    assert bucket.patches == 80
+
+
+def test_text_alone():
+    (bucket,) = choose(np.tile([10, 0, 0], (7, 1)), 2, 40, rows=1)
+    assert bucket == Bucket(1, 40, 1, 1)
+
+
+def test_one_document():
+    (bucket,) = choose(np.array([[40, 33, 2]]), 4, 40, rows=1)
+    assert bucket.row >= (40, 33, 2)
+
+
+def one_sentence(error):
+    message = str(error.value)
+    return message.endswith(".") and ". " not in message and "\n" not in message
+
+
+def test_refuses_a_document_longer_than_a_row(rng):
+    sizes = conversations(rng, 20)
+    sizes[13] = (TOKENS + 1, 100, 4)
+    with pytest.raises(InputError, match=r"number 13 takes 129 tokens.*100.*row of 128") as error:
+        choose(sizes, 2, TOKENS, rows=4)
+    assert one_sentence(error)
+
+
+def test_refuses_nothing_at_all():
+    with pytest.raises(InputError, match="no document") as error:
+        choose(np.zeros((0, 3), np.int64), 2, TOKENS, rows=4)
+    assert one_sentence(error)
+
+
+BUCKETS = (Bucket(2, 64, 8, 9), Bucket(2, 64, 32, 2), Bucket(2, 64, 64, 4))
+
+
+def test_assign_by_hand():
+    sizes = np.array([
+        (30, 0, 0),  # no patches: nearest to 8 / 64
+        (30, 15, 1),  # half of it patches: 32 / 64
+        (30, 15, 3),  # the same, but three pictures fit the last only
+        (60, 33, 1),  # nearest to 32 / 64, but too many patches for it
+        (12, 11, 1),  # 64 / 64
+        (20, 4, 8),  # eight pictures
+    ])
+    np.testing.assert_array_equal(assign(sizes, BUCKETS), [0, 1, 2, 2, 2, 0])
+
+
+def test_assign_refuses_what_fits_nowhere():
+    with pytest.raises(InputError, match=r"number 1 \(20 tokens, 12 patches, 5 images\)") as error:
+        assign(np.array([(30, 15, 1), (20, 12, 5), (99, 1, 1)]), BUCKETS)
+    assert one_sentence(error)

@@ -1,0 +1,68 @@
+"""The quick-start's train step compiles for TPUs with the real TPU compiler, on a machine that has none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parents[1]
+
+COMPILE = """
+import json, sys
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+import numpy as np
+from mmjax.core import config
+from mmjax.core.sharding import MESH_AXES, Rules
+from mmjax.models import vlm
+from mmjax.sequence import batch as batches
+from mmjax.train import loop, state
+from mmjax.train.step import compile_step
+
+name, extra, shape, explicit = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4] == "explicit"
+devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices
+kind = AxisType.Explicit if explicit else AxisType.Auto
+mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(kind,) * 3)
+cfg = config.load("quickstart")
+tx = state.optimizer(cfg.optimizer, cfg.steps)
+abstract = state.abstract(vlm.spec(cfg.model), tx, mesh, Rules())
+data = loop.prepare_data(config.load("quickstart"))
+source = data.training
+for bucket in source.plan.buckets:
+    batch = batches.abstract(bucket, source.values, source.vocab)
+    memory = compile_step(abstract, batch, cfg.model, tx, mesh, Rules()).memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    print(json.dumps({"bucket": bucket.row, "bytes": total - memory.alias_size_in_bytes}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("topology", "extra", "shape", "mode"),
+    [
+        ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, [1, 1, 1], "auto"),
+        ("v5e:2x2", {}, [2, 2, 1], "auto"),
+        ("v5e:2x2", {}, [1, 2, 2], "explicit"),
+    ],
+)
+def test_the_quick_start_compiles_for_v5e(topology, extra, shape, mode):
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_OPTIMIZATION_LEVEL": "O1",
+        "XLA_FLAGS": "",
+    }
+    arguments = [sys.executable, "-c", COMPILE, topology, json.dumps(extra), json.dumps(shape), mode]
+    done = subprocess.run(arguments, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert rows
+    for row in rows:
+        assert row["bytes"] < 16 * 2**30, row  # one v5e chip's memory
+    print(rows)
