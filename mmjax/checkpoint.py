@@ -114,7 +114,7 @@ class Checkpoints:
                 manifest["keys"][name] = str(jax.random.key_impl(leaf))
                 flat[name] = jax.random.key_data(leaf)
             elif not isinstance(leaf, jax.Array):
-                flat[name] = np.array(leaf)  # a copy: the caller may write into theirs
+                flat[name] = np.asarray(leaf)
         manifest["leaves"] = checksums(tree)
         # Orbax takes no arrays without elements; the manifest alone carries those.
         self._start(manifest, unflatten({name: leaf for name, leaf in flat.items() if leaf.size}))

@@ -5,7 +5,9 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MMJAX_TEST_PLATFORM", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    # The tests compile hundreds of programs and run each for a millisecond: LLVM's optimiser would take most of the time.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 # Before anything imports mmjax: its functions then check their jaxtyping signatures with beartype on every call.
 from jaxtyping import install_import_hook

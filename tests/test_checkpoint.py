@@ -25,6 +25,10 @@ from mmjax.core.tree import flatten
 
 ROOT = Path(__file__).parents[1]
 
+# After a save or load that failed, tensorstore reports to an event loop that Orbax has closed already.
+CLOSED = r"ignore:Exception ignored in. None[\s\S]*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+pytestmark = pytest.mark.filterwarnings(CLOSED)
+
 
 @flax.struct.dataclass
 class State:

@@ -1,10 +1,14 @@
 """The smallest model that has every part, and the smallest run, for tests."""
 
 import dataclasses
+import functools
 from pathlib import Path
+
+import jax
 
 from mmjax.connectors import mlp as connector
 from mmjax.core.sharding import MeshConfig
+from mmjax.core.spec import ParamSpec
 from mmjax.data import drawings
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
@@ -37,6 +41,21 @@ def tiny_model(vocab: int, patch: int = 4, width: int = 16) -> vlm.Config:
         connector=connector.Config(width, width),
         decoder=decoder.Config(vocab, language),
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _randomised(leaves, tree, key):
+    values = [p.init(k, p.shape, p.dtype) for p, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)]
+    noise = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(values, noise, strict=True)]
+    )
+
+
+def randomised(spec, seed: int = 0) -> dict:
+    """Initial values with noise on every one: zeros and ones would hide a forgotten term."""
+    leaves, tree = jax.tree.flatten(spec, is_leaf=lambda x: isinstance(x, ParamSpec))
+    return _randomised(tuple(leaves), tree, jax.random.key(seed))
 
 
 def tiny_run(out: Path, **changes) -> Config:

@@ -98,7 +98,7 @@ def shardings(spec: Spec, mesh: jax.sharding.Mesh, rules: sharding.Rules) -> dic
 
 
 def abstract(spec: Spec, mesh: jax.sharding.Mesh | None = None, rules: sharding.Rules | None = None) -> dict:
-    """Shapes and dtypes without values, with shardings where a mesh is given: for `eval_shape`, `lower` and restoring."""
+    """Shapes and dtypes without values, with shardings where a mesh is given: for `lower` and for restoring."""
 
     def one(p: ParamSpec) -> jax.ShapeDtypeStruct:
         placed = None if mesh is None else sharding.named(mesh, p.axes, rules or sharding.Rules(), p.shape)

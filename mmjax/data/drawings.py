@@ -39,6 +39,7 @@ class Config:
     which: float = 0.2
     kind: float = 0.5  # probability that a naming document goes on to ask for the kind
     others: float = 0.5
+    wider: float = 0.0  # probability that a naming document is about any concept, not one of those asked in the end
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
     shortest: int = 32  # a training picture's longer side is drawn from here …
     longest: int = 48  # … to here
@@ -122,10 +123,6 @@ class Training(Sequence):
         ask = (self._naming, self._same, self._which)[rng.choice(3, p=shares / shares.sum())]
         return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng)))
 
-    def _pick(self, rng: np.random.Generator) -> Concept:
-        pool = self.all if rng.random() < self.cfg.others else self.named
-        return pool[rng.integers(len(pool))]
-
     def _two(self, rng: np.random.Generator) -> tuple[Concept, Concept]:
         pool = self.all if rng.random() < self.cfg.others else self.named
         a, b = rng.choice(len(pool), 2, replace=False)
@@ -148,7 +145,8 @@ class Training(Sequence):
         return augmentation.augment(picture, height, width, self.cfg.augment, rng)
 
     def _naming(self, rng: np.random.Generator) -> list[Image | Text]:
-        concept = self.named[rng.integers(len(self.named))]
+        pool = self.all if rng.random() < self.cfg.wider else self.named
+        concept = pool[rng.integers(len(pool))]
         spans = [self._image(concept, rng), Text(NAMING), Text(concept.name, "assistant", True)]
         if rng.random() < self.cfg.kind:
             spans += [Text(KIND), Text(concept.group, "assistant", True)]
@@ -209,7 +207,7 @@ def nearest_neighbour(cfg: Config, side: int = 32) -> float:
         return np.stack(drawings).reshape(len(drawings), -1).astype(np.float64)
 
     queries = table(cfg.held_out)
-    distance = np.stack([
-        np.square(queries[:, None] - table(style)[None]).sum(-1) for style in STYLES if style != cfg.held_out
-    ])
+    distance = np.stack(
+        [np.square(queries[:, None] - table(style)[None]).sum(-1) for style in STYLES if style != cfg.held_out]
+    )
     return float((distance.min(0).argmin(1) == np.arange(len(queries))).mean())

@@ -1,1 +1,1 @@
-"""Layers as pure functions: each file has a `Config`, a `spec(cfg)` of its parameters and an `apply(params, x, cfg)`."""
+"""Layers as pure functions: each file has a `Config`, a `spec(cfg)` and an `apply(params, x, cfg)`."""

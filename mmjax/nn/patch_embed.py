@@ -56,7 +56,7 @@ def patchify(images: Num[Array, "b h w c"], patch: int) -> Num[Array, "b p value
 
 def unpatchify(patches: Num[Array, "b p values"], rows: int, columns: int) -> Num[Array, "b h w c"]:
     """The inverse of `patchify`, for three colour channels."""
-    b, p, values = patches.shape
+    b, _, values = patches.shape
     patch = round((values / 3) ** 0.5)
     x = patches.reshape(b, rows, columns, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, rows * patch, columns * patch, 3)

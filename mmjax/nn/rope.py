@@ -1,4 +1,4 @@
-"""Rotary position embedding along one or several axes (Su et al. 2021; M-RoPE: Wang et al. 2024, Qwen2-VL, section 2.1).
+"""Rotary position embedding along one or several axes (Su et al. 2021; M-RoPE: Wang et al. 2024, section 2.1).
 
 Every variant is one pair of tables over the E/2 rotated pairs of a head: `frequency[i]`, radians per unit of position,
 and `axis[i]`, which component of the position turns pair i. One position axis gives plain RoPE, two give a vision

@@ -18,9 +18,7 @@ def loss(
     return (loss * weight).sum(), weight.sum()
 
 
-def correct(
-    logits: Float[Array, "b l v"], target: Int[Array, "b l"], weight: Float[Array, "b l"]
-) -> Float[Array, ""]:
+def correct(logits: Float[Array, "b l v"], target: Int[Array, "b l"], weight: Float[Array, "b l"]) -> Float[Array, ""]:
     """The weight of the tokens whose target no other token beats."""
     # Not argmax: XLA's takes five times as long as the whole loss on a CPU.
     return ((logits.max(-1) <= _of_target(logits, target)) * weight).sum()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -29,6 +30,9 @@ class Bucket:
         return self.tokens, self.patches, self.images
 
 
+Field = Any  # an array on host or device; under tree.map whatever takes its place (a shape, a sharding)
+
+
 @flax.struct.dataclass
 class Batch:
     """B rows of L tokens; the row's pictures lie in its own P patches and N images.
@@ -36,23 +40,23 @@ class Batch:
     The token at [b, l] sees exactly the tokens of its row with lo <= order <= hi; patches likewise.
     """
 
-    tokens: jax.Array  # i32[B, L]; media tokens carry the placeholder id, empty places the padding id
-    modality: jax.Array  # i8[B, L]; 0 empty, 1 text, 2 image
-    document: jax.Array  # i32[B, L]; which of the row's documents, -1 in empty places
-    order: jax.Array  # i32[B, L]; label, rises along the row, -1 in empty places
-    lo: jax.Array  # i32[B, L]
-    hi: jax.Array  # i32[B, L]; lo > hi sees nothing
-    position: jax.Array  # i32[B, L, 3]; time, height, width
-    slot: jax.Array  # i32[B, L]; which of the row's media tokens stands here, -1 for text
-    target: jax.Array  # i32[B, L]
-    weight: jax.Array  # f32[B, L]
-    patches: jax.Array  # u8[B, P, C]
-    patch_order: jax.Array  # i32[B, P]
-    patch_lo: jax.Array  # i32[B, P]
-    patch_hi: jax.Array  # i32[B, P]
-    patch_position: jax.Array  # i32[B, P, 2]; row, column
-    patch_image: jax.Array  # i32[B, P]; which of the row's images, -1 in empty places
-    grid: jax.Array  # i32[B, N, 3]; frames, rows, columns
+    tokens: Field  # i32[B, L]; media tokens carry the placeholder id, empty places the padding id
+    modality: Field  # i8[B, L]; 0 empty, 1 text, 2 image
+    document: Field  # i32[B, L]; which of the row's documents, -1 in empty places
+    order: Field  # i32[B, L]; label, rises along the row, -1 in empty places
+    lo: Field  # i32[B, L]
+    hi: Field  # i32[B, L]; lo > hi sees nothing
+    position: Field  # i32[B, L, 3]; time, height, width
+    slot: Field  # i32[B, L]; which of the row's media tokens stands here, -1 for text
+    target: Field  # i32[B, L]
+    weight: Field  # f32[B, L]
+    patches: Field  # u8[B, P, C]
+    patch_order: Field  # i32[B, P]
+    patch_lo: Field  # i32[B, P]
+    patch_hi: Field  # i32[B, P]
+    patch_position: Field  # i32[B, P, 2]; row, column
+    patch_image: Field  # i32[B, P]; which of the row's images, -1 in empty places
+    grid: Field  # i32[B, N, 3]; frames, rows, columns
 
 
 def empty(bucket: Bucket, values: int, vocab: Vocab) -> Batch:

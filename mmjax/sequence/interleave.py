@@ -84,7 +84,9 @@ def interleave(layout: Layout, vocab: Vocab, see: See = "causal") -> Example:
         weight=next_is.astype(np.float32),
         patch_lo=patch_lo,
         patch_hi=patch_hi,
-        patch_position=np.concatenate([positions.grid_positions(g)[:, 1:] for g in grids] or [np.zeros((0, 2), np.int32)]),
+        patch_position=np.concatenate(
+            [positions.grid_positions(g)[:, 1:] for g in grids] or [np.zeros((0, 2), np.int32)]
+        ),
         patch_image=np.repeat(np.arange(len(grids)), [patches_of(g) for g in grids]).astype(np.int32),
         grid=np.array(grids, np.int32).reshape(-1, 3),
     )

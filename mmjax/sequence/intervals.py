@@ -12,10 +12,10 @@ Intervals = tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]
 def causal(length: int) -> Intervals:
     """Every token sees itself and what came before.
 
-        t  x
-        i  x x
-        i  x x x
-        t  x x x x
+    t  x
+    i  x x
+    i  x x x
+    t  x x x x
     """
     return np.zeros(length, np.int32), np.arange(length, dtype=np.int32)
 
@@ -41,11 +41,11 @@ def bidirectional_images(length: int, images: list[tuple[int, int]]) -> Interval
 def blocks(lengths: list[int]) -> Intervals:
     """Everything in a block sees all of its block and nothing else: the patches of packed pictures.
 
-        i  x x
-        i  x x
-        i      x x x
-        i      x x x
-        i      x x x
+    i  x x
+    i  x x
+    i      x x x
+    i      x x x
+    i      x x x
     """
     stops = np.cumsum(lengths)
     return (

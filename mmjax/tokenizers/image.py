@@ -6,7 +6,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -146,12 +145,13 @@ def _errors(source: Source) -> Iterator[None]:
         elif isinstance(error, OSError) and error.errno:
             reason = f"cannot be read ({error.strerror}); check the path"
         else:
-            reason = f"cannot be decoded ({str(error) or type(error).__name__}); fetch the file again or leave it out"
+            told = " ".join(str(error).split()) or type(error).__name__
+            reason = f"cannot be decoded ({told}); fetch the file again or leave it out"
         raise ImageError(f"{name} {reason}") from error
 
 
 @contextmanager
-def _opened(source: str | os.PathLike | bytes, limits: Limits) -> Iterator[BinaryIO]:
+def _opened(source: str | os.PathLike | bytes, limits: Limits) -> Iterator[io.BufferedIOBase]:
     """The file, if it is one and not too long."""
     with io.BytesIO(source) if isinstance(source, bytes) else _open_file(os.fspath(source)) as file:
         length = file.seek(0, io.SEEK_END)
@@ -163,7 +163,7 @@ def _opened(source: str | os.PathLike | bytes, limits: Limits) -> Iterator[Binar
         yield file
 
 
-def _open_file(path: str) -> BinaryIO:
+def _open_file(path: str) -> io.BufferedIOBase:
     # Before opening: a pipe or a device would block or never end.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Unfit("is not a file; give the path of an image file")

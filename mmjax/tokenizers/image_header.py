@@ -11,7 +11,6 @@ import struct
 import zlib
 from dataclasses import dataclass
 from itertools import count
-from typing import BinaryIO
 
 MAX_PARTS = 100_000  # segments, chunks or blocks; each costs about a microsecond here
 MAX_SCANS = 100  # of a JPEG; a few bytes can order a walk over all pixels, and real files have about ten
@@ -45,7 +44,7 @@ class Header:
         return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
 
-def scan(file: BinaryIO) -> Header:
+def scan(file: io.BufferedIOBase) -> Header:
     """The header of an image file, told by its content; pixel data is stepped over. Unfit if it is not whole."""
     start = file.read(12)
     if not start:
@@ -75,14 +74,14 @@ def pixels_only(data: bytes, header: Header) -> bytes:
     return b"".join(parts)
 
 
-def _take(file: BinaryIO, length: int) -> bytes:
+def _take(file: io.BufferedIOBase, length: int) -> bytes:
     taken = file.read(length)
     if len(taken) < length:
         raise Unfit("is cut short; fetch the file again")
     return taken
 
 
-def _skip(file: BinaryIO, length: int) -> None:
+def _skip(file: io.BufferedIOBase, length: int) -> None:
     """Step over bytes that must be there."""
     if length > 0:
         file.seek(length - 1, io.SEEK_CUR)
@@ -113,7 +112,7 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-def _jpeg(file: BinaryIO) -> Header:
+def _jpeg(file: io.BufferedIOBase) -> Header:
     """Markers up to the first scan (ITU-T T.81, annex B)."""
     height = width = None
     orientation, keep = None, [(0, 2)]
@@ -164,7 +163,7 @@ def _count_scans(data: bytes) -> None:
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
 
 
-def _png(file: BinaryIO) -> Header:
+def _png(file: io.BufferedIOBase) -> Header:
     """All chunks up to the end, for the orientation may stand after the pixels (PNG, sections 5 and 11)."""
     file.seek(8)
     fields, orientation, clear, keep, text = None, 1, (), [(0, 8)], MAX_TEXT
@@ -210,7 +209,7 @@ def _unpacked(kind: bytes, body: bytes, most: int) -> int:
     return size
 
 
-def _webp(file: BinaryIO) -> Header:
+def _webp(file: io.BufferedIOBase) -> Header:
     """The first chunk, and the others where that one announces EXIF (WebP container specification; RFC 6386, 9649)."""
     file.seek(4)
     length = int.from_bytes(_take(file, 4), "little")
@@ -242,7 +241,7 @@ def _webp(file: BinaryIO) -> Header:
     return Header("WEBP", height, width, orientation)
 
 
-def _gif(file: BinaryIO) -> Header:
+def _gif(file: io.BufferedIOBase) -> Header:
     """The screen and the first frame, which may be larger (GIF89a specification, sections 18 and 20)."""
     file.seek(6)
     width, height, flags = struct.unpack("<HHBxx", _take(file, 7))

@@ -189,16 +189,17 @@ def _counts(texts: Iterable[str]) -> list[str]:
     """Each distinct word of the texts, with the space before it, and its count: "word<tab>count".
 
     Pieces cross neither a space nor a tab, so words and counts say all that the texts do; and SentencePiece 0.2.2 takes
-    time in the square of a repeated passage's length (5 s for 16,000 characters twice). Each word that occurs again is
-    listed twice, in opposite orders, because a piece must occur twice in the list to be considered.
+    time in the square of a repeated passage's length (5 s for 16,000 characters twice). It considers only what occurs
+    twice with different sequels, so a word that occurs again is listed again, before a space; in the opposite order,
+    or the two lists would be one long repeated passage.
     """
     counts = Counter()
     # Not an iterator for SentencePiece to draw from: it would turn this InputError into its own.
     for number, text in enumerate(texts):
         _check_text(text, f"text {number} of the corpus")
         counts.update(re.findall(rf" ?[^ \t]{{1,{WORD}}}| ", text))
-    again = [f"{word}\t{count // 2}" for word, count in counts.items() if count > 1]
-    return [f"{word}\t{count - count // 2}" for word, count in counts.items()] + again[::-1]
+    again = [f"{word} \t1" for word, count in counts.items() if count > 1]
+    return [f"{word}\t{max(1, count - 1)}" for word, count in counts.items()] + again[::-1]
 
 
 def _explain(error: str, vocab_size: int) -> str:

@@ -78,8 +78,7 @@ def run(cfg: Config) -> int:
             if checkpoints.steps():
                 now, _ = checkpoints.restore(shape)
             else:
-                create = functools.partial(state.create, spec, tx)
-                now = jax.jit(create, out_shardings=state.shardings(shape))(jax.random.key(cfg.seed))
+                now = state.create_sharded(spec, tx, shape, jax.random.key(cfg.seed))
             loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
             now = loop.train(now, stop)
             if stop.status is not None:
@@ -97,8 +96,8 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
     tokenizer = text.load(drawings.tokenizer_model())
     if tokenizer.vocab.size != cfg.model.decoder.vocab:
         raise InputError(
-            f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; set it "
-            f"to {tokenizer.vocab.size}."
+            f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
+            f"set it to {tokenizer.vocab.size}."
         )
     if cfg.resolution.patch != cfg.model.vision.embed.patch:
         raise InputError(
@@ -163,7 +162,9 @@ def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> di
     before = checkpoints.metadata(steps[-1])
     now = configs.flatten(cfg)
     then = before["config"]
-    changed = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not k.startswith(MAY_CHANGE)]
+    changed = [
+        k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not k.startswith(MAY_CHANGE)
+    ]
     if changed or before["tokenizer"] != data.tokenizer.fingerprint:
         what = ", ".join(f"{k} ({then.get(k)} → {now.get(k)})" for k in changed) or "the tokenizer"
         raise InputError(

@@ -12,18 +12,19 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 class Compiles:
     """Counts programs that XLA compiles (or loads from its cache) from now on, and the seconds it takes."""
 
-    _all: "list[Compiles]" = []
-
     def __init__(self) -> None:
         self.count, self.seconds = 0, 0.0
-        if not Compiles._all:
+        if not _counters:
             jax.monitoring.register_event_duration_secs_listener(_on_event)
-        Compiles._all.append(self)
+        _counters.append(self)
+
+
+_counters: list[Compiles] = []  # JAX has no way to take a listener back: one serves them all
 
 
 def _on_event(event: str, seconds: float, **_: object) -> None:
     if event == _COMPILED:
-        for counter in Compiles._all:
+        for counter in _counters:
             counter.count += 1
             counter.seconds += seconds
 

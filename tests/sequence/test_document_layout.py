@@ -28,7 +28,7 @@ class Fours:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         if height < 4 or width < 4:
-            raise InputError(f"{height} × {width} pixels is less than a patch; give a larger picture.")
+            raise InputError(f"{height}x{width} pixels is less than a patch; give a larger picture.")
         return height // 4, width // 4
 
 

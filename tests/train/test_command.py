@@ -14,7 +14,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 def mmjax(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    return subprocess.run([sys.executable, "-m", "mmjax.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "mmjax.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True
+    )
 
 
 def test_help_lists_fields_and_takes_under_two_seconds():
@@ -24,7 +26,13 @@ def test_help_lists_fields_and_takes_under_two_seconds():
         done = mmjax("configs/quickstart.py", "--help")
         seconds.append(time.monotonic() - began)
     assert done.returncode == 0
-    for field in ("--steps", "--optimizer.learning-rate", "--model.vision.blocks.width", "--data.concepts", "--mesh.fsdp"):
+    for field in (
+        "--steps",
+        "--optimizer.learning-rate",
+        "--model.vision.blocks.width",
+        "--data.concepts",
+        "--mesh.fsdp",
+    ):
         assert field in done.stdout
     assert min(seconds) < 2, seconds
 
