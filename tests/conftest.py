@@ -1,11 +1,14 @@
 """Strict tests: eight simulated CPU devices, no silent rank promotion, signatures checked at run time."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MMJAX_TEST_PLATFORM", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # The tests compile hundreds of programs and run each for a millisecond: LLVM's optimiser would take most of the time.
+    # The tests compile hundreds of programs and run each for a millisecond: optimising them would take the most time.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
@@ -20,6 +23,13 @@ import jax
 import numpy as np
 import pytest
 
+# Many tests run the same tiny programs: compile each once a session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="mmjax-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # for the processes that tests start
+    jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -88,12 +88,14 @@ def test_round_trip_is_bit_identical(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, metadata={"data": {"step": 7}, "name": "run"})
         restored, metadata = checkpoints.restore(abstract(state))
+        into_arrays, _ = checkpoints.restore(example(1))
         assert checkpoints.steps() == [7]
         assert checkpoints.metadata(7) == metadata == {"data": {"step": 7}, "name": "run"}
-    assert_same(restored, state)
     assert verify(tmp_path, 7) == []
-    # Without a sharding the arrays are uncommitted: they go where a computation needs them.
-    assert not any(leaf.committed for leaf in jax.tree.leaves(restored))
+    for tree in (restored, into_arrays):
+        assert_same(tree, state)
+        # Where none says otherwise, arrays are uncommitted: they go where a computation needs them.
+        assert not any(leaf.committed for leaf in jax.tree.leaves(tree))
 
 
 def test_host_values_keep_their_types(tmp_path):

@@ -142,6 +142,7 @@ def train(texts: Iterable[str], vocab_size: int, *, controls: tuple[Control, ...
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             byte_fallback=True,
+            required_chars=SPACE,  # its bytes would be those of U+2581
             split_digits=True,
             pad_id=place["pad"],
             pad_piece=symbols[place["pad"]],
@@ -208,6 +209,6 @@ def _explain(error: str, vocab_size: int) -> str:
         return f"vocab_size {vocab_size} is more than this corpus fills; give at most {most[1]}, or more text"
     if least := re.search(r"smaller than required_chars.* vs (\d+)", error):
         return f"vocab_size {vocab_size} is less than the controls, bytes and letters need; give at least {least[1]}"
-    if re.search(r"sentences_\.empty|required_chars_\.empty|all_chars_count", error):
+    if re.search(r"sentences_\.empty|required_chars_\.empty|all_chars_count|seed_sentencepieces\.empty", error):
         return "the corpus holds no text to learn from; give at least a few sentences"
     return f"SentencePiece cannot train vocab_size {vocab_size} on this corpus ({error.strip()}); change one of them"

@@ -70,7 +70,7 @@ def run(cfg: Config) -> int:
     with lock_directory(cfg.out), StopRequest() as stop:
         spec, tx = vlm.spec(cfg.model), state.optimizer(cfg.optimizer, cfg.steps)
         shape = state.abstract(spec, tx, mesh, Rules())
-        require_space(cfg.out, (cfg.keep + 1) * nbytes(shape), f"{cfg.keep + 1} checkpoints")
+        require_space(cfg.out, (cfg.keep + 1) * nbytes(shape), f"keep {cfg.keep + 1} checkpoints")
         with Checkpoints(cfg.out / "checkpoints", keep=cfg.keep) as checkpoints:
             before = _refuse_another_run(cfg, data, checkpoints)
             report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
@@ -194,14 +194,13 @@ class Loop:
     def train(self, now: TrainState, stop: StopRequest) -> TrainState:
         """Steps until the last, or until asked to stop; either way the last step done is saved."""
         cfg, start = self.cfg, int(now.step)
-        if start == 0:
+        if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
         fill = self.data.training.plan.fill
-        metrics = report.Metrics(cfg.out, start)
         counter = Compiles()
         loop_began, trained_before, saved = time.monotonic(), self.trained, start
         step = start
-        with report.Progress(cfg.steps, start) as progress:
+        with report.Metrics(cfg.out, start) as metrics, report.Progress(cfg.steps, start) as progress:
             for step, batch in enumerate(read(self.data.training, start, threads=cfg.threads), start + 1):
                 bucket = self.data.training.plan.steps[step - 1].bucket
                 now, seen = self.programs.steps[bucket](now, jax.device_put(batch, self.programs.placed[bucket]))
@@ -222,7 +221,6 @@ class Loop:
                     saved = step
                 if last:
                     break
-        metrics.close()
         assert saved == step, "the last step was not saved"
         self.checkpoints.wait()
         return now

@@ -40,7 +40,10 @@ class Metrics:
         self.file.flush()
         self.board.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.file.close()
         self.board.close()
 

@@ -41,7 +41,7 @@ def train_step(
     return new, {
         **sums,
         "tokens": (batch.modality != EMPTY).sum(),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "violations": violations,
     }
 

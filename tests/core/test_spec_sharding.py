@@ -90,7 +90,6 @@ def test_helpers_give_the_same_on_every_mesh(inputs, sizes, explicit):
 
 def test_helpers_inside_shard_map(inputs):
     mesh = make_mesh(MeshConfig(8, 1, 1))
-    w, table, ids, x, slot = inputs
 
     def local(w, table, ids, x, slot):
         return jax.lax.psum(forward(w, table, ids, x, slot), "data")

@@ -86,9 +86,10 @@ def test_shift_is_in_shares_of_the_side():
 
 
 def test_stretch_trades_height_for_width():
-    black = np.zeros((16, 16, 3), np.uint8)
-    dark = augment(black, 16, 16, varied(stretch=-1.0), Lowest())[..., 0] == 0  # log2 of the change is +1
-    assert dark.sum(1).max() == 8
+    picture = np.full((32, 32, 3), 255, np.uint8)
+    picture[12:20, 12:20] = 0
+    dark = augment(picture, 32, 32, varied(stretch=-1.0), Lowest())[..., 0] < 128  # log2 of the change is +1
+    assert dark.sum(1).max() == 4
     assert dark.sum(0).max() == 16
 
 

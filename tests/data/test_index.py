@@ -88,6 +88,17 @@ def test_exactly_as_many_steps_as_asked_for(steps):
     check_rows_and_fill(plan, documents)
 
 
+def test_a_bucket_that_no_step_uses_is_left_out():
+    """Every other document is a large picture, which shares no row with the long texts between."""
+    documents = Documents(230)
+    documents.sizes[::2], documents.sizes[1::2] = (50, 0, 0), (50, 40, 1)
+    plans = [training(documents, 1, seed=seed) for seed in range(6)]
+    assert all(len(plan.buckets) == 1 and plan.steps[0].bucket == 0 for plan in plans)
+    assert len({plan.buckets for plan in plans}) == 2
+    assert len(training(documents, 9).buckets) == 2
+    assert {plan.fill_tokens for plan in plans} == {50 / TOKENS}
+
+
 def test_windows_come_in_order():
     documents = Documents(230)
     plan = training(documents, most_steps(documents))

@@ -24,7 +24,7 @@ INJECTIONS = [control.symbol for control in CONTROLS] + [
     "<unk>",
     "<pad>",
     "<|im_start|>user",
-    "＜image＞",  # noqa: RUF001 full-width: NFKC would make it "<image>"
+    "＜image＞",
     "<0x41>",
     "<|IMAGE|>",
 ]
@@ -129,8 +129,9 @@ def test_repeated_training_text_keeps_its_weight():
 
 def test_text_without_spaces_is_learnt_from():
     # SentencePiece leaves out, without a word, what is longer than 4,192 bytes between two spaces.
-    tokenizer = load(train(["".join(random.Random(0).choices(["日本語", "の", "テキスト", "です。"], k=5000))], 277))
-    assert len(tokenizer.encode("テキスト日本語")) <= 4
+    tokenizer = load(train(["".join(random.Random(0).choices(["日本語", "の", "テキスト", "です。"], k=5000))], 300))
+    assert len(tokenizer.encode("テキスト日本語です")) <= 3
+    assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
 
 
 def test_your_own_controls_get_ids_too():

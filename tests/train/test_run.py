@@ -55,7 +55,7 @@ def test_what_a_run_leaves(finished):
 def test_the_loss_falls(tmp_path):
     loop.run(tiny_run(tmp_path, steps=40, save_every=100))
     losses = [loss for _, loss in report.losses(tmp_path)]
-    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
 
 
 def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch):
@@ -80,12 +80,12 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch):
 
 def test_metrics_written_after_the_checkpoint_are_cut_off(tmp_path):
     for step in range(1, 5):
-        metrics = report.Metrics(tmp_path, start=step - 1)
-        metrics.write(step, loss=float(step))
-        metrics.close()
+        with report.Metrics(tmp_path, start=step - 1) as metrics:
+            metrics.write(step, loss=float(step))
     with (tmp_path / report.METRICS).open("a") as file:
         file.write('{"step": 5, "lo')  # a kill in the middle of a line
-    report.Metrics(tmp_path, start=2).close()
+    with report.Metrics(tmp_path, start=2):
+        pass
     assert report.losses(tmp_path) == [(1, 1.0), (2, 2.0)]
 
 
