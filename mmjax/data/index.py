@@ -14,6 +14,7 @@ from mmjax.sequence.layout import Layout
 from mmjax.sequence.pack import pack
 
 WINDOW = 2048  # documents packed together: the look-ahead
+SAMPLE = 1024  # of the first window, from which the bucket shapes are chosen
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def training(
         numbers = range(start, min(start + WINDOW, len(documents)))
         sizes = measure(documents, numbers, layout)
         if not shapes:
-            shapes = buckets.choose(sizes, k, tokens, rows)
+            shapes = buckets.choose(sizes[:SAMPLE], k, tokens, rows)
             waiting: list[list[tuple[int, ...]]] = [[] for _ in shapes]
         rng = np.random.default_rng((seed, start))
         ready = []
-        for b, packed in enumerate(_rows(sizes, shapes)):
+        for b, packed in enumerate(_rows(sizes, shapes, start)):
             waiting[b] += [tuple(start + i for i in packed[j]) for j in rng.permutation(len(packed))]
             while len(waiting[b]) >= rows:
                 ready.append(Step(b, tuple(waiting[b][:rows])))
@@ -102,9 +103,9 @@ def once(documents: Sequence[Document], layout: LayoutOf, *, tokens: int, rows: 
     return _plan(shapes, steps, sizes)
 
 
-def _rows(sizes: np.ndarray, shapes: tuple[Bucket, ...]) -> list[list[list[int]]]:
+def _rows(sizes: np.ndarray, shapes: tuple[Bucket, ...], first: int = 0) -> list[list[list[int]]]:
     """For every bucket its packed rows."""
-    bucket = buckets.assign(sizes, shapes)
+    bucket = buckets.assign(sizes, shapes, first)
     out = []
     for b, shape in enumerate(shapes):
         members = np.flatnonzero(bucket == b)

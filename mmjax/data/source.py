@@ -54,6 +54,11 @@ class Source:
             pixels = load(picture)
         except InputError as error:
             raise InputError(f"Document {document.id!r}, picture {number}: {error}") from error
+        if pixels.shape[:2] != (picture.height, picture.width):
+            raise InputError(
+                f"Document {document.id!r}, picture {number}: declared as {picture.height}x{picture.width} but is "
+                f"{pixels.shape[0]}x{pixels.shape[1]} pixels; make the index again."
+            )
         pixels = images.resize(pixels, int(grid[1]) * self.patch, int(grid[2]) * self.patch)
         return images.patchify(pixels, self.patch)
 

@@ -144,19 +144,20 @@ def build(
 def _check_pictures(x: Example, pictures: Sequence[np.ndarray], values: int) -> None:
     expected = [(int(np.prod(grid)), values) for grid in x.grid]
     given = [tuple(p.shape) for p in pictures]
-    if expected != given:
+    if expected != given or any(p.dtype != np.uint8 for p in pictures):
+        given = [(*p.shape, str(p.dtype)) for p in pictures]
         raise InputError(
-            f"Document {x.id!r} was laid out for pictures of (patches, values) {expected} but got {given}; the "
+            f"Document {x.id!r} was laid out for uint8 pictures of (patches, values) {expected} but got {given}; the "
             f"picture changed since the index was made, or another resolution policy was used."
         )
 
 
 def violations(batch: Batch, vocab_size: int) -> jax.Array:
-    """How many tokens of every row break an invariant: i32[B], zeros in a sound batch. Runs inside the jitted step.
+    """How often every row breaks an invariant: i32[B], zeros in a sound batch. Runs inside the jitted step.
 
     JAX clamps, wraps and drops bad indices without a word; this is what makes a mismatch loud. Counted: ids or targets
     out of range, media tokens without a patch or text with one, media tokens whose patch is empty, labels that do not
-    rise, trained tokens that see nothing, patches of one row that no token shows.
+    rise, trained tokens that see nothing, tokens that see past their document, patches that no token shows.
     """
     filled = batch.modality != EMPTY
     image = batch.modality == IMAGE
@@ -165,14 +166,21 @@ def violations(batch: Batch, vocab_size: int) -> jax.Array:
     slot = jnp.clip(batch.slot, 0, patches - 1)
     present = jnp.take_along_axis(patch_filled, slot, axis=1)
     previous = jax.lax.cummax(jnp.pad(batch.order, ((0, 0), (1, 0)), constant_values=-1)[:, :-1], axis=1)
-    wrong = (
+    wrong = [
         (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= vocab_size),
         image != (batch.slot >= 0),
         image & ((batch.slot >= patches) | ~present),
         filled != (batch.order >= 0),
         filled & (batch.order <= previous),
         (batch.weight > 0) & ((batch.lo > batch.hi) | ~filled),
-    )
-    # A patch may be shown by one token; in number at least, all must be.
-    unshown = jnp.abs(image.sum(1) - patch_filled.sum(1))
+    ]
+    # A token may reach the labels of its own document, and no others.
+    begins = batch.document != jnp.pad(batch.document, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    ends = batch.document != jnp.pad(batch.document, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
+    first = jax.lax.cummax(jnp.where(begins, batch.order, -1), axis=1)
+    last = jax.lax.cummin(jnp.where(ends, batch.order, jnp.iinfo(jnp.int32).max), axis=1, reverse=True)
+    wrong.append(filled & (batch.lo <= batch.hi) & ((batch.lo < first) | (batch.hi > last)))
+    # Row by row, so that it stays local on any mesh.
+    shown = jax.vmap(lambda seen, s, i: seen.at[s].max(i))(jnp.zeros_like(patch_filled), slot, image)
+    unshown = (patch_filled & ~shown).sum(1)
     return sum(w.sum(1) for w in wrong) + unshown

@@ -70,8 +70,8 @@ def layout(
 
         begin  user  [image_start …image… image_end]  text…  end  assistant  text…  end
 
-    Spans of one role in a row make one turn. A trained span is learnt together with the end of its turn, so that the
-    model learns to stop.
+    Spans of one role in a row make one turn. Where a turn's last text is trained its end is too, so that the model
+    learns to stop.
 
     Args:
       document: its spans.
@@ -90,6 +90,10 @@ def layout(
     role = None
     train = False
     for number, span in enumerate(document.spans):
+        if span.role not in marker:
+            raise InputError(
+                f"Document {document.id!r}, span {number} has the role {span.role!r}; give one of {', '.join(marker)}."
+            )
         if span.role != role:
             pieces += [_text([vocab.end], train)] if role else []
             pieces.append(_text([marker[span.role]]))
@@ -120,4 +124,9 @@ def _text(ids: list[int], train: bool = False) -> Piece:
 
 def _image(span: Image, resolution: Resolution, media_tokens: Callable[[Grid], int]) -> Piece:
     grid = (1, *resolution.grid(span.height, span.width))
-    return Piece(IMAGE, media_tokens(grid), (), grid)
+    length = media_tokens(grid)
+    if length < 1:
+        raise InputError(
+            f"a picture of {grid} patches became {length} media tokens; a connector must leave at least one."
+        )
+    return Piece(IMAGE, length, (), grid)

@@ -8,7 +8,7 @@ def pack(sizes: Int[np.ndarray, "n k"], capacity: tuple[int, ...]) -> list[list[
     """Best-fit decreasing in several dimensions (tokens, patches, images).
 
     The largest document (by its largest share of a row) goes first, each into the row where it leaves least room in
-    the dimension that is fullest; a new row is opened where none has room.
+    the dimension that is emptiest; a new row is opened where none has room.
 
     Args:
       sizes: what each document takes up; every one must fit an empty row.

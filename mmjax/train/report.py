@@ -51,7 +51,7 @@ class Metrics:
 def _step(line: str) -> float:
     """The step of a line; a line cut short by a kill belongs to no step."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")
 

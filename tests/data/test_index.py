@@ -155,7 +155,6 @@ def test_document_longer_than_a_row(plan):
         plan(documents, 3)
 
 
-@pytest.mark.xfail(reason="a document of a later window is numbered from its window's start")
 def test_document_of_a_later_window_that_fits_nowhere_is_named():
     documents = Documents(200)
     documents.sizes[3 * WINDOW + 5] = (TOKENS + 1, 5, 1)

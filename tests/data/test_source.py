@@ -147,7 +147,6 @@ def test_an_error_in_a_reading_thread_arrives():
         next(read(source([Document("made/bad", (Image(8, 8, b"no"),))]), 0))
 
 
-@pytest.mark.xfail(reason="pixels of another shape than declared are squeezed into the declared one's grid")
 def test_a_picture_of_another_size_than_declared_is_refused():
     documents = [Document("made/turned", (Image(8, 16, noise(4, 16, 8)), Text("a")))]
     with pytest.raises(InputError, match="'made/turned'"):
