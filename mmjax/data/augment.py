@@ -26,7 +26,7 @@ class Config:
 def augment(
     image: UInt8[np.ndarray, "h w 3"], height: int, width: int, cfg: Config, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """A picture bent and recoloured at random, at the size asked for; what lies outside the original is paper (white before light)."""
+    """A picture bent and recoloured at random, at the size asked for; outside the original there is white paper."""
     source = Image.fromarray(image)
     if rng.random() < cfg.blur:
         source = source.resize((max(8, source.width // 2), max(8, source.height // 2)), Image.Resampling.BILINEAR)

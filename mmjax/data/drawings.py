@@ -39,7 +39,7 @@ class Config:
     which: float = 0.2
     kind: float = 0.5  # probability that a naming document goes on to ask for the kind
     others: float = 0.5
-    wider: float = 0.0  # probability that a naming document is about any concept, not one of those asked in the end
+    wider: float = 0.0  # probability that a naming document is about any one-word name, not those asked in the end
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
     shortest: int = 32  # a training picture's longer side is drawn from here …
     longest: int = 48  # … to here
@@ -80,9 +80,14 @@ def tokenizer_model() -> bytes:
     return resources.files("mmjax.data.samples").joinpath("text.model").read_bytes()
 
 
+def one_word() -> tuple[Concept, ...]:
+    """The 512 concepts whose name is one word."""
+    return tuple(c for c in archive()[0] if c.name.isalpha())
+
+
 def named(cfg: Config) -> tuple[Concept, ...]:
     """The concepts that are asked by name: drawn by cfg.seed from all names of one word."""
-    words = [c for c in archive()[0] if c.name.isalpha()]
+    words = one_word()
     if not 2 <= cfg.concepts <= len(words):
         raise InputError(f"data.concepts is {cfg.concepts}; give 2 to {len(words)}, the number of one-word names.")
     picked = np.random.default_rng(cfg.seed).choice(len(words), cfg.concepts, replace=False)
@@ -110,7 +115,7 @@ class Training(Sequence):
         self.cfg, self.length, self.seed = cfg, length, seed
         self.styles = tuple(s for s in STYLES if s != cfg.held_out)
         self.named = named(cfg)
-        self.all = archive()[0]
+        self.all, self.words = archive()[0], one_word()
 
     def __len__(self) -> int:
         return self.length
@@ -145,7 +150,7 @@ class Training(Sequence):
         return augmentation.augment(picture, height, width, self.cfg.augment, rng)
 
     def _naming(self, rng: np.random.Generator) -> list[Image | Text]:
-        pool = self.all if rng.random() < self.cfg.wider else self.named
+        pool = self.words if rng.random() < self.cfg.wider else self.named
         concept = pool[rng.integers(len(pool))]
         spans = [self._image(concept, rng), Text(NAMING), Text(concept.name, "assistant", True)]
         if rng.random() < self.cfg.kind:

@@ -119,13 +119,7 @@ def train(texts: Iterable[str], vocab_size: int, *, controls: tuple[Control, ...
     SentencePiece. InputError for a corpus without text, a lone surrogate (which text, which character), controls that
     clash or lack one of `CONTROLS`, and a `vocab_size` that the corpus cannot fill or that cannot hold its characters.
     """
-    symbols = [control.symbol for control in controls]
-    missing = [control for control in CONTROLS if control not in controls]
-    if missing or len(set(symbols)) < len(symbols) or not all(re.fullmatch(r"[^\s,]+", symbol) for symbol in symbols):
-        raise InputError(
-            f"controls: {f'{missing[0]} is missing' if missing else f'{symbols} has a blank or repeated symbol'}; "
-            "pass CONTROLS with your own added, each with its own symbol"
-        )
+    symbols = _symbols(controls)
     fixed = len(controls) + 1 + 256
     if not fixed < vocab_size < 2**31:
         raise InputError(f"vocab_size {vocab_size} is out of range; give more than the {fixed} controls and bytes")
@@ -174,6 +168,16 @@ def _open(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
         raise InputError(
             f"{name} is not a whole SentencePiece model ({len(model):,} bytes); copy it again, or train it again"
         ) from error
+
+
+def _symbols(controls: tuple[Control, ...]) -> list[str]:
+    names, symbols = ([control[i] for control in controls] for i in (0, 1))
+    missing = [control for control in CONTROLS if control not in controls]
+    if missing:
+        raise InputError(f"controls: {missing[0]} is missing; pass CONTROLS with your own added")
+    if min(len(set(names)), len(set(symbols))) < len(controls) or not all(re.fullmatch(r"[^\s,]+", x) for x in symbols):
+        raise InputError(f"controls: {controls} has a blank or repeated name or symbol; give each its own")
+    return symbols
 
 
 def _check_text(text: str, name: str) -> None:

@@ -149,6 +149,7 @@ def test_your_own_controls_get_ids_too():
         (CONTROLS[1:], "name='pad'.* is missing"),
         ((*CONTROLS, Control("bos", "<|begin|>")), "blank or repeated"),
         ((*CONTROLS, Control("audio", "")), "blank or repeated"),
+        ((*CONTROLS, Control("pad", "<|second|>")), "blank or repeated"),
     ],
 )
 def test_controls_that_clash_are_refused(controls, reason):
