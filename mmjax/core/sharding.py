@@ -160,7 +160,9 @@ def dense(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
 
 
 def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
-    """table[ids] along the first axis, for a parameter table that may be split; ids must be in range (see Batch)."""
+    """table[ids] for a parameter table ("vocab", …) that may be split; ids must be in range (see Batch)."""
+    # Gathered over "embed" first, as `dense` does: looked up in narrow slices, it would be laid out twice.
+    table = constrain(table, ("vocab",) + (None,) * (table.ndim - 1))
     if _mode() is AxisType.Explicit:
         out = _partition_here(axes, (*ids.shape, *table.shape[1:]))
         return table.at[ids].get(out_sharding=out)

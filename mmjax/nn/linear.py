@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import jax
 from jaxtyping import Array, Float
 
 from mmjax.core import sharding
@@ -35,9 +34,4 @@ def apply(params: dict, x: Float[Array, "b l inputs"], cfg: Config) -> Float[Arr
     """
     out = None if cfg.axes[1] == "embed" else cfg.axes[1]
     y = sharding.dense(x, params["kernel"], ("batch", None, out))
-    return add_bias(y, params["bias"]) if cfg.bias else y
-
-
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias along the last axes; written out because rank promotion is an error in our tests, and in good taste."""
-    return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+    return y + sharding.constrain(params["bias"], (out,))[None, None] if cfg.bias else y
