@@ -86,9 +86,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def main(run: Any) -> None:
-    """Calls a program's `run(arguments)`; turns an InputError into its one sentence and exit status 2."""
+    """Ends with the status of `run(arguments)`; an InputError becomes its one sentence and exit status 2."""
     try:
         raise SystemExit(run(sys.argv[1:]))
     except InputError as error:
         print(f"mmjax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the program handles it itself: nothing is written yet
+        raise SystemExit(130) from None

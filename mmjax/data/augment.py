@@ -21,6 +21,7 @@ class Config:
     light: float = 0.3  # contrast and brightness
     grey: float = 0.2  # probability of no colour at all
     blur: float = 0.3  # probability of half resolution
+    erase: float = 0.5  # probability that a rectangle of one colour hides a part (Zhong et al. 2020)
 
 
 def augment(
@@ -31,7 +32,12 @@ def augment(
     if rng.random() < cfg.blur:
         source = source.resize((max(8, source.width // 2), max(8, source.height // 2)), Image.Resampling.BILINEAR)
     out = np.asarray(_bend(source, height, width, cfg, rng), np.float32) / 255.0
-    return (np.clip(_recolour(out, cfg, rng), 0, 1) * 255.0 + 0.5).astype(np.uint8)
+    out = (np.clip(_recolour(out, cfg, rng), 0, 1) * 255.0 + 0.5).astype(np.uint8)
+    if rng.random() < cfg.erase:
+        tall, wide = (int(side * rng.uniform(0.2, 0.5)) for side in (height, width))
+        top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+        out[top : top + tall, left : left + wide] = rng.integers(0, 256, 3)
+    return out
 
 
 def _bend(source: Image.Image, height: int, width: int, cfg: Config, rng: np.random.Generator) -> Image.Image:

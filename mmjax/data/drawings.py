@@ -39,7 +39,8 @@ class Config:
     which: float = 0.2
     kind: float = 0.5  # probability that a naming document goes on to ask for the kind
     others: float = 0.5
-    wider: float = 0.0  # probability that a naming document is about any one-word name, not those asked in the end
+    wider: float = 0.9  # probability that the first naming document is about any one-word name …
+    narrow: int = 50_000  # … which falls to zero here: the rest practise the names asked in the end
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
     shortest: int = 32  # a training picture's longer side is drawn from here …
     longest: int = 48  # … to here
@@ -126,7 +127,7 @@ class Training(Sequence):
         rng = np.random.default_rng((self.seed, n))
         shares = np.array([self.cfg.naming, self.cfg.same, self.cfg.which])
         ask = (self._naming, self._same, self._which)[rng.choice(3, p=shares / shares.sum())]
-        return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng)))
+        return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng, n)))
 
     def _two(self, rng: np.random.Generator) -> tuple[Concept, Concept]:
         pool = self.all if rng.random() < self.cfg.others else self.named
@@ -149,15 +150,16 @@ class Training(Sequence):
             picture = _mix(picture, pixels(other, concept.code), rng)
         return augmentation.augment(picture, height, width, self.cfg.augment, rng)
 
-    def _naming(self, rng: np.random.Generator) -> list[Image | Text]:
-        pool = self.words if rng.random() < self.cfg.wider else self.named
+    def _naming(self, rng: np.random.Generator, n: int) -> list[Image | Text]:
+        wide = rng.random() < self.cfg.wider * (1 - n / max(self.cfg.narrow, 1))
+        pool = self.words if wide else self.named
         concept = pool[rng.integers(len(pool))]
         spans = [self._image(concept, rng), Text(NAMING), Text(concept.name, "assistant", True)]
         if rng.random() < self.cfg.kind:
             spans += [Text(KIND), Text(concept.group, "assistant", True)]
         return spans
 
-    def _same(self, rng: np.random.Generator) -> list[Image | Text]:
+    def _same(self, rng: np.random.Generator, n: int) -> list[Image | Text]:
         first, second = self._two(rng)
         same = rng.random() < 0.5
         # The same thing in the other style, so that comparing pixels does not answer.
@@ -165,7 +167,7 @@ class Training(Sequence):
         pictures = [self._image(first, rng, styles[0]), self._image(first if same else second, rng, styles[1])]
         return [*pictures, Text(SAME), Text("yes" if same else "no", "assistant", True)]
 
-    def _which(self, rng: np.random.Generator) -> list[Image | Text]:
+    def _which(self, rng: np.random.Generator, n: int) -> list[Image | Text]:
         first, second = self._two(rng)
         answer = int(rng.integers(2))
         name = (first, second)[answer].name
