@@ -39,8 +39,6 @@ class Config:
     which: float = 0.2
     kind: float = 0.5  # probability that a naming document goes on to ask for the kind
     others: float = 0.5
-    wider: float = 0.9  # probability that the first naming document is about any one-word name …
-    narrow: int = 50_000  # … which falls to zero here: the rest practise the names asked in the end
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
     shortest: int = 32  # a training picture's longer side is drawn from here …
     longest: int = 48  # … to here
@@ -81,14 +79,9 @@ def tokenizer_model() -> bytes:
     return resources.files("mmjax.data.samples").joinpath("text.model").read_bytes()
 
 
-def one_word() -> tuple[Concept, ...]:
-    """The 512 concepts whose name is one word."""
-    return tuple(c for c in archive()[0] if c.name.isalpha())
-
-
 def named(cfg: Config) -> tuple[Concept, ...]:
     """The concepts that are asked by name: drawn by cfg.seed from all names of one word."""
-    words = one_word()
+    words = [c for c in archive()[0] if c.name.isalpha()]
     if not 2 <= cfg.concepts <= len(words):
         raise InputError(f"data.concepts is {cfg.concepts}; give 2 to {len(words)}, the number of one-word names.")
     picked = np.random.default_rng(cfg.seed).choice(len(words), cfg.concepts, replace=False)
@@ -116,7 +109,7 @@ class Training(Sequence):
         self.cfg, self.length, self.seed = cfg, length, seed
         self.styles = tuple(s for s in STYLES if s != cfg.held_out)
         self.named = named(cfg)
-        self.all, self.words = archive()[0], one_word()
+        self.all = archive()[0]
 
     def __len__(self) -> int:
         return self.length
@@ -127,7 +120,7 @@ class Training(Sequence):
         rng = np.random.default_rng((self.seed, n))
         shares = np.array([self.cfg.naming, self.cfg.same, self.cfg.which])
         ask = (self._naming, self._same, self._which)[rng.choice(3, p=shares / shares.sum())]
-        return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng, n)))
+        return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng)))
 
     def _two(self, rng: np.random.Generator) -> tuple[Concept, Concept]:
         pool = self.all if rng.random() < self.cfg.others else self.named
@@ -150,16 +143,14 @@ class Training(Sequence):
             picture = _mix(picture, pixels(other, concept.code), rng)
         return augmentation.augment(picture, height, width, self.cfg.augment, rng)
 
-    def _naming(self, rng: np.random.Generator, n: int) -> list[Image | Text]:
-        wide = rng.random() < self.cfg.wider * (1 - n / max(self.cfg.narrow, 1))
-        pool = self.words if wide else self.named
-        concept = pool[rng.integers(len(pool))]
+    def _naming(self, rng: np.random.Generator) -> list[Image | Text]:
+        concept = self.named[rng.integers(len(self.named))]
         spans = [self._image(concept, rng), Text(NAMING), Text(concept.name, "assistant", True)]
         if rng.random() < self.cfg.kind:
             spans += [Text(KIND), Text(concept.group, "assistant", True)]
         return spans
 
-    def _same(self, rng: np.random.Generator, n: int) -> list[Image | Text]:
+    def _same(self, rng: np.random.Generator) -> list[Image | Text]:
         first, second = self._two(rng)
         same = rng.random() < 0.5
         # The same thing in the other style, so that comparing pixels does not answer.
@@ -167,7 +158,7 @@ class Training(Sequence):
         pictures = [self._image(first, rng, styles[0]), self._image(first if same else second, rng, styles[1])]
         return [*pictures, Text(SAME), Text("yes" if same else "no", "assistant", True)]
 
-    def _which(self, rng: np.random.Generator, n: int) -> list[Image | Text]:
+    def _which(self, rng: np.random.Generator) -> list[Image | Text]:
         first, second = self._two(rng)
         answer = int(rng.integers(2))
         name = (first, second)[answer].name

@@ -23,7 +23,8 @@ def test_initial_values_do_not_depend_on_the_mesh_or_on_other_parameters():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = specs.shardings(SPEC, mesh, Rules())
     made = jax.jit(lambda k: specs.init(SPEC, k), out_shardings=placed)(jax.random.key(1))
-    np.testing.assert_array_equal(made["table"], alone["table"])
+    # The random bits are equal; the inverse error function is rounded as XLA fuses it.
+    np.testing.assert_allclose(made["table"], alone["table"], rtol=1e-5, atol=1e-7)
     assert made["table"].sharding.spec == P("tensor", "fsdp")
     assert made["block"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
     assert made["block"]["kernel"].shape == (3, 8, 6)

@@ -6,7 +6,7 @@ import pytest
 from mmjax.data import drawings
 from mmjax.data.augment import Config, augment
 
-STILL = Config(*[0.0] * 10)  # every amount
+STILL = Config(*[0.0] * len(dataclasses.fields(Config)))  # every amount
 YELLOW, WHITE = (255, 200, 0), (255, 255, 255)
 
 
@@ -95,7 +95,7 @@ def test_stretch_trades_height_for_width():
 
 def test_white_paper_stays_white_whatever_the_colours_do():
     """Without a change of light, paper and what lies outside the picture are white."""
-    cfg = dataclasses.replace(Config(), light=0.0)
+    cfg = dataclasses.replace(Config(), light=0.0, erase=0.0)
     picture = np.full((32, 32, 3), 255, np.uint8)
     picture[14:18, 14:18] = YELLOW
     for seed in range(50):
@@ -106,7 +106,7 @@ def test_white_paper_stays_white_whatever_the_colours_do():
 
 def test_light_moves_all_of_the_paper_alike(rng):
     for _ in range(20):
-        got = augment(np.full((12, 12, 3), 255, np.uint8), 16, 16, Config(), rng)
+        got = augment(np.full((12, 12, 3), 255, np.uint8), 16, 16, dataclasses.replace(Config(), erase=0.0), rng)
         assert np.ptp(got) <= 1
 
 
@@ -138,3 +138,14 @@ def test_the_dataset_is_really_varied(rng):
     shown = np.stack([augment(picture, 32, 32, Config(), rng) for _ in range(10)]).astype(float)
     assert shown.std(0).mean() > 10
     assert shown.std((1, 2)).max(1).min() > 5
+
+
+def test_erasing_hides_one_rectangle_of_one_colour(rng):
+    picture = noise(40, 30)
+    for _ in range(20):
+        hidden = (augment(picture, 40, 30, dataclasses.replace(STILL, erase=1.0), rng) != picture).any(-1)
+        rows, columns = np.flatnonzero(hidden.any(1)), np.flatnonzero(hidden.any(0))
+        tall, wide = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert 0.2 * 40 - 1 <= tall <= 20
+        assert 0.2 * 30 - 1 <= wide <= 15
+        assert hidden.sum() > 0.95 * tall * wide  # noise has the colour itself now and then

@@ -10,7 +10,7 @@ from mmjax.sequence.document import Image, Text
 from mmjax.tokenizers import image as images
 
 DOCUMENTS = 300
-STILL = augment.Config(*[0.0] * 10)  # every amount
+STILL = augment.Config(*[0.0] * len(dataclasses.fields(augment.Config)))  # every amount
 
 
 @pytest.fixture(scope="module")
