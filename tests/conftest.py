@@ -12,6 +12,9 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
+# Collectives of simulated devices block a thread each; with as few threads as cores they wait for each other for ever.
+os.environ.setdefault("NPROC", "32")
+
 # Before anything imports mmjax: its functions then check their jaxtyping signatures with beartype on every call.
 from jaxtyping import install_import_hook
 

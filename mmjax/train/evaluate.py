@@ -32,7 +32,6 @@ def greedy(
       answer: tokens per answer.
     """
     media = vlm.media_tokens(params, batch, cfg)
-    row = jnp.arange(start.shape[0])[:, None]
     safe = jnp.maximum(start, 0)
 
     def write(i: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -40,7 +39,8 @@ def greedy(
         at = jax.vmap(lambda h, s: h[s])(hidden, safe + i)
         likeliest = jnp.argmax(decoder.logits(params["decoder"], at, cfg.decoder), -1)
         place = jnp.where(start >= 0, start + i + 1, tokens.shape[1])  # past the end: dropped
-        return tokens.at[row, place].set(likeliest.astype(tokens.dtype), mode="drop")
+        put = jax.vmap(lambda t, p, new: t.at[p].set(new, mode="drop"))  # row by row: local on any mesh
+        return put(tokens, place, likeliest.astype(tokens.dtype))
 
     tokens = jax.lax.fori_loop(0, answer, write, batch.tokens)
     places = safe[:, :, None] + 1 + jnp.arange(answer)[None, None]
