@@ -21,7 +21,7 @@ VOCAB = 1024
 
 
 def model() -> vlm.Config:
-    """0.9 million parameters: 4 blocks that see, 2 that speak."""
+    """0.67 million parameters: 4 blocks that see, 2 that speak."""
     vision = transformer.Config(
         width=96,
         layers=4,
@@ -58,8 +58,8 @@ def config() -> Config:
         model=model(),
         data=drawings.Config(),
         out=Path("runs/quickstart"),
-        steps=1000,
-        resolution=Native(patch=PATCH, min_pixels=PATCH * PATCH, max_pixels=48 * 48),
-        packing=Packing(rows=24, tokens=128, buckets=2, see="bidirectional_images"),
-        optimizer=Optimizer(learning_rate=2e-3),
+        steps=2000,
+        resolution=Native(patch=PATCH, min_pixels=32 * 32, max_pixels=48 * 48),
+        packing=Packing(rows=12, tokens=128, buckets=2, see="bidirectional_images"),
+        optimizer=Optimizer(learning_rate=2.5e-3),
     )

@@ -11,17 +11,17 @@ from PIL import Image
 class Config:
     """How far a training picture may stray; every amount is drawn evenly from ± the value."""
 
-    rotate: float = 20.0  # degrees
-    scale: float = 0.25  # log2 of the zoom
+    rotate: float = 10.0  # degrees
+    scale: float = 0.15  # log2 of the zoom
     stretch: float = 0.15  # log2 of the change of aspect
-    shift: float = 0.08  # of the side
+    shift: float = 0.05  # of the side
     flip: float = 0.5  # probability of a mirror image
-    hue: float = 0.5  # turns of the colour wheel
-    colour: float = 0.6  # saturation may fall to 1 − 2 × this (below 0: complementary) or rise to 1 + this
-    light: float = 0.3  # contrast and brightness
-    grey: float = 0.2  # probability of no colour at all
-    blur: float = 0.3  # probability of half resolution
-    erase: float = 0.5  # probability that a rectangle of one colour hides a part (Zhong et al. 2020)
+    hue: float = 0.03  # turns of the colour wheel
+    colour: float = 0.2  # saturation may fall to 1 − 2 × this (below 0: complementary) or rise to 1 + this
+    light: float = 0.15  # contrast and brightness
+    grey: float = 0.05  # probability of no colour at all
+    blur: float = 0.15  # probability of half resolution
+    erase: float = 0.25  # probability that a rectangle of one colour hides a part (Zhong et al. 2020)
 
 
 def augment(

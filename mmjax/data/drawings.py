@@ -34,10 +34,10 @@ class Config:
     concepts: int = 62
     seed: int = 0
     held_out: str = "noto"
-    naming: float = 0.6  # shares of the questions; they need not add up to one
-    same: float = 0.2
-    which: float = 0.2
-    kind: float = 0.5  # probability that a naming document goes on to ask for the kind
+    naming: float = 0.9  # shares of the questions; they need not add up to one
+    same: float = 0.05
+    which: float = 0.05
+    kind: float = 0.2  # probability that a naming document goes on to ask for the kind
     others: float = 0.5
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
     shortest: int = 32  # a training picture's longer side is drawn from here …

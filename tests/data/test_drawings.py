@@ -152,10 +152,10 @@ def test_all_questions_occur_and_their_answers_are_right(training):
         assert roles == ["user"] * (len(of) + 1) + ["assistant", "user", "assistant"][: len(text) - 1]
         if len(of) == 2:
             answers[text[1]] = answers.get(text[1], 0) + 1
-    assert all(count > DOCUMENTS / 10 for count in counts.values())
+    assert all(count > DOCUMENTS / 40 for count in counts.values())
     assert counts["naming"] > DOCUMENTS / 2
     assert set(answers) == {"yes", "no", "first", "second"}
-    assert min(answers.values()) > 15
+    assert min(answers.values()) > 3
 
 
 def test_questions_with_a_share_of_zero_are_not_asked():

@@ -43,8 +43,8 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
 
 def test_killed_stopped_and_resumed_is_bit_identical(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    undisturbed = start(whole)
-    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    with start(whole) as undisturbed:
+        assert undisturbed.wait() == 0, undisturbed.stderr.read()
 
     for step, how, status in (
         (7, signal.SIGKILL, -9),
@@ -52,13 +52,13 @@ def test_killed_stopped_and_resumed_is_bit_identical(tmp_path):
         (28, signal.SIGKILL, -9),
         (42, signal.SIGINT, 130),
     ):
-        process = start(broken)
-        wait_for_step(process, broken, step)
-        time.sleep(0.05)  # into the steps after the checkpoint
-        process.send_signal(how)
-        assert process.wait(60) == status, process.stderr.read()
-    process = start(broken)
-    assert process.wait() == 0, process.stderr.read()
+        with start(broken) as process:
+            wait_for_step(process, broken, step)
+            time.sleep(0.05)  # into the steps after the checkpoint
+            process.send_signal(how)
+            assert process.wait(60) == status, process.stderr.read()
+    with start(broken) as process:
+        assert process.wait() == 0, process.stderr.read()
 
     assert report.losses(broken) == report.losses(whole)
     a, b = (json.loads((out / "result.json").read_text()) for out in (whole, broken))

@@ -63,7 +63,8 @@ def oracle(params, x, cfg, order, lo, hi, position):
 def test_equals_the_formula_written_straight_down(rng):
     x, see = inputs(rng)
     p = randomised(transformer.spec(CFG))
-    ours = jax.jit(lambda p, x: transformer.apply(p, x, CFG, **see))(p, x)
+    # Descriptors as arguments, as a batch has them: jaxlib 0.7.2 computes wrongly with them as constants.
+    ours = jax.jit(lambda p, x, see: transformer.apply(p, x, CFG, **see))(p, x, see)
     np.testing.assert_allclose(ours, oracle(p, x, CFG, **see), rtol=1e-5, atol=2e-5)
 
 
@@ -73,7 +74,8 @@ def test_how_it_runs_does_not_change_what_it_computes(rng, change):
     p = randomised(transformer.spec(CFG))
 
     def run(cfg):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.square(transformer.apply(p, x, cfg, **see)).mean()))(p)
+        loss = lambda p, x, see: jnp.square(transformer.apply(p, x, cfg, **see)).mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(p, x, see)
 
     (one, grad), (other, other_grad) = run(CFG), run(dataclasses.replace(CFG, **change))
     np.testing.assert_allclose(one, other, rtol=1e-6)
