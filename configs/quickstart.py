@@ -12,7 +12,7 @@ from mmjax.connectors import mlp as connector
 from mmjax.data import drawings
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
-from mmjax.nn import patch_embed, transformer
+from mmjax.nn import patch_embed, rope, transformer
 from mmjax.tokenizers.resolution import Native
 from mmjax.train.config import Config, Optimizer, Packing
 
@@ -31,9 +31,7 @@ def model() -> vlm.Config:
         hidden=288,
         activation="gelu_tanh",
         gated=False,
-        rope_sections=(6, 6),
-        rope_theta=100.0,
-        rope_frequencies="repeated",
+        rope=rope.Config(24, (6, 6), 100.0, "repeated"),
         unroll=4,
     )
     language = transformer.Config(
@@ -43,7 +41,7 @@ def model() -> vlm.Config:
         kv_heads=2,
         head=24,
         hidden=192,
-        rope_sections=(4, 4, 4),
+        rope=rope.Config(24, (4, 4, 4)),
         unroll=2,
     )
     return vlm.Config(

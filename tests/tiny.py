@@ -12,7 +12,7 @@ from mmjax.core.spec import ParamSpec
 from mmjax.data import drawings
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
-from mmjax.nn import patch_embed, transformer
+from mmjax.nn import patch_embed, rope, transformer
 from mmjax.tokenizers.resolution import Native
 from mmjax.train.config import Config, Optimizer, Packing
 
@@ -29,12 +29,10 @@ def tiny_model(vocab: int, patch: int = 4, width: int = 16) -> vlm.Config:
         gated=False,
         bias=True,
         norm_kind="layer",
-        rope_sections=(2, 2),
-        rope_theta=100.0,
-        rope_frequencies="repeated",
+        rope=rope.Config(8, (2, 2), 100.0, "repeated"),
     )
     language = transformer.Config(
-        width=width, layers=2, heads=4, kv_heads=2, head=8, hidden=24, rope_sections=(2, 1, 1)
+        width=width, layers=2, heads=4, kv_heads=2, head=8, hidden=24, rope=rope.Config(8, (2, 1, 1))
     )
     return vlm.Config(
         vision=vit.Config(patch_embed.Config(patch, width), vision),

@@ -67,7 +67,12 @@ def from_command_line(program: str, arguments: Sequence[str], description: str) 
         raise InputError(f"The first argument must be a config, not {arguments[0]!r}; for example: {names()[0]}.")
     default = load(arguments[0])
     return tyro.cli(
-        type(default), default=default, args=list(arguments[1:]), prog=f"python -m {program} {arguments[0]}"
+        type(default),
+        default=default,
+        args=list(arguments[1:]),
+        prog=f"python -m {program} {arguments[0]}",
+        # A field that may be one of several dataclasses keeps the config's own kind, and its fields are flags.
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 

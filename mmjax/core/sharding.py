@@ -1,6 +1,6 @@
-"""Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and four helpers.
+"""Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and the helpers.
 
-Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `dense`, `take` and `take_rows` read the
+Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `dense`, `take`, `take_rows` and `local` read the
 mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto axes (the
 compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
 `shard_map` (arrays are already local).
@@ -8,8 +8,9 @@ compiler propagates shardings), with Explicit axes (shardings are part of the ty
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,3 +183,69 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     # "fill" would wrap -1 around first, as Python does: send every negative index past the end instead.
     outside = jnp.where(index < 0, x.shape[1], index)
     return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, outside)
+
+
+def local(f: Callable, args: Any, in_axes: Any, out_axes: Any) -> Any:
+    """f(*args) on each device's part of the arrays, where there is a mesh; there is no communication unless f makes it.
+
+    For what a compiler cannot split by itself: loops whose bounds are data, and hand-written kernels.
+
+    Args:
+      f: a function of local arrays. A dimension that is split in one argument must be split alike in all.
+      args: a tuple of trees of arrays.
+      in_axes: the same trees with `Axes` in the place of arrays, None where there is None.
+      out_axes: the same of the results; a dimension may be named only where its size divides evenly.
+    """
+    if _mode() is None:
+        return f(*args)
+
+    def spec(axes: Axes) -> P:
+        return partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape))
+
+    specs = jax.tree.map(spec, (in_axes, out_axes), is_leaf=_is_axes)
+    args = jax.tree.map(lambda a, axes: constrain(a, axes), args, in_axes)
+    return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1])(*args)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+
+
+def parts(logical: str) -> int:
+    """Over how many devices the mesh in force splits a logical axis; 1 where nothing may be said."""
+    if _mode() is None:
+        return 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape[a] for a in _rules.get().mesh_axes(logical) if a in mesh.shape]))
+
+
+def _varies(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes along which devices hold different values of x."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return frozenset(kind.manual_axis_type.varying)
+    return frozenset(kind.vma)  # before jax 0.9 or so
+
+
+def vary(tree: Any, like: Any = None) -> Any:
+    """All arrays of a tree typed as varying over the same manual axes: those of any array in it, or in `like` as well.
+
+    Inside `shard_map`, types say over which axes devices differ, and a loop's carry must not change its type.
+    """
+    axes = frozenset().union(*map(_varies, jax.tree.leaves((tree, like))))
+    if not axes:
+        return tree
+
+    def one(x: jax.Array) -> jax.Array:
+        more = tuple(axes - _varies(x))
+        if not more:
+            return x
+        return jax.lax.pcast(x, more, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, more)
+
+    return jax.tree.map(one, tree)
+
+
+def unvary(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
+    """The cotangent of an array that devices share: summed over the axes along which only the cotangent varies."""
+    axes = tuple(_varies(cotangent) - _varies(primal))
+    return jax.lax.psum(cotangent, axes) if axes else cotangent

@@ -7,16 +7,42 @@
     query 6             x x x             lo 4 hi 6
     query -                               lo 0 hi -1: sees nothing, gives zeros
 
-A label of -1 is never seen, because lo >= 0 wherever lo <= hi. Mask memory is O(L): no [L, S] array outlives a block.
+A label of -1 is never seen, because lo >= 0 wherever lo <= hi. Mask memory is O(L): no [L, S] array exists, forwards or
+backwards, and tiles of scores that no interval reaches are not computed (nn.kernels.xla). On a mesh every device works
+on its own rows and heads, without communication.
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 512  # keys per block: a row up to this long is one block, and then there is no loop at all
+from mmjax.core import sharding
+from mmjax.core.errors import InputError
+from mmjax.nn.kernels import xla
+from mmjax.nn.kernels.xla import Inputs, Static
+
+
+@flax.struct.dataclass
+class Bias:
+    """A bias added to the scores, computed tile by tile, so that no [L, S] array exists (T5's, ALiBi, 2-D tables).
+
+    function: (params, query, key) -> f32[B, heads, queries, keys], or 1 in the place of heads. Pure; it gets blocks of
+      `query` and `key` (zeros past the end of a row), and of params the heads that its device has.
+    params: arrays with a leading axis of H heads, which get gradients; or None.
+    query: arrays [B, L, ...] that the function reads for each query, its position say; no gradients.
+    key: arrays [B, S, ...], for each key.
+    """
+
+    function: Callable = flax.struct.field(pytree_node=False)
+    params: Any = None
+    query: Any = None
+    key: Any = None
 
 
 def attend(
@@ -26,67 +52,168 @@ def attend(
     order: Int[Array, "b s"],
     lo: Int[Array, "b l"],
     hi: Int[Array, "b l"],
+    *,
+    key_bias: Float[Array, "b s"] | None = None,
+    bias: Bias | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, "h"] | None = None,
+    scale: float | None = None,
 ) -> tuple[Float[Array, "b l h ev"], Float[Array, "b l h"]]:
-    """softmax(q kᵀ / sqrt(E)) v over the keys each query sees (Dao et al. 2022, algorithm 1, for the running maximum).
+    """softmax(softcap(q kᵀ · scale) + bias + key_bias) v over the keys each query sees.
 
-    Query head h reads key head h // (H / K) (grouped queries). Scores and sums are float32.
+    Query head h reads key head h // (H / K) (grouped queries). Scores and sums are float32; products of bfloat16 inputs
+    take bfloat16 and sum float32. Differentiable in q, k, v, key_bias, bias.params and sinks, through both results.
 
     Args:
       q: [B, L, H, E].
       k, v: [B, S, K, E] and [B, S, K, Ev]; K divides H.
       order: i32[B, S], the keys' labels, -1 in empty slots.
       lo, hi: i32[B, L], inclusive; lo > hi sees nothing.
+      key_bias: [B, S], added to every score of a key (the log of how many tokens it stands for: Bolya et al. 2023,
+        ToMe, section 3); -inf hides it.
+      bias: a bias of query and key.
+      softcap: scores become softcap · tanh(score / softcap) before biases (Gemma 2).
+      sinks: [H], the score of one more key whose value is zero (gpt-oss).
+      scale: 1 / sqrt(E) where left out.
 
     Returns:
-      out [B, L, H, Ev] in v's dtype, and the log-sum-exp of the scores f32[B, L, H]. A query that sees nothing gets
-      zeros, -inf and no gradient.
+      out [B, L, H, Ev] in v's dtype, and the log-sum-exp of the scores f32[B, L, H], the sink's included. A query that
+      sees nothing gets zeros, -inf (or the sink's score) and no gradient.
+
+    Raises:
+      InputError: K does not divide H.
     """
-    b, length, heads, size = q.shape
-    keys = k.shape[2]
-    # Heads before positions: the CPU's batched products are twice as fast with rows of keys next to each other.
-    q = (q * size**-0.5).reshape(b, length, keys, heads // keys, size).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    if k.shape[2] <= BLOCK:
-        total, out, top = _block(q, k, v, order, lo, hi)
-    else:
-        total, out, top = _blocks(q, k, v, order, lo, hi)
+    static, inputs, axes = _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale)
+    out, lse = _attend(static, axes, inputs)
+    return _heads_last(out, q.shape[2]), _heads_last(lse, q.shape[2])
+
+
+def received(
+    q: Float[Array, "b l h e"],
+    k: Float[Array, "b s k e"],
+    order: Int[Array, "b s"],
+    lo: Int[Array, "b l"],
+    hi: Int[Array, "b l"],
+    lse: Float[Array, "b l h"],
+    weight: Float[Array, "b l"],
+    *,
+    key_bias: Float[Array, "b s"] | None = None,
+    bias: Bias | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Float[Array, "b s h"]:
+    """How much attention every key got: the sum over queries of weight · softmax, f32[B, S, H].
+
+    What pruning scores are made of (FastV: the last token's attention; SparseVLM: that of chosen text tokens), without a
+    dense matrix. No gradients: it ranks tokens.
+
+    Args:
+      q, k, order, lo, hi, key_bias, bias, softcap, scale: as given to `attend`.
+      lse: what `attend` returned for them.
+      weight: [B, L], how much each query counts, 0 for those that do not.
+    """
+    # The values are not looked at: keys stand in for their shape.
+    static, inputs, axes = _prepare(q, k, k, order, lo, hi, key_bias, bias, softcap, None, scale)
+    kv = inputs.k.shape[1]
+    lse = lse.reshape(*lse.shape[:2], kv, -1).transpose(0, 2, 3, 1)
+    rows, heads = axes
+    mass = sharding.local(
+        functools.partial(xla.received, static),
+        jax.lax.stop_gradient((inputs, lse, weight.astype(jnp.float32))),
+        (_axes(inputs, axes), (rows, heads, None, None), (rows, None)),
+        (rows, heads, None, None),
+    )
+    return _heads_last(mass, q.shape[2])
+
+
+def merge(
+    out: Float[Array, "b l h e"],
+    lse: Float[Array, "b l h"],
+    other_out: Float[Array, "b l h e"],
+    other_lse: Float[Array, "b l h"],
+) -> tuple[Float[Array, "b l h e"], Float[Array, "b l h"]]:
+    """Attention over the union of two disjoint sets of keys, from the results over each.
+
+    The weights of both are exp(lse), so the union's softmax is their average by that (Dao et al. 2022, section 3.1).
+    """
+    some, more = jnp.isfinite(lse), jnp.isfinite(other_lse)
+    a, b = jnp.where(some, lse, -1e30), jnp.where(more, other_lse, -1e30)
+    top = jax.lax.stop_gradient(jnp.maximum(a, b))
+    a, b = jnp.where(some, jnp.exp(a - top), 0.0), jnp.where(more, jnp.exp(b - top), 0.0)
+    total = a + b
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    out = (out / safe[..., None]).astype(v.dtype)
-    lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)
-    out = out.transpose(0, 3, 1, 2, 4).reshape(b, length, heads, -1)
-    return out, lse.transpose(0, 3, 1, 2).reshape(b, length, heads)
+    mixed = (a / safe)[..., None] * out.astype(jnp.float32) + (b / safe)[..., None] * other_out.astype(jnp.float32)
+    return mixed.astype(out.dtype), jnp.where(seen, top + jnp.log(safe), -jnp.inf)
 
 
-def _block(q, k, v, order, lo, hi):
-    """Sum of weights, weighted values (both relative to exp(top)) and the maximum score, over one block of keys."""
-    score = jnp.einsum("bkgle,bkse->bkgls", q, k, preferred_element_type=jnp.float32)
-    visible = (lo[:, :, None] <= order[:, None, :]) & (order[:, None, :] <= hi[:, :, None])
-    visible = visible[:, None, None]
-    # A finite floor: a row that sees nothing must give exp(...) = 0 below and no NaN in its gradient.
-    top = jax.lax.stop_gradient(jnp.max(score, axis=-1, initial=-1e30, where=visible))
-    weight = jnp.where(visible, jnp.exp(jnp.where(visible, score - top[..., None], 0.0)), 0.0)
-    out = jnp.einsum("bkgls,bkse->bkgle", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return weight.sum(-1), out, top
+def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> tuple[Static, Inputs, tuple]:
+    """Heads first, and which logical axes the rows and key heads are split along."""
+    b, length, heads, size = q.shape
+    kv = k.shape[2]
+    if heads % kv:
+        raise InputError(f"{heads} query heads cannot share {kv} key heads evenly; the second must divide the first.")
+    split = sharding.parts("heads")
+    if kv % split and heads % split == 0:
+        # Each device needs whole key heads of its own: repeat them as often as that takes.
+        times = split // math.gcd(kv, split)
+        if heads // kv % times == 0:
+            k, v = jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
+            kv *= times
+    axes = ("batch" if b % sharding.parts("batch") == 0 else None, "heads" if kv % split == 0 else None)
+    static = Static(size**-0.5 if scale is None else float(scale), softcap, None if bias is None else bias.function)
+    q = q.reshape(b, length, kv, heads // kv, size).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    sinks = None if sinks is None else sinks.reshape(kv, heads // kv)
+    of_bias = (None, None, None) if bias is None else (bias.params, bias.query, bias.key)
+    inputs = Inputs(q, k, v, order, lo, hi, key_bias, sinks, *of_bias)
+    # Out here, where it has a gradient: cotangents must lie as the inputs do.
+    return static, jax.tree.map(sharding.constrain, inputs, _axes(inputs, axes)), axes
 
 
-def _blocks(q, k, v, order, lo, hi):
-    """The same over many blocks, one alive at a time, forwards and backwards."""
-    count = -(-k.shape[2] // BLOCK)
-    pad = count * BLOCK - k.shape[2]
+def _axes(x: Inputs, axes: tuple) -> Inputs:
+    """The logical axes of every input."""
+    rows, heads = axes
 
-    def cut(x, axis, fill):
-        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, BLOCK, *x.shape[axis + 1 :]), axis, 0)
+    def first(axis: str | None, tree: Any) -> Any:
+        return jax.tree.map(lambda a: (axis,) + (None,) * (a.ndim - 1), tree)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(carry, block):
-        total, out, top = carry
-        more, more_out, more_top = _block(q, *block, lo, hi)
-        new = jnp.maximum(top, more_top)
-        a, c = jnp.exp(top - new), jnp.exp(more_top - new)
-        return (a * total + c * more, a[..., None] * out + c[..., None] * more_out, new), None
+    by_row = jax.tree.map(lambda a: (rows,) + (None,) * (a.ndim - 1), x)
+    return by_row.replace(
+        q=(rows, heads, None, None, None),
+        k=(rows, heads, None, None),
+        v=(rows, heads, None, None),
+        sinks=first(heads, x.sinks),
+        bias_params=first(heads, x.bias_params),
+    )
 
-    shape = q.shape[:-1]
-    start = (jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])), jnp.full(shape, -1e30))
-    return jax.lax.scan(step, start, (cut(k, 2, 0), cut(v, 2, 0), cut(order, 1, -1)))[0]
+
+def _heads_last(x: jax.Array, heads: int) -> jax.Array:
+    """[B, K, G, L, ...] -> [B, L, H, ...]."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], heads, *x.shape[4:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(static: Static, axes: tuple, x: Inputs) -> tuple[jax.Array, jax.Array]:
+    rows, heads = axes
+    out = ((rows, heads, None, None, None), (rows, heads, None, None))
+    return sharding.local(functools.partial(xla.forward, static), (x,), (_axes(x, axes),), out)
+
+
+def _forward(static: Static, axes: tuple, x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    out, lse = _attend(static, axes, x)
+    return (out, lse), (x, out, lse)
+
+
+def _backward(static: Static, axes: tuple, saved: tuple, cotangents: tuple) -> tuple[Inputs]:
+    x = saved[0]
+    rows, heads = axes
+    of_x, out, lse = _axes(x, axes), (rows, heads, None, None, None), (rows, heads, None, None)
+    given = of_x.replace(order=None, lo=None, hi=None, bias_query=None, bias_key=None)
+    args = (*saved, *cotangents)
+    found = sharding.local(functools.partial(xla.backward, static), args, (of_x, out, lse, out, lse), given)
+    return (found,)
+
+
+_attend.defvjp(_forward, _backward)

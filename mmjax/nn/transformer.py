@@ -7,8 +7,10 @@ import jax
 from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
+from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
-from mmjax.nn import mlp, norm, rope
+from mmjax.nn import mlp, norm
+from mmjax.nn import rope as rotary
 from mmjax.nn.attention import attend
 
 REMAT = {
@@ -22,7 +24,7 @@ REMAT = {
 class Config:
     """Sizes and variants of every block.
 
-    rope_sections: rotated pairs per position axis (see nn.rope); empty for no rotary embedding.
+    rope: the rotary embedding of queries and keys, if any.
     remat: what the backward pass recomputes: nothing, all but matrix products, everything.
     unroll: scanned layers per loop turn (CPU gains about a tenth from unrolling all, compile time grows with it).
     """
@@ -39,11 +41,13 @@ class Config:
     norm_kind: Literal["layer", "rms"] = "rms"
     epsilon: float = 1e-6
     qk_norm: bool = False
-    rope_sections: tuple[int, ...] = ()
-    rope_theta: float = 10_000.0
-    rope_frequencies: Literal["shared", "repeated"] = "shared"
+    rope: rotary.Config | None = None
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1
+
+    def __post_init__(self):
+        if self.rope is not None and self.rope.head != self.head:
+            raise InputError(f"The rotary embedding is for heads of {self.rope.head} values, but these have {self.head}.")
 
     @property
     def norm_config(self) -> norm.Config:
@@ -56,12 +60,6 @@ class Config:
     @property
     def mlp(self) -> mlp.Config:
         return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias)
-
-    @property
-    def rope(self) -> rope.Config | None:
-        if not self.rope_sections:
-            return None
-        return rope.Config(self.head, self.rope_sections, self.rope_theta, self.rope_frequencies)
 
 
 def spec(cfg: Config) -> Spec:
@@ -100,6 +98,7 @@ def apply(
     lo: Int[Array, "b l"],
     hi: Int[Array, "b l"],
     position: Num[Array, "b l axes"] | None = None,
+    length: Num[Array, "b l"] | None = None,
 ) -> Float[Array, "b l d"]:
     """All blocks in turn (no final norm).
 
@@ -107,9 +106,10 @@ def apply(
       params: as `spec(cfg)`.
       x: [B, L, D].
       order, lo, hi: who sees whom (see nn.attention).
-      position: [B, L, axes], needed where cfg has rotary sections.
+      position: [B, L, axes], needed where cfg has a rotary embedding.
+      length: [B, L], needed where its scaling depends on the document's length (see nn.rope).
     """
-    turn = None if cfg.rope is None else rope.angles(position, cfg.rope)
+    turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
 
     def block(x: jax.Array, layer: dict) -> tuple[jax.Array, None]:
         h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
@@ -134,7 +134,7 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
         q = norm.apply(params["q_norm"], q, cfg.head_norm)
         k = norm.apply(params["k_norm"], k, cfg.head_norm)
     if turn is not None:
-        q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
+        q, k = (rotary.rotate(x, *turn, cfg.rope.pairs) for x in (q, k))
     out, _ = attend(q, k, v, order, lo, hi)
     y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
     return y + params["out"]["bias"][None, None] if cfg.bias else y

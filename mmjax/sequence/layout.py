@@ -35,8 +35,9 @@ class Piece:
     modality: int
     length: int
     ids: tuple[int, ...] = ()  # of text
-    grid: Grid | None = None  # of a picture
+    grid: Grid | None = None  # of a picture or video, in patches
     train: bool = False  # whether these tokens are learnt
+    interval: float = 1.0  # numbers of the time position per frame
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def test_fields_are_set_by_dotted_names():
     flat = config.flatten(cfg)
     assert flat["model.vision.blocks.layers"] == 7
     assert flat["out"] == "x/y"
-    assert flat["model.vision.blocks.rope_sections"] == [6, 6]
+    assert flat["model.vision.blocks.rope.sections"] == [6, 6]
 
 
 def test_unknown_configs_name_the_nearest():

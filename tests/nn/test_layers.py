@@ -84,9 +84,9 @@ def test_rotary_equals_complex_rotation(rng):
 
 
 def test_repeated_frequencies_start_anew_for_every_axis():
-    frequency, axis = rope.tables(rope.Config(8, (2, 2), 100.0, "repeated"))
-    np.testing.assert_allclose(frequency, [1, 0.1, 1, 0.1], rtol=1e-6)
-    np.testing.assert_array_equal(axis, [0, 0, 1, 1])
+    cfg = rope.Config(8, (2, 2), 100.0, "repeated")
+    np.testing.assert_allclose(rope.frequencies(cfg), [1, 0.1, 1, 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(rope.axes(cfg), [0, 0, 1, 1])
 
 
 def test_equal_axes_are_plain_rope(rng):
@@ -98,5 +98,5 @@ def test_equal_axes_are_plain_rope(rng):
 
 
 def test_sections_that_do_not_add_up_are_refused():
-    with pytest.raises(InputError, match=r"\(4, 4\) rotate 16 values of a head that has 24; .* 12"):
-        rope.Config(24, (4, 4))
+    with pytest.raises(InputError, match=r"\(8, 8\) rotate 32 values of a head that has 24; .* 12"):
+        rope.Config(24, (8, 8))

@@ -7,11 +7,11 @@ import pytest
 from tiny import randomised
 
 from mmjax.core import spec as specs
-from mmjax.nn import transformer
+from mmjax.nn import rope, transformer
 from mmjax.sequence import intervals
 
 CFG = transformer.Config(
-    width=16, layers=3, heads=4, kv_heads=2, head=8, hidden=20, rope_sections=(2, 1, 1), qk_norm=True, bias=True
+    width=16, layers=3, heads=4, kv_heads=2, head=8, hidden=20, rope=rope.Config(8, (2, 1, 1)), qk_norm=True, bias=True
 )
 
 
@@ -31,7 +31,7 @@ def oracle(params, x, cfg, order, lo, hi, position):
     """The same blocks written straight down in float64: one loop, dense mask, complex rotation."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x, order, lo, hi, position = np.float64(x), *map(np.asarray, (order, lo, hi, position))
-    frequency = cfg.rope_theta ** -(np.arange(4) / 4)
+    frequency = cfg.rope.theta ** -(np.arange(4) / 4)
     turn = np.exp(1j * position[..., [0, 0, 1, 2]] * frequency)[:, :, None]
 
     def rms(v, scale):

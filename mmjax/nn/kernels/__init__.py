@@ -1,0 +1,1 @@
+"""How attention by intervals is computed on a device; nn.attention is the contract."""
