@@ -1,4 +1,4 @@
-"""The quick-start's train step compiles for TPUs with the real TPU compiler, on a machine that has none."""
+"""Programs compile for TPUs with the real TPU compiler, on a machine that has none."""
 
 import json
 import os
@@ -50,6 +50,13 @@ for bucket in source.plan.buckets:
     ],
 )
 def test_the_quick_start_compiles_for_v5e(topology, extra, shape, mode):
+    rows = compiled(COMPILE, topology, json.dumps(extra), json.dumps(shape), mode)
+    for row in rows:
+        assert row["bytes"] < 16 * 2**30, row  # one v5e chip's memory
+
+
+def compiled(program: str, *arguments: str) -> list[dict]:
+    """The JSON lines that a program prints, run where the TPU compiler can be loaded."""
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -58,11 +65,43 @@ def test_the_quick_start_compiles_for_v5e(topology, extra, shape, mode):
         "JAX_OPTIMIZATION_LEVEL": "O1",
         "XLA_FLAGS": "",
     }
-    arguments = [sys.executable, "-c", COMPILE, topology, json.dumps(extra), json.dumps(shape), mode]
-    done = subprocess.run(arguments, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows
-    for row in rows:
-        assert row["bytes"] < 16 * 2**30, row  # one v5e chip's memory
     print(rows)
+    return rows
+
+
+ATTENTION = """
+import json, re, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from mmjax.nn.attention import attend
+
+length = int(sys.argv[1])
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1]).devices
+here = NamedSharding(Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec())
+of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+q, k = (of((1, length, heads, 128), jnp.bfloat16) for heads in (8, 2))
+label = of((1, length), jnp.int32)
+loss = lambda q, k, v, *see: attend(q, k, v, *see)[0].astype(jnp.float32).sum()
+program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, k, k, label, label, label).compile()
+sizes = [[int(n) for n in s.split(",")] for s in re.findall(r"[a-z]+[0-9]+\\[([0-9,]+)\\]", program.as_text())]
+square = any(sum(n >= length for n in s) > 1 for s in sizes)
+memory = program.memory_analysis()
+print(json.dumps({"length": length, "temporaries": memory.temp_size_in_bytes, "square": square, "shapes": len(sizes)}))
+"""
+
+
+def test_attention_compiles_for_v5e_in_linear_memory():
+    """Forwards and backwards, 8 heads of 128 on 2 key heads, bfloat16: no array has two axes as long as the row."""
+    short, long = (compiled(ATTENTION, str(length))[0] for length in (4096, 32_768))
+    for row in (short, long):
+        assert row["shapes"] > 100
+        assert not row["square"], row
+    assert long["temporaries"] < 10 * short["temporaries"]  # 8 is linear
+    assert long["temporaries"] < 2**30

@@ -34,6 +34,14 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What is minimised, per trained token: −log p(next token) + z · (log partition)²."""
+
+    z: float = 0.0  # PaLM: 1e-4
+    chunk: int = 128  # tokens of a row whose logits exist at a time
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
 
@@ -44,6 +52,7 @@ class Config:
     resolution: Native = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
     packing: Packing = field(default_factory=Packing)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    objective: Objective = field(default_factory=Objective)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     save_every: int = 200  # steps between checkpoints

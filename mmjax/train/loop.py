@@ -143,7 +143,7 @@ def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.M
     source, steps, placed = data.training, [], []
     for bucket in source.plan.buckets:
         batch = batches.abstract(bucket, source.values, source.vocab)
-        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules))
+        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective))
         placed.append(batch_shardings(batch, mesh, rules))
     compiles = counter.count
     evaluator = Evaluator(data.evaluation, data.tokenizer, cfg.model, cfg.answer, shape.params, mesh, rules)

@@ -1,5 +1,7 @@
 """The train step: one pure function, compiled ahead of time for every bucket."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,24 +9,34 @@ from jax.sharding import Mesh
 
 from mmjax.core import sharding
 from mmjax.core.sharding import Rules
-from mmjax.models import vlm
+from mmjax.models import decoder, vlm
 from mmjax.objectives import next_token
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY
+from mmjax.train.config import Objective
 from mmjax.train.state import TrainState, shardings
 
 
-def loss_fn(params: dict, batch: Batch, cfg: vlm.Config) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean next-token loss over the trained tokens, and its parts: sums, so that they add up over batches."""
-    logits = vlm.logits(params, batch, cfg)
-    total, weight = next_token.loss(logits, batch.target, batch.weight)
-    sums = {"loss": total, "weight": weight, "correct": next_token.correct(logits, batch.target, batch.weight)}
-    return total / jnp.maximum(weight, 1.0), sums
+def loss_fn(
+    params: dict, batch: Batch, cfg: vlm.Config, objective: Objective = Objective()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean next-token loss over the trained tokens (and z-loss), and the former's parts: sums, to add up over batches."""
+    hidden = vlm.hidden(params, batch, cfg)
+    head = functools.partial(decoder.logits, params["decoder"], cfg=cfg.decoder)
+    found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk)
+    total = found.loss + objective.z * found.z(batch.weight) if objective.z else found.loss
+    sums = {"loss": found.loss, "weight": found.weight, "correct": found.correct}
+    return total / jnp.maximum(found.weight, 1.0), sums
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, cfg: vlm.Config, tx: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    *,
+    cfg: vlm.Config,
+    tx: optax.GradientTransformation,
+    objective: Objective = Objective(),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -33,7 +45,7 @@ def train_step(
     update is left out: a broken batch never spoils parameters.
     """
     violations = batches.violations(batch, cfg.decoder.vocab)
-    (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, cfg)
+    (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, cfg, objective)
     updates, moments = tx.update(grads, state.optimizer, state.params)
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments)
     sound = violations.sum() == 0
@@ -52,12 +64,18 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
 
 
 def compile_step(
-    state: TrainState, batch: Batch, cfg: vlm.Config, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules
+    state: TrainState,
+    batch: Batch,
+    cfg: vlm.Config,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules,
+    objective: Objective = Objective(),
 ) -> jax.stages.Compiled:
     """The compiled step for one bucket. `state` and `batch` are abstract; the state's buffers are reused (donated)."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return train_step(state, batch, cfg=cfg, tx=tx)
+        return train_step(state, batch, cfg=cfg, tx=tx, objective=objective)
 
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, batch_shardings(batch, mesh, rules)

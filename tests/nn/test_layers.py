@@ -71,32 +71,3 @@ def test_patch_embedding_equals_a_convolution(rng):
 def test_unpatchify_undoes_patchify(rng):
     pictures = jnp.asarray(rng.integers(0, 256, (2, 8, 12, 3), dtype=np.uint8))
     np.testing.assert_array_equal(patch_embed.unpatchify(patch_embed.patchify(pictures, 4), 2, 3), pictures)
-
-
-def test_rotary_equals_complex_rotation(rng):
-    cfg = rope.Config(12, (3, 2, 1), 100.0)
-    x = rng.normal(size=(2, 5, 3, 12))
-    position = rng.integers(0, 50, (2, 5, 3))
-    frequency, axis = 100.0 ** -(np.arange(6) / 6), [0, 0, 0, 1, 1, 2]
-    turned = (x[..., :6] + 1j * x[..., 6:]) * np.exp(1j * position[..., axis] * frequency)[:, :, None]
-    ours = rope.rotate(jnp.asarray(x, jnp.float32), *rope.angles(jnp.asarray(position), cfg))
-    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
-
-
-def test_repeated_frequencies_start_anew_for_every_axis():
-    cfg = rope.Config(8, (2, 2), 100.0, "repeated")
-    np.testing.assert_allclose(rope.frequencies(cfg), [1, 0.1, 1, 0.1], rtol=1e-6)
-    np.testing.assert_array_equal(rope.axes(cfg), [0, 0, 1, 1])
-
-
-def test_equal_axes_are_plain_rope(rng):
-    """Text has one number three times: M-RoPE must then be RoPE."""
-    position = rng.integers(0, 1000, (2, 7, 1))
-    three = rope.angles(jnp.asarray(np.repeat(position, 3, -1)), rope.Config(16, (4, 2, 2)))
-    one = rope.angles(jnp.asarray(position), rope.Config(16, (8,)))
-    np.testing.assert_array_equal(three[0], one[0])
-
-
-def test_sections_that_do_not_add_up_are_refused():
-    with pytest.raises(InputError, match=r"\(8, 8\) rotate 32 values of a head that has 24; .* 12"):
-        rope.Config(24, (8, 8))

@@ -1,31 +1,106 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mmjax.core import sharding
+from mmjax.core.sharding import MeshConfig, Rules, make_mesh
 from mmjax.objectives import next_token
 
 
-def test_known_value_and_gradient(rng):
-    logits = rng.normal(size=(2, 3, 7))
-    target, weight = rng.integers(0, 7, (2, 3)), np.array([[1, 0, 2.0], [0, 0, 0.5]])
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+def itself(hidden):
+    """A head that gives its input as logits."""
+    return hidden
+
+
+@pytest.mark.parametrize("chunk", [2, 128])
+def test_known_value_and_gradient(rng, chunk):
+    """In rows whose length the chunk does not divide; z-loss too."""
+    logits = rng.normal(size=(2, 5, 7))
+    target = rng.integers(0, 7, (2, 5))
+    weight = np.array([[1, 0, 2.0, 0, 1], [0, 0, 0.5, 3, 0]])
+    exp = np.exp(logits)
+    p, partition = exp / exp.sum(-1, keepdims=True), np.log(exp.sum(-1))
     picked = np.take_along_axis(p, target[..., None], -1)[..., 0]
     args = jnp.asarray(logits, jnp.float32), jnp.asarray(target), jnp.asarray(weight, jnp.float32)
-    total, count = next_token.loss(*args)
-    np.testing.assert_allclose(total, -(np.log(picked) * weight).sum(), rtol=1e-5)
-    np.testing.assert_allclose(count, 3.5)
-    gradient = jax.grad(lambda x: next_token.loss(x, *args[1:])[0])(args[0])
-    np.testing.assert_allclose(gradient, (p - np.eye(7)[target]) * weight[..., None], atol=1e-6)
+    found = next_token.loss(itself, *args, chunk=chunk)
+    np.testing.assert_allclose(found.loss, -(np.log(picked) * weight).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.weight, 7.5)
+    np.testing.assert_allclose(found.correct, (weight * (logits.argmax(-1) == target)).sum())
+    np.testing.assert_allclose(found.log_partition, partition, rtol=1e-5)
+    np.testing.assert_allclose(found.z(args[2]), (weight * partition**2).sum(), rtol=1e-5)
+
+    def total(x):
+        found = next_token.loss(itself, x, *args[1:], chunk=chunk)
+        return found.loss + 0.1 * found.z(args[2])
+
+    expected = (p - np.eye(7)[target] + 0.2 * partition[..., None] * p) * weight[..., None]
+    np.testing.assert_allclose(jax.grad(total)(args[0]), expected, atol=1e-6)
 
 
 def test_extreme_logits_stay_finite():
     logits = jnp.array([[[1e30, -1e30, 0.0], [1e4, 1e4, 1e4]]])
     target, weight = jnp.array([[0, 1]]), jnp.ones((1, 2))
-    value, gradient = jax.value_and_grad(lambda x: next_token.loss(x, target, weight)[0])(logits)
+    value, gradient = jax.value_and_grad(lambda x: next_token.loss(itself, x, target, weight).loss)(logits)
     np.testing.assert_allclose(value, np.log(3), atol=1e-3)  # 1e-3: an ulp of 1e4
     assert np.isfinite(gradient).all()
 
 
 def test_correct_counts_the_weight_of_unbeaten_targets():
     logits = jnp.array([[[0.0, 2, 1], [3, 0, 0], [0, 0, 1]]])
-    assert next_token.correct(logits, jnp.array([[1, 1, 2]]), jnp.array([[1.0, 1, 0.5]])) == 1.5
+    found = next_token.loss(itself, logits, jnp.array([[1, 1, 2]]), jnp.array([[1.0, 1, 0.5]]))
+    assert found.correct == 1.5
+
+
+def both_ways(hidden, table, target, weight, chunk):
+    """Loss and gradients of a head that multiplies by a table."""
+
+    def total(hidden, table):
+        head = lambda h: sharding.dense(h, table.T, ("batch", None, "vocab"))  # noqa: E731
+        found = next_token.loss(head, hidden, target, weight, chunk=chunk)
+        return found.loss + 1e-2 * found.z(weight), found
+
+    return jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, table)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    rng = np.random.default_rng(3)
+    arrays = (
+        jnp.asarray(rng.normal(size=(8, 11, 16)), jnp.float32),
+        jnp.asarray(rng.normal(size=(24, 16)), jnp.float32),
+        jnp.asarray(rng.integers(0, 24, (8, 11))),
+        jnp.asarray(rng.random((8, 11)), jnp.float32),
+    )
+    return arrays, jax.jit(functools.partial(both_ways, chunk=128))(*arrays)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_chunks_and_meshes_change_nothing(setting, explicit):
+    """The vocabulary is split over the tensor axis, the table over fsdp as well, rows over data and fsdp."""
+    arrays, expected = setting
+    mesh, rules = make_mesh(MeshConfig(2, 2, 2, explicit=explicit)), Rules()
+    axes = (("batch", None, None), ("vocab", "embed"), ("batch", None), ("batch", None))
+    placed = [
+        jax.device_put(x, sharding.named(mesh, a, rules, x.shape)) for x, a in zip(arrays, axes, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        got = jax.jit(functools.partial(both_ways, chunk=4))(*placed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, expected)
+
+
+def test_logits_never_exist_for_a_whole_row():
+    """16 chunks of 64 tokens: the temporaries of both passes stay far below one [B, L, V] array."""
+    b, length, width, vocab = 2, 1024, 16, 4096
+    shapes = ((b, length, width), jnp.float32), ((vocab, width), jnp.float32), ((b, length), jnp.int32)
+    args = [jax.ShapeDtypeStruct(*s) for s in (*shapes, ((b, length), jnp.float32))]
+    whole = b * length * vocab * 4
+
+    def temporaries(chunk):
+        compiled = jax.jit(functools.partial(both_ways, chunk=chunk)).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) < whole / 3
+    assert temporaries(1024) > whole  # that the measure would see it

@@ -8,24 +8,40 @@ import pytest
 from mmjax.sequence import intervals
 
 
-def dense(lo, hi):
-    """The mask of intervals, labels being 0 … n−1."""
-    order = np.arange(len(lo))
+def dense(lo, hi, order=None):
+    """The mask of intervals; labels are 0 … n−1 where no others are given."""
+    order = np.arange(hi.max() + 1) if order is None else order
     return (lo[:, None] <= order) & (order <= hi[:, None])
 
 
 def drawing(function):
     """The mask drawn in a docstring: a line `t  x x` per query, a column of two characters per key."""
-    rows = re.findall(r"^ *([ti])  ([x ]*x)$", inspect.cleandoc(function.__doc__), re.MULTILINE)
-    mask = np.array([[cells[2 * key : 2 * key + 1] == "x" for key in range(len(rows))] for _, cells in rows])
+    lines = [line.strip() for line in inspect.cleandoc(function.__doc__).splitlines()]
+    rows = [(line[0], line[3:]) for line in lines if re.fullmatch(r"[tiq](  [x ]*x)?", line)]
+    keys = max(len(cells) // 2 + 1 for _, cells in rows)
+    mask = np.array([[cells[2 * key : 2 * key + 1] == "x" for key in range(keys)] for _, cells in rows])
     assert mask.sum() == sum(cells.count("x") for _, cells in rows)  # nothing is drawn between or beyond the columns
     return "".join(kind for kind, _ in rows), mask
 
 
+def gemma3(length, images, size):
+    return intervals.sliding_window(*intervals.bidirectional_images(length, images), size)
+
+
+# What draws each mask: the function, its arguments, and what its queries are.
 EXAMPLES = {
     intervals.causal: ((4,), "tiit"),
+    intervals.packed: (([2, 3],), "ttttt"),
+    intervals.prefix: ((5, 3), "iittt"),
     intervals.bidirectional_images: ((4, [(1, 3)]), "tiit"),
+    intervals.sliding_window: ((*intervals.bidirectional_images(6, [(3, 5)]), 2), "tttiit"),
     intervals.blocks: (([2, 3],), "iiiii"),
+    intervals.last_image: ((5, [1, 3], [3, 2]), "ttttt"),
+    intervals.all_images: ((5, [1, 3], [3, 2]), "ttttt"),
+    intervals.qformer_contrastive: ((2, 2), "qqtt"),
+    intervals.qformer_generation: ((2, 2), "qqtt"),
+    intervals.qformer_matching: ((2, 2), "qqtt"),
+    intervals.perceiver: (([3, 2], 2), "qqqq"),
 }
 
 
@@ -34,7 +50,9 @@ def test_every_mask_is_as_drawn(function):
     arguments, kinds = EXAMPLES[function]
     drawn_kinds, mask = drawing(function)
     assert drawn_kinds == kinds
-    np.testing.assert_array_equal(dense(*function(*arguments)), mask)
+    got = function(*arguments)
+    got = dense(*got[1], got[0]) if function is intervals.perceiver else dense(*got)
+    np.testing.assert_array_equal(got, mask)
 
 
 def test_no_mask_is_left_out():
@@ -60,5 +78,6 @@ def test_dense_definitions(rng):
         lengths = rng.integers(0, 6, rng.integers(0, 6)).tolist()
         of = np.repeat(np.arange(len(lengths)), lengths)
         got = intervals.blocks(lengths)
-        np.testing.assert_array_equal(dense(*got), of[:, None] == of[None, :])
+        if sum(lengths):
+            np.testing.assert_array_equal(dense(*got), of[:, None] == of[None, :])
         assert all(bound.dtype == np.int32 and len(bound) == sum(lengths) for bound in got)

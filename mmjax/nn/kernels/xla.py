@@ -131,7 +131,7 @@ def _score(static: Static, params, query: dict, key: dict) -> tuple[jax.Array, j
     return jnp.where(seen[:, None, None], s, -jnp.inf), slope
 
 
-def _at(blocks: dict, j: jax.Array) -> dict:
+def _at(blocks: dict, j: Any) -> dict:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, j, keepdims=False), blocks)
 
 

@@ -1,0 +1,127 @@
+"""Positions as vectors that are added: sinusoidal in the published orders, and learned tables for grids of any size."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from mmjax.core.errors import InputError
+
+Part = tuple[Literal["sin", "cos"], int]  # which function of which axis of the position
+
+# The published orders. Axes of 2-D positions are (0: row, 1: column).
+CONCATENATED: tuple[Part, ...] = (("sin", 0), ("cos", 0))  # tensor2tensor, Whisper
+MAE: tuple[Part, ...] = (("sin", 1), ("cos", 1), ("sin", 0), ("cos", 0))  # He et al. 2022; MoCo v3
+HEIGHT_FIRST: tuple[Part, ...] = (("sin", 0), ("cos", 0), ("sin", 1), ("cos", 1))  # transformers' ViTMAE
+TIMM: tuple[Part, ...] = (("sin", 0), ("sin", 1), ("cos", 0), ("cos", 1))  # timm's build_sincos2d_pos_embed
+
+
+def sinusoidal(
+    position: Num[Array | np.ndarray, "... axes"],
+    width: int,
+    parts: tuple[Part, ...] = CONCATENATED,
+    *,
+    theta: float = 10_000.0,
+    interleaved: bool = False,
+    closed: bool = False,
+) -> Float[Array, "... width"]:
+    """Sines and cosines of a position at falling frequencies (Vaswani et al. 2017, section 3.5).
+
+    Args:
+      position: [..., axes], integers or reals.
+      width: values in the result; every part gets an equal share, with frequencies theta^(-i / n).
+      parts: the order of the parts.
+      theta: base of the frequencies.
+      interleaved: neighbouring parts alternate value by value, as in the paper itself: sin 0, cos 0, sin 1, cos 1 …
+      closed: the slowest frequency is 1 / theta exactly, theta^(-i / (n - 1)) (tensor2tensor, Whisper, fairseq).
+
+    Returns:
+      f32[..., width].
+
+    Raises:
+      InputError: the width does not divide.
+    """
+    if width % len(parts) or (interleaved and len(parts) % 2):
+        raise InputError(f"A width of {width} does not divide into {len(parts)} sinusoidal parts evenly.")
+    bands = width // len(parts)
+    frequency = theta ** -(np.arange(bands) / (bands - 1 if closed else bands))
+    frequency = frequency.astype(np.float32).reshape((1,) * (position.ndim - 1) + (bands,))
+    function = {"sin": jnp.sin, "cos": jnp.cos}
+    at = jnp.asarray(position, jnp.float32)
+    out = [function[name](at[..., axis, None] * frequency) for name, axis in parts]
+    if interleaved:
+        pairs = [jnp.stack(pair, -1).reshape(*pair[0].shape[:-1], -1) for pair in zip(out[::2], out[1::2], strict=True)]
+        return jnp.concatenate(pairs, -1)
+    return jnp.concatenate(out, -1)
+
+
+def interpolate(
+    table: Float[Array, "rows columns d"],
+    position: Int[Array, "b p 2"],
+    grid: Int[Array, "b p 2"],
+    *,
+    method: Literal["bilinear", "bicubic"] = "bilinear",
+    antialias: bool = False,
+    align_corners: bool = False,
+) -> Float[Array, "b p d"]:
+    """A learned table resized to every patch's own grid, read at the patch: what torch's `interpolate` would make of it.
+
+    The grids are data, so pictures of any sizes share a row and nothing compiles twice. Differentiable in the table.
+
+    Args:
+      table: [H, W, D], learned for a grid of H × W patches.
+      position: i32[B, P, 2], (row, column) of each patch in its picture.
+      grid: i32[B, P, 2], (rows, columns) of its picture; anything at least 1 in empty places.
+      method, antialias, align_corners: as torch defines them. CLIP, SigLIP, DINOv2 and ViT take "bicubic"; SigLIP 2
+        "bilinear" with antialias; Qwen3-VL "bilinear" with align_corners.
+    """
+    down, across = (
+        _weights(position[..., axis], grid[..., axis], table.shape[axis], method, antialias, align_corners)
+        for axis in (0, 1)
+    )
+    both = down[..., :, None] * across[..., None, :]
+    flat = both.reshape(*both.shape[:2], -1).astype(table.dtype)
+    return jnp.einsum("bpn,nd->bpd", flat, table.reshape(-1, table.shape[-1]))
+
+
+def _weights(
+    at: jax.Array, size: jax.Array, table: int, method: str, antialias: bool, align_corners: bool
+) -> jax.Array:
+    """How much each of the table's `table` places counts at the place `at` of `size`, f32[..., table]."""
+    at, size = at.astype(jnp.float32)[..., None], jnp.maximum(size, 1).astype(jnp.float32)[..., None]
+    place = jnp.arange(table, dtype=jnp.float32).reshape((1,) * (at.ndim - 1) + (table,))
+    if antialias:
+        # The kernel grows with the step where the table shrinks, and is cut at the edges (Pillow's way).
+        step = table / size
+        wide = jnp.maximum(step, 1.0)
+        centre, support = (at + 0.5) * step, wide * (1.0 if method == "bilinear" else 2.0)
+        first = jnp.maximum(jnp.floor(centre - support + 0.5), 0.0)
+        last = jnp.minimum(jnp.floor(centre + support + 0.5), float(table))
+        kernel = _kernel((place - centre + 0.5) / wide, method, -0.5)
+        kernel = jnp.where((place >= first) & (place < last), kernel, 0.0)
+        return kernel / kernel.sum(-1, keepdims=True)
+    if align_corners:
+        source = at * jnp.where(size > 1, (table - 1) / jnp.maximum(size - 1, 1), 0.0)
+    else:
+        source = (at + 0.5) * (table / size) - 0.5
+    if method == "bilinear":
+        return _kernel(jnp.clip(source, 0.0, table - 1.0) - place, method, 0.0)
+    # Taps beyond the edge read the edge.
+    floor = jnp.floor(source)
+    out = jnp.zeros_like(place * source)
+    for tap in (-1, 0, 1, 2):
+        weight = _kernel(source - (floor + tap), method, -0.75)
+        out = out + jnp.where(jnp.clip(floor + tap, 0.0, table - 1.0) == place, weight, 0.0)
+    return out
+
+
+def _kernel(x: jax.Array, method: str, a: float) -> jax.Array:
+    """The triangle, or Keys's cubic (1981, equation 4) with parameter a."""
+    x = jnp.abs(x)
+    if method == "bilinear":
+        return jnp.maximum(1.0 - x, 0.0)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))

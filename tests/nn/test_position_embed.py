@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.core.errors import InputError
+from mmjax.nn import position_embed
+from mmjax.nn.position_embed import CONCATENATED, HEIGHT_FIRST, MAE, TIMM, interpolate, sinusoidal
+
+
+def test_the_paper_s_own_order():
+    """PE(pos, 2i) = sin(pos / 10000^(2i / d)), PE(pos, 2i + 1) = cos(…): Vaswani et al. 2017, section 3.5."""
+    got = sinusoidal(np.arange(50)[:, None], 12, interleaved=True)
+    for pos in (0, 1, 7, 49):
+        for i in range(6):
+            angle = pos / 10000 ** (2 * i / 12)
+            np.testing.assert_allclose(got[pos, 2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "order"), [(CONCATENATED, "sr cr"), (MAE, "sc cc sr cr"), (HEIGHT_FIRST, "sr cr sc cc"), (TIMM, "sr sc cr cc")]
+)
+def test_orders(rng, parts, order):
+    """Function (sine, cosine) and axis (row, column) of every part, written out."""
+    position = rng.random((3, 4, 2)) * 30
+    words = order.split()
+    bands = 24 // len(words)
+    frequency = 10000.0 ** -(np.arange(bands) / bands)
+    expected = [
+        {"s": np.sin, "c": np.cos}[f](position[..., "rc".index(axis), None] * frequency) for f, axis in words
+    ]
+    np.testing.assert_allclose(sinusoidal(position, 24, parts), np.concatenate(expected, -1), atol=1e-5)
+
+
+def test_closed_series_ends_at_theta():
+    """Whisper's: the slowest wavelength is 2π × 10,000 exactly."""
+    got = sinusoidal(np.array([[10_000.0]]), 8, closed=True)
+    np.testing.assert_allclose(got[0, [3, 7]], [np.sin(1), np.cos(1)], atol=1e-6)
+
+
+def test_a_width_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="A width of 10 does not divide into 4"):
+        sinusoidal(np.zeros((1, 2)), 10, MAE)
+
+
+def patches(sizes):
+    """(position, grid) i32[1, P, 2] of packed pictures of these sizes."""
+    position = np.concatenate([np.indices(s).reshape(2, -1).T for s in sizes])
+    grid = np.concatenate([np.tile(s, (s[0] * s[1], 1)) for s in sizes])
+    return jnp.asarray(position[None], jnp.int32), jnp.asarray(grid[None], jnp.int32)
+
+
+OPTIONS = [
+    {"method": m, "antialias": a, "align_corners": c}
+    for m in ("bilinear", "bicubic")
+    for a, c in ((False, False), (True, False), (False, True))
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_table_s_own_grid_gives_the_table(rng, options):
+    table = rng.normal(size=(5, 7, 3)).astype(np.float32)
+    got = interpolate(jnp.asarray(table), *patches([(5, 7)]), **options)
+    np.testing.assert_allclose(got[0], table.reshape(-1, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_weights_add_up_to_one_and_packed_is_alone(rng, options):
+    table = jnp.asarray(rng.normal(size=(6, 4, 3)), jnp.float32)
+    sizes = [(1, 1), (13, 9), (2, 5), (3, 3)]
+    run = jax.jit(lambda t, p, g: interpolate(t, p, g, **options))
+    together = run(table, *patches(sizes))
+    np.testing.assert_allclose(run(jnp.ones_like(table), *patches(sizes)), 1.0, atol=1e-5)
+    at = 0
+    for size in sizes:
+        alone = run(table, *patches([size]))
+        np.testing.assert_allclose(together[:, at : at + alone.shape[1]], alone, atol=1e-6)
+        at += alone.shape[1]
+
+
+def test_bilinear_by_hand():
+    """Two places to four: at −0.25 (the edge), 0.25, 0.75 and 1.25 (the edge)."""
+    table = jnp.array([[[0.0], [1.0]]])
+    got = interpolate(table, *patches([(1, 4)]))
+    np.testing.assert_allclose(got[0, :, 0], [0, 0.25, 0.75, 1], atol=1e-6)
+    corners = interpolate(table, *patches([(1, 4)]), align_corners=True)
+    np.testing.assert_allclose(corners[0, :, 0], [0, 1 / 3, 2 / 3, 1], atol=1e-6)
+    half = interpolate(jnp.arange(4.0).reshape(1, 4, 1), *patches([(1, 2)]), antialias=True)
+    # The triangle is two places wide: weights 3 3 1 (of 7) at either end.
+    np.testing.assert_allclose(half[0, :, 0], [(0 * 3 + 1 * 3 + 2 * 1) / 7, (1 * 1 + 2 * 3 + 3 * 3) / 7], atol=1e-6)
+
+
+def test_gradient_reaches_the_table(rng):
+    table = jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32)
+    where = patches([(5, 2), (1, 1)])
+    out = jax.grad(lambda t: interpolate(t, *where, method="bicubic").sum())(table)
+    np.testing.assert_allclose(out.sum(), 2 * 11, rtol=1e-5)  # every patch's weights add up to one
+
+
+def test_empty_places_are_finite():
+    zero = jnp.zeros((1, 3, 2), jnp.int32)
+    for options in OPTIONS:
+        assert np.isfinite(position_embed.interpolate(jnp.ones((4, 4, 2)), zero, zero, **options)).all()

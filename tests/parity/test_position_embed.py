@@ -1,0 +1,47 @@
+"""Sinusoidal tables and interpolated ones against torch, transformers and timm's published orders."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the `parity` extra")
+pytest.importorskip("transformers")
+
+from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
+from transformers.models.whisper.modeling_whisper import sinusoids
+
+from mmjax.nn.position_embed import CONCATENATED, HEIGHT_FIRST, interpolate, sinusoidal
+
+
+def test_whisper():
+    got = sinusoidal(np.arange(1500)[:, None], 64, CONCATENATED, closed=True)
+    # 1e-4: at place 1,499 an ulp of the frequency alone is 1e-4.
+    np.testing.assert_allclose(got, sinusoids(1500, 64).numpy(), atol=2e-4)
+
+
+def test_vit_mae_of_transformers():
+    expected = build_2d_sinusoidal_position_embedding(7, 5, 48).numpy()
+    position = np.indices((7, 5)).reshape(2, -1).T
+    np.testing.assert_allclose(sinusoidal(position, 48, HEIGHT_FIRST), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (13, 16), (6, 4), (2, 31)])
+@pytest.mark.parametrize(
+    ("method", "antialias", "align_corners"),
+    [(m, *ac) for m in ("bilinear", "bicubic") for ac in ((False, False), (True, False), (False, True))],
+)
+def test_interpolation(rng, size, method, antialias, align_corners):
+    table = rng.normal(size=(6, 4, 9)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(table).permute(2, 0, 1)[None],
+        size=size,
+        mode=method,
+        antialias=antialias,
+        align_corners=align_corners,
+    )[0]
+    position = jnp.asarray(np.indices(size).reshape(2, -1).T[None], jnp.int32)
+    grid = jnp.broadcast_to(jnp.asarray(size, jnp.int32).reshape(1, 1, 2), position.shape)
+    got = interpolate(
+        jnp.asarray(table), position, grid, method=method, antialias=antialias, align_corners=align_corners
+    )
+    np.testing.assert_allclose(got[0], expected.permute(1, 2, 0).reshape(-1, 9).numpy(), atol=2e-6)
