@@ -65,7 +65,7 @@ def tiny_run(out: Path, **changes) -> Config:
         steps=6,
         resolution=Native(patch=8, min_pixels=64, max_pixels=48 * 48),
         packing=Packing(rows=8, tokens=128, buckets=2),
-        optimizer=Optimizer(learning_rate=3e-3),
+        optimizer=Optimizer(learning_rate=3e-3, average=0.9),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
         save_every=2,
         answer=4,

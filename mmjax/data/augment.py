@@ -1,6 +1,6 @@
 """Augmentation of small pictures on white paper: geometry and colour, at a size that is known beforehand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import UInt8
@@ -25,9 +25,19 @@ class Config:
 
 
 def augment(
-    image: UInt8[np.ndarray, "h w 3"], height: int, width: int, cfg: Config, rng: np.random.Generator
+    image: UInt8[np.ndarray, "h w 3"],
+    height: int,
+    width: int,
+    cfg: Config,
+    rng: np.random.Generator,
+    strength: float = 1.0,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """A picture bent and recoloured at random, at the size asked for; outside the original there is white paper."""
+    """A picture bent and recoloured at random, at the size asked for; outside the original there is white paper.
+
+    `strength` from 0 to 1 scales all amounts and probabilities but that of a mirror image.
+    """
+    if strength < 1:
+        cfg = replace(cfg, **{f.name: strength * getattr(cfg, f.name) for f in fields(cfg) if f.name != "flip"})
     source = Image.fromarray(image)
     if rng.random() < cfg.blur:
         source = source.resize((max(8, source.width // 2), max(8, source.height // 2)), Image.Resampling.BILINEAR)

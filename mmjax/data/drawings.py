@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
@@ -40,6 +40,8 @@ class Config:
     kind: float = 0.2  # probability that a naming document goes on to ask for the kind
     others: float = 0.5
     blend: float = 0.3  # probability that a training picture is a mixture of both training styles
+    beyond: float = 0.0  # how far a mixture may go past either style, as a share of their difference
+    grow: int = 0  # documents over which augmentation grows to its full strength (Tan & Le 2021, EfficientNetV2)
     shortest: int = 32  # a training picture's longer side is drawn from here …
     longest: int = 48  # … to here
     augment: augmentation.Config = field(default_factory=augmentation.Config)
@@ -118,59 +120,60 @@ class Training(Sequence):
         if not 0 <= n < self.length:
             raise IndexError(n)
         rng = np.random.default_rng((self.seed, n))
+        strength = min(1.0, n / self.cfg.grow) if self.cfg.grow else 1.0
         shares = np.array([self.cfg.naming, self.cfg.same, self.cfg.which])
         ask = (self._naming, self._same, self._which)[rng.choice(3, p=shares / shares.sum())]
-        return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng)))
+        return Document(f"drawings/{self.seed}/{n}", tuple(ask(rng, functools.partial(self._image, strength=strength))))
 
     def _two(self, rng: np.random.Generator) -> tuple[Concept, Concept]:
         pool = self.all if rng.random() < self.cfg.others else self.named
         a, b = rng.choice(len(pool), 2, replace=False)
         return pool[a], pool[b]
 
-    def _image(self, concept: Concept, rng: np.random.Generator, style: str | None = None) -> Image:
+    def _image(self, concept: Concept, rng: np.random.Generator, style: str | None = None, *, strength: float) -> Image:
         style = style or self.styles[rng.integers(len(self.styles))]
         height, width = concept.size[style]
         scale = rng.integers(self.cfg.shortest, self.cfg.longest + 1) / max(height, width)
         height, width = max(12, round(height * scale)), max(12, round(width * scale))
         key = int(rng.integers(2**63))
-        return Image(height, width, functools.partial(self._draw, concept, style, height, width, key))
+        return Image(height, width, functools.partial(self._draw, concept, style, height, width, key, strength))
 
-    def _draw(self, concept: Concept, style: str, height: int, width: int, key: int) -> np.ndarray:
+    def _draw(self, concept: Concept, style: str, height: int, width: int, key: int, strength: float) -> np.ndarray:
         rng = np.random.default_rng(key)
         picture = pixels(style, concept.code)
         if rng.random() < self.cfg.blend:
             other = self.styles[1 - self.styles.index(style)]
-            picture = _mix(picture, pixels(other, concept.code), rng)
-        return augmentation.augment(picture, height, width, self.cfg.augment, rng)
+            picture = _mix(picture, pixels(other, concept.code), self.cfg.beyond, rng)
+        return augmentation.augment(picture, height, width, self.cfg.augment, rng, strength)
 
-    def _naming(self, rng: np.random.Generator) -> list[Image | Text]:
+    def _naming(self, rng: np.random.Generator, image: Callable[..., Image]) -> list[Image | Text]:
         concept = self.named[rng.integers(len(self.named))]
-        spans = [self._image(concept, rng), Text(NAMING), Text(concept.name, "assistant", True)]
+        spans = [image(concept, rng), Text(NAMING), Text(concept.name, "assistant", True)]
         if rng.random() < self.cfg.kind:
             spans += [Text(KIND), Text(concept.group, "assistant", True)]
         return spans
 
-    def _same(self, rng: np.random.Generator) -> list[Image | Text]:
+    def _same(self, rng: np.random.Generator, image: Callable[..., Image]) -> list[Image | Text]:
         first, second = self._two(rng)
         same = rng.random() < 0.5
         # The same thing in the other style, so that comparing pixels does not answer.
         styles = [self.styles[i] for i in rng.permutation(2)]
-        pictures = [self._image(first, rng, styles[0]), self._image(first if same else second, rng, styles[1])]
+        pictures = [image(first, rng, styles[0]), image(first if same else second, rng, styles[1])]
         return [*pictures, Text(SAME), Text("yes" if same else "no", "assistant", True)]
 
-    def _which(self, rng: np.random.Generator) -> list[Image | Text]:
+    def _which(self, rng: np.random.Generator, image: Callable[..., Image]) -> list[Image | Text]:
         first, second = self._two(rng)
         answer = int(rng.integers(2))
         name = (first, second)[answer].name
-        pictures = [self._image(first, rng), self._image(second, rng)]
+        pictures = [image(first, rng), image(second, rng)]
         return [*pictures, Text(WHICH.format(name)), Text(("first", "second")[answer], "assistant", True)]
 
 
-def _mix(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Two drawings of one thing laid over each other, at a's size: a drawing in a style between both."""
-    share = np.float32(rng.random())
+def _mix(a: np.ndarray, b: np.ndarray, beyond: float, rng: np.random.Generator) -> np.ndarray:
+    """Two drawings of one thing laid over each other, at a's size: a drawing in a style between both, or past one."""
+    share = np.float32(rng.uniform(-beyond, 1 + beyond))
     other = images.resize(b, *a.shape[:2])
-    return (share * a + (1 - share) * other + np.float32(0.5)).astype(np.uint8)
+    return np.clip(share * a + (1 - share) * other + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)

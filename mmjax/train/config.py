@@ -31,6 +31,7 @@ class Optimizer:
     b2: float = 0.98
     weight_decay: float = 0.1
     clip: float = 1.0  # global norm of the gradient
+    average: float = 0.0  # above 0: evaluate the running mean of the parameters, with this decay per step
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ class Loop:
     def finish(self, now: TrainState) -> None:
         """Evaluates, and writes result.json and both pictures."""
         cfg, plan = self.cfg, self.data.training.plan
-        answers = self.programs.evaluator.answers(now.params)
+        answers = self.programs.evaluator.answers(state.averaged(now))
         right = [said == q.answer for said, q in zip(answers, self.data.questions, strict=True)]
         report.draw_curve(cfg.out, CURVE)
         report.draw_sheet(cfg.out, SHEET, self.data.questions, answers)

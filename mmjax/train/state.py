@@ -1,6 +1,6 @@
 """Train state: parameters and optimizer state, abstract, sharded and concrete, from specs alone."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -25,7 +25,7 @@ class TrainState:
 
 
 def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clipping, AdamW, warm-up and cosine over `steps` steps."""
+    """Clipping, AdamW, warm-up and cosine over `steps` steps, and the running mean of the parameters if asked for."""
     warmup = max(1, round(cfg.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final
@@ -33,7 +33,39 @@ def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),
         optax.adamw(schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=_matrices),
+        *([running_mean(cfg.average)] if cfg.average else []),
     )
+
+
+class RunningMean(NamedTuple):
+    """What `running_mean` keeps, among the optimizer's state: it is sharded, saved and resumed like the moments."""
+
+    count: Any  # i32[]
+    average: Any  # as the parameters
+
+
+def running_mean(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential mean of the parameters (Polyak & Juditsky 1992); last in a chain, it changes no update.
+
+    The first means are of few steps: the decay is at most (1 + n) / (10 + n) after n updates.
+    """
+
+    def update(updates: Any, now: RunningMean, params: Any) -> tuple[Any, RunningMean]:
+        n = now.count.astype(jnp.float32)
+        share = 1.0 - jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+        new = optax.incremental_update(optax.apply_updates(params, updates), now.average, share)
+        return updates, RunningMean(now.count + 1, new)
+
+    def init(params: Any) -> RunningMean:
+        return RunningMean(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(state: TrainState) -> dict:
+    """The parameters to evaluate: their running mean where the optimizer keeps one, else themselves."""
+    mean = optax.tree.get(state.optimizer, "average")
+    return state.params if mean is None else mean
 
 
 def _matrices(params: dict) -> dict:

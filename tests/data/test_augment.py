@@ -149,3 +149,13 @@ def test_erasing_hides_one_rectangle_of_one_colour(rng):
         assert 0.2 * 40 - 1 <= tall <= 20
         assert 0.2 * 30 - 1 <= wide <= 15
         assert hidden.sum() > 0.95 * tall * wide  # noise has the colour itself now and then
+
+
+def test_strength_scales_everything_but_the_mirror():
+    image = noise(16, 16)
+    whole = varied(scale=1.0, shift=0.0, flip=1.0)
+    np.testing.assert_array_equal(
+        augment(image, 16, 16, whole, Lowest(), 0.5), augment(image, 16, 16, varied(scale=0.5, flip=1.0), Lowest())
+    )
+    mirrored = augment(image, 16, 16, varied(flip=1.0, rotate=90.0), Lowest(), 0.0)
+    assert np.abs(mirrored.astype(int) - image[:, ::-1]).max() <= 1

@@ -193,6 +193,34 @@ def test_blending_mixes_both_styles_of_one_concept():
         assert np.abs(step - share * (b - a)).mean() < 4
 
 
+def test_a_blend_may_go_past_either_style():
+    a, b = np.full((2, 2, 3), 100, np.uint8), np.full((2, 2, 3), 140, np.uint8)
+    draws = [int(drawings._mix(a, b, 0.5, np.random.default_rng(seed))[0, 0, 0]) for seed in range(200)]
+    assert min(draws) in range(80, 84)  # 100 − 0.5 × 40
+    assert max(draws) in range(157, 161)  # 140 + 0.5 × 40
+    within = [int(drawings._mix(a, b, 0.0, np.random.default_rng(seed))[0, 0, 0]) for seed in range(200)]
+    assert (min(within), max(within)) == (100, 140)
+    high = [drawings._mix(np.full_like(a, 250), b, 0.5, np.random.default_rng(seed)).min() for seed in range(50)]
+    assert min(high) > 80  # clipped at white, not wrapped around to black
+
+
+def test_augmentation_grows():
+    """The first documents are as drawn, those from `grow` on as the config says."""
+    cfg = Config(
+        grow=40,
+        blend=0.0,
+        naming=1.0,
+        same=0.0,
+        which=0.0,
+        augment=dataclasses.replace(STILL, grey=1.0),
+    )
+    colour = lambda n: np.ptp(Training(cfg, 400, 0)[n].images[0].source().astype(int), axis=-1).mean()  # noqa: E731
+    early, middle, late = ([colour(n) > 1 for n in range(*r)] for r in ((0, 4), (10, 30), (40, 60)))
+    assert sum(early) >= 3
+    assert 4 <= sum(middle) <= 16
+    assert not any(late)
+
+
 def test_held_out_questions():
     asked = drawings.held_out(Config())
     picked = drawings.named(Config())

@@ -68,6 +68,40 @@ def test_patch_embedding_equals_a_convolution(rng):
     np.testing.assert_allclose(patch_embed.apply(p, floats, cfg), ours, atol=1e-5)
 
 
+def test_stem_equals_convolutions_over_whole_pictures(rng):
+    """Strided convolutions with LayerNorm and GELU between: strides that tile a patch never look beyond it."""
+    cfg = patch_embed.Config(8, 6, stem=((2, 5), (4, 7)))
+    p = randomised(patch_embed.spec(cfg))
+    pictures = rng.integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    x = jnp.asarray((pictures / np.float32(255) - 0.5) / 0.5, jnp.float32)
+    for q, inputs, outputs in ((p["stem_0"], 3, 5), (p["stem_1"], 5, 7), (p, 7, 6)):
+        x = jax.lax.conv_general_dilated(
+            x, q["kernel"].reshape(2, 2, inputs, outputs), (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ) + q["bias"].reshape(1, 1, 1, -1)
+        if q is not p:
+            x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = jax.nn.gelu(x * q["norm"]["scale"].reshape(1, 1, 1, -1) + q["norm"]["bias"].reshape(1, 1, 1, -1))
+    patches = patch_embed.patchify(jnp.asarray(pictures), 8)
+    np.testing.assert_allclose(patch_embed.apply(p, patches, cfg), x.reshape(3, 6, 6), atol=2e-5)
+
+
+def test_patch_norm_forgets_brightness_and_contrast(rng):
+    cfg = patch_embed.Config(4, 6, patch_norm=True)
+    p = randomised(patch_embed.spec(cfg))
+    x = rng.normal(size=(2, 5, 48)).astype(np.float32)
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2)
+    y = y * np.array(p["norm"]["scale"]) + np.array(p["norm"]["bias"])
+    expected = y @ np.array(p["kernel"]) + np.array(p["bias"])
+    np.testing.assert_allclose(patch_embed.apply(p, jnp.asarray(x), cfg), expected, atol=1e-5)
+    other = patch_embed.apply(p, jnp.asarray(20 * x + 3), cfg)
+    np.testing.assert_allclose(other, patch_embed.apply(p, jnp.asarray(30 * x - 1), cfg), atol=2e-4)
+
+
+def test_a_stem_that_does_not_tile_a_patch_is_refused():
+    with pytest.raises(InputError, match=r"squares of \[3\] pixels do not tile each other and a patch of 8"):
+        patch_embed.Config(8, 6, stem=((3, 5),))
+
+
 def test_unpatchify_undoes_patchify(rng):
     pictures = jnp.asarray(rng.integers(0, 256, (2, 8, 12, 3), dtype=np.uint8))
     np.testing.assert_array_equal(patch_embed.unpatchify(patch_embed.patchify(pictures, 4), 2, 3), pictures)

@@ -69,3 +69,26 @@ def test_schedule_warms_up_and_decays():
     np.testing.assert_allclose(sizes[:3], [0, 0.5, 1.0], atol=1e-3)
     np.testing.assert_allclose(sizes[10], 0.1, atol=1e-3)
     assert sizes[2:] == sorted(sizes[2:], reverse=True)
+
+
+def test_the_running_mean_follows_the_parameters(rng):
+    """Against the recurrence written straight down, for which the decay is reached late and early."""
+    for decay in (0.3, 0.99):
+        tx = state.optimizer(Optimizer(learning_rate=0.1, average=decay), 20)
+        params = {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+        moments = tx.init(params)
+        mean = np.float64(params["kernel"])
+        for n in range(20):
+            grads = {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+            updates, moments = tx.update(grads, moments, params)
+            params = optax.apply_updates(params, updates)
+            d = min(decay, (1 + n) / (10 + n))
+            mean = d * mean + (1 - d) * np.float64(params["kernel"])
+        now = state.TrainState(jnp.int32(20), params, moments)
+        np.testing.assert_allclose(state.averaged(now)["kernel"], mean, rtol=1e-5)
+
+
+def test_without_a_running_mean_the_parameters_are_evaluated():
+    params = {"kernel": jnp.ones((2, 2))}
+    moments = state.optimizer(Optimizer(), 10).init(params)
+    assert state.averaged(state.TrainState(jnp.int32(0), params, moments)) is params
