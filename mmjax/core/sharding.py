@@ -1,8 +1,8 @@
 """Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and the helpers.
 
-Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `dense`, `take`, `take_rows` and `local` read the
-mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto axes (the
-compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
+Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `dense`, `take`, `take_rows` and `local`
+read the mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto
+axes (the compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
 `shard_map` (arrays are already local).
 """
 

@@ -104,8 +104,8 @@ def received(
 ) -> Float[Array, "b s h"]:
     """How much attention every key got: the sum over queries of weight · softmax, f32[B, S, H].
 
-    What pruning scores are made of (FastV: the last token's attention; SparseVLM: that of chosen text tokens), without a
-    dense matrix. No gradients: it ranks tokens.
+    What pruning scores are made of (FastV: the last token's attention; SparseVLM: that of chosen text tokens), without
+    a dense matrix. No gradients: it ranks tokens.
 
     Args:
       q, k, order, lo, hi, key_bias, bias, softcap, scale: as given to `attend`.

@@ -66,7 +66,7 @@ def interpolate(
     antialias: bool = False,
     align_corners: bool = False,
 ) -> Float[Array, "b p d"]:
-    """A learned table resized to every patch's own grid, read at the patch: what torch's `interpolate` would make of it.
+    """A learned table resized to every patch's own grid, as torch's `interpolate` does, and read at the patch.
 
     The grids are data, so pictures of any sizes share a row and nothing compiles twice. Differentiable in the table.
 

@@ -69,7 +69,9 @@ def axes(cfg: Config) -> Int[np.ndarray, "pairs"]:
     return out
 
 
-def frequencies(cfg: Config, length: Num[Array, "..."] | None = None) -> Float[np.ndarray | Array, "... pairs"]:
+def frequencies(
+    cfg: Config, length: Num[Array | np.ndarray, "..."] | None = None
+) -> Float[np.ndarray | Array, "... pairs"]:
     """Radians per unit of position, f32[pairs], or f32[..., pairs] where the scaling depends on the `length` [...]."""
     pairs = cfg.rotated // 2
     if cfg.layout == "repeated":

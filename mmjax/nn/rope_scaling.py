@@ -14,7 +14,6 @@ import numpy as np
 
 from mmjax.core.errors import InputError
 
-
 ONE = np.float32(1)
 
 
@@ -49,7 +48,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """"NTK-aware" base that grows with the document beyond the `trained` length (bloc97, emozilla 2023)."""
+    """ "NTK-aware" base that grows with the document beyond the `trained` length (bloc97, emozilla 2023)."""
 
     factor: float
     trained: int

@@ -47,7 +47,9 @@ class Config:
 
     def __post_init__(self):
         if self.rope is not None and self.rope.head != self.head:
-            raise InputError(f"The rotary embedding is for heads of {self.rope.head} values, but these have {self.head}.")
+            raise InputError(
+                f"The rotary embedding is for heads of {self.rope.head} values, but these have {self.head}."
+            )
 
     @property
     def norm_config(self) -> norm.Config:

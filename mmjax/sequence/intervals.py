@@ -1,7 +1,7 @@
 """Who sees whom: one interval of labels per token, for one document whose labels are 0 … n−1.
 
-Each function draws its mask: a row is a query, a column a key, `x` is seen; t is text, i a picture's token or patch, q a
-learned query or latent. The rows of a KV cache and of pruned tokens are these same rows, with keys left out: labels
+Each function draws its mask: a row is a query, a column a key, `x` is seen; t is text, i a picture's token or patch, q
+a learned query or latent. The rows of a KV cache and of pruned tokens are these same rows, with keys left out: labels
 travel with their tokens.
 """
 

@@ -17,11 +17,13 @@ from mmjax.sequence.layout import EMPTY
 from mmjax.train.config import Objective
 from mmjax.train.state import TrainState, shardings
 
+PLAIN = Objective()
+
 
 def loss_fn(
-    params: dict, batch: Batch, cfg: vlm.Config, objective: Objective = Objective()
+    params: dict, batch: Batch, cfg: vlm.Config, objective: Objective = PLAIN
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean next-token loss over the trained tokens (and z-loss), and the former's parts: sums, to add up over batches."""
+    """Mean next-token loss over the trained tokens, with z-loss if asked for, and its parts as sums, to add up."""
     hidden = vlm.hidden(params, batch, cfg)
     head = functools.partial(decoder.logits, params["decoder"], cfg=cfg.decoder)
     found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk)
@@ -36,7 +38,7 @@ def train_step(
     *,
     cfg: vlm.Config,
     tx: optax.GradientTransformation,
-    objective: Objective = Objective(),
+    objective: Objective = PLAIN,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -70,7 +72,7 @@ def compile_step(
     tx: optax.GradientTransformation,
     mesh: Mesh,
     rules: Rules,
-    objective: Objective = Objective(),
+    objective: Objective = PLAIN,
 ) -> jax.stages.Compiled:
     """The compiled step for one bucket. `state` and `batch` are abstract; the state's buffers are reused (donated)."""
 

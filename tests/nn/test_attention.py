@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import dense
 import jax
@@ -27,7 +28,7 @@ def masks(length):
     cuts = np.sort(rng.choice(np.arange(1, length), min(5, length - 1), replace=False)) if length > 1 else []
     lengths = np.diff([0, *cuts, length]).tolist()  # documents or pictures of any length
     edges = np.cumsum([0, *lengths]).tolist()
-    pictures = list(zip(edges[:-1], edges[1:], strict=True))[1::2]
+    pictures = list(itertools.pairwise(edges))[1::2]
     both = intervals.bidirectional_images(length, pictures)
     at, media = edges[:-1], [1 + n // 2 for n in lengths]
     half = max(1, length // 2)
@@ -97,9 +98,7 @@ def test_equals_a_dense_mask_in_float64(rng, length, group, dtype):
     near, near_grad = (1e-5, 1e-5) if dtype == "float32" else (1e-2, 3e-2)
     for row, name in enumerate(cases):
         one = tuple(x[row : row + 1] for x in (*qkv, *see, *cotangents))
-        expected, expected_lse, _, wanted = dense.attention(
-            *one[:3], dense.seen(*one[3:6]), d_out=one[6], d_lse=one[7]
-        )
+        expected, expected_lse, _, wanted = dense.attention(*one[:3], dense.seen(*one[3:6]), d_out=one[6], d_lse=one[7])
         compare = functools.partial(_close, name)
         compare(out[row], expected[0], near)
         compare(lse[row], expected_lse[0], near)
@@ -233,7 +232,7 @@ def test_rows_do_not_depend_on_how_they_are_grouped(rng, monkeypatch):
 
 
 def test_tiles_that_no_interval_reaches_are_not_computed(monkeypatch):
-    """For every block of queries, exactly the hull of the tiles its intervals touch; so a row of NaN elsewhere is unseen."""
+    """For every block of queries, exactly the hull of the tiles its intervals touch: NaN elsewhere is not met."""
     monkeypatch.setattr(xla, "QUERIES", 8)
     monkeypatch.setattr(xla, "KEYS", 8)
     lo, hi = intervals.packed([12, 20, 16])

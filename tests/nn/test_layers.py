@@ -7,7 +7,7 @@ import pytest
 from tiny import randomised
 
 from mmjax.core.errors import InputError
-from mmjax.nn import linear, mlp, norm, patch_embed, rope
+from mmjax.nn import linear, mlp, norm, patch_embed
 
 
 def test_linear_is_a_product_and_a_bias(rng):

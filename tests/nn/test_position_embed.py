@@ -18,7 +18,8 @@ def test_the_paper_s_own_order():
 
 
 @pytest.mark.parametrize(
-    ("parts", "order"), [(CONCATENATED, "sr cr"), (MAE, "sc cc sr cr"), (HEIGHT_FIRST, "sr cr sc cc"), (TIMM, "sr sc cr cc")]
+    ("parts", "order"),
+    [(CONCATENATED, "sr cr"), (MAE, "sc cc sr cr"), (HEIGHT_FIRST, "sr cr sc cc"), (TIMM, "sr sc cr cc")],
 )
 def test_orders(rng, parts, order):
     """Function (sine, cosine) and axis (row, column) of every part, written out."""
@@ -26,9 +27,7 @@ def test_orders(rng, parts, order):
     words = order.split()
     bands = 24 // len(words)
     frequency = 10000.0 ** -(np.arange(bands) / bands)
-    expected = [
-        {"s": np.sin, "c": np.cos}[f](position[..., "rc".index(axis), None] * frequency) for f, axis in words
-    ]
+    expected = [{"s": np.sin, "c": np.cos}[f](position[..., "rc".index(axis), None] * frequency) for f, axis in words]
     np.testing.assert_allclose(sinusoidal(position, 24, parts), np.concatenate(expected, -1), atol=1e-5)
 
 

@@ -143,6 +143,6 @@ def test_what_is_refused():
     with pytest.raises(InputError, match="Dynamic depends on the document's length"):
         rope.angles(jnp.zeros((1, 2, 1)), rope.Config(16, (8,), scaling=Dynamic(2.0, 10)))
     with pytest.raises(InputError, match="`short` has 3 factors for 8 rotated pairs"):
-        rope.frequencies(rope.Config(16, (8,), scaling=LongRope((1.0,) * 3, (1.0,) * 8, 10, 2.0)), np.int32(3))
+        rope.frequencies(rope.Config(16, (8,), scaling=LongRope((1.0,) * 3, (1.0,) * 8, 10, 2.0)), jnp.int32(3))
     with pytest.raises(InputError, match=r"give positions of shape \[B, L, 3\]"):
         rope.angles(jnp.zeros((1, 2, 1)), rope.Config(16, (4, 2, 2)))

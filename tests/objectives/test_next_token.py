@@ -83,9 +83,7 @@ def test_chunks_and_meshes_change_nothing(setting, explicit):
     arrays, expected = setting
     mesh, rules = make_mesh(MeshConfig(2, 2, 2, explicit=explicit)), Rules()
     axes = (("batch", None, None), ("vocab", "embed"), ("batch", None), ("batch", None))
-    placed = [
-        jax.device_put(x, sharding.named(mesh, a, rules, x.shape)) for x, a in zip(arrays, axes, strict=True)
-    ]
+    placed = [jax.device_put(x, sharding.named(mesh, a, rules, x.shape)) for x, a in zip(arrays, axes, strict=True)]
     with jax.set_mesh(mesh):
         got = jax.jit(functools.partial(both_ways, chunk=4))(*placed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, expected)
