@@ -62,7 +62,7 @@ class Dynamic:
         ratio = (self.factor * longer / self.trained) - (self.factor - 1.0)
         known = ONE / powers(theta, rotated)
         shape = (1,) * ratio.ndim + (-1,)
-        return known.reshape(shape) * jnp.exp(-growth.reshape(shape) * jnp.log(ratio)[..., None])
+        return known.reshape(shape) * jnp.power(ratio[..., None], -growth.reshape(shape))
 
 
 @dataclass(frozen=True)

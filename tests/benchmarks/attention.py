@@ -102,10 +102,9 @@ def main() -> None:
             seen = (lo[:, None] <= np.arange(length)) & (np.arange(length) <= hi[:, None])
             dense = jnp.asarray(seen)[None, None]
             as_tensor = torch.tensor(seen)[None, None]
+            see = order, jnp.asarray(lo)[None], jnp.asarray(hi)[None]
             of = {
-                "ours": measure_jax(
-                    functools.partial(ours, see=(order, jnp.asarray(lo)[None], jnp.asarray(hi)[None])), arrays
-                ),
+                "ours": measure_jax(functools.partial(ours, see=see), arrays),
                 "dense jax": measure_jax(
                     lambda q, k, v, dense=dense: jax.nn.dot_product_attention(q, k, v, mask=dense), arrays
                 ),

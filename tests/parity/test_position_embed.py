@@ -44,4 +44,5 @@ def test_interpolation(rng, size, method, antialias, align_corners):
     got = interpolate(
         jnp.asarray(table), position, grid, method=method, antialias=antialias, align_corners=align_corners
     )
-    np.testing.assert_allclose(got[0], expected.permute(1, 2, 0).reshape(-1, 9).numpy(), atol=2e-6)
+    # An ulp of a source coordinate of 30 is 2e-6, times differences of up to 5 between neighbours in the table.
+    np.testing.assert_allclose(got[0], expected.permute(1, 2, 0).reshape(-1, 9).numpy(), atol=5e-6)
