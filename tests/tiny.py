@@ -35,7 +35,7 @@ def tiny_model(vocab: int, patch: int = 4, width: int = 16) -> vlm.Config:
         width=width, layers=2, heads=4, kv_heads=2, head=8, hidden=24, rope=rope.Config(8, (2, 1, 1))
     )
     return vlm.Config(
-        vision=vit.Config(patch_embed.Config(patch, width), vision),
+        vision=vit.Config(patch_embed.Config(patch, width, patch_norm=True, stem=((2, 10),)), vision),
         connector=connector.Config(width, width),
         decoder=decoder.Config(vocab, language),
     )

@@ -83,11 +83,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value, name = getattr(config, f.name), f"{prefix}{f.name}"
         if dataclasses.is_dataclass(value):
             out |= flatten(value, f"{name}.")
-        elif isinstance(value, tuple | list):
-            out[name] = list(value)
         else:
-            out[name] = value if isinstance(value, bool | int | float | str | None) else str(value)
+            out[name] = _plain(value)
     return out
+
+
+def _plain(value: Any) -> Any:
+    """What JSON gives back unchanged."""
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def main(run: Any) -> None:

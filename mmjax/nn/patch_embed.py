@@ -86,21 +86,29 @@ def apply(params: dict, patches: Num[Array, "b p c"], cfg: Config) -> Float[Arra
     if not stem:
         return linear.apply(params, patches, last)
     b, p, _ = patches.shape
-    x = patches.reshape(b, p, cfg.patch, cfg.patch, cfg.channels)
-    for i, (stage, (pixels, _)) in enumerate(zip(stem, cfg.stem, strict=True)):
-        side = cfg.patch // pixels
-        x = _squares(x, side)
-        x = linear.apply(params[f"stem_{i}"], x.reshape(b, p * side * side, -1), stage)
+    x = patches[..., _by_squares(cfg)]
+    for i, stage in enumerate(stem):
+        # In two steps: arrays whose sharding is part of their type are split or merged, not both at once.
+        x = x.reshape(b, p, -1, stage.inputs)
+        count = x.shape[2]
+        x = linear.apply(params[f"stem_{i}"], x.reshape(b, p * count, -1), stage)
         x = jax.nn.gelu(norm.apply(params[f"stem_{i}"]["norm"], x, norm.Config(stage.outputs, "layer", 1e-5)))
-        x = x.reshape(b, p, side, side, -1)
-    return linear.apply(params, x.reshape(b, p, -1), last)
+        x = x.reshape(b, p, count, -1).reshape(b, p, -1)
+    return linear.apply(params, x, last)
 
 
-def _squares(x: jax.Array, side: int) -> jax.Array:
-    """[B, P, n, n, C] → [B, P, side, side, (n / side)² × C]: neighbours of a square next to each other."""
-    b, p, n, _, c = x.shape
-    x = x.reshape(b, p, side, n // side, side, n // side, c).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(b, p, side, side, -1)
+def _by_squares(cfg: Config) -> np.ndarray:
+    """The order of a patch's values in which the squares of every stage follow each other, row by row."""
+
+    def cut(block: np.ndarray, sides: list[int]) -> list[np.ndarray]:
+        if not sides:
+            return [block.reshape(-1)]
+        side, n = sides[0], len(block)
+        squares = (block[y : y + side, x : x + side] for y in range(0, n, side) for x in range(0, n, side))
+        return [values for square in squares for values in cut(square, sides[1:])]
+
+    values = np.arange(cfg.values).reshape(cfg.patch, cfg.patch, cfg.channels)
+    return np.concatenate(cut(values, [pixels for pixels, _ in reversed(cfg.stem)]))
 
 
 def patchify(images: Num[Array, "b h w c"], patch: int) -> Num[Array, "b p values"]:

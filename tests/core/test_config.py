@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from mmjax.core import config
@@ -28,6 +30,13 @@ def test_fields_are_set_by_dotted_names():
     assert flat["model.vision.blocks.layers"] == 7
     assert flat["out"] == "x/y"
     assert flat["model.vision.blocks.rope.sections"] == [6, 6]
+
+
+def test_a_flat_config_survives_json():
+    """It is compared with the one in a checkpoint, where tuples have become lists, nested ones too."""
+    flat = config.flatten(config.load("quickstart"))
+    assert flat["model.vision.embed.stem"] == [[2, 24], [4, 96]]
+    assert json.loads(json.dumps(flat)) == flat
 
 
 def test_unknown_configs_name_the_nearest():
