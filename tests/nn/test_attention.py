@@ -248,6 +248,16 @@ def test_tiles_that_no_interval_reaches_are_not_computed(monkeypatch):
     assert stop.tolist() == [[1, 2, 3, 4, 5, 6]]
 
 
+@pytest.mark.parametrize("label", [23, 24], ids=["a tile's last label", "a tile's first label"])
+def test_one_label_at_the_edge_of_a_tile_is_reached(rng, monkeypatch, label):
+    monkeypatch.setattr(xla, "QUERIES", 16)
+    monkeypatch.setattr(xla, "KEYS", 24)
+    q, k, v = draw(rng, 1, 32, 48, 4, 2)
+    see = jnp.full((1, 32), label, jnp.int32)
+    out, _ = attention.attend(q, k, v, jnp.arange(48)[None], see, see)
+    np.testing.assert_allclose(out, jnp.broadcast_to(jnp.repeat(v[:, label], 2, axis=1)[:, None], out.shape), rtol=1e-6)
+
+
 def test_merging_two_sets_of_keys_is_attention_over_both(rng, tiles):
     q, k, v = draw(rng, 2, 30, 41, 4, 2)
     order = jnp.tile(jnp.arange(41), (2, 1))
