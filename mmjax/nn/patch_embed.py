@@ -3,6 +3,7 @@
 Or, for small data, through a few small layers inside each patch first: patches still never mix, so packing is free.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Spec
+from mmjax.core.spec import Normal, Spec
 from mmjax.nn import linear, norm
 
 SMOOTH = 1e-2  # variance below which `patch_norm` leaves a patch flat: one colour and some compression noise
@@ -62,11 +63,19 @@ class Config:
 
 def spec(cfg: Config) -> Spec:
     *stem, last = cfg.stages
-    out = linear.spec(last)
+    out = _linear(last, cfg)
     if cfg.patch_norm:
         out["norm"] = norm.spec(norm.Config(cfg.values, "layer"))
     for i, stage in enumerate(stem):
-        out[f"stem_{i}"] = linear.spec(stage) | {"norm": norm.spec(norm.Config(stage.outputs, "layer"))}
+        out[f"stem_{i}"] = _linear(stage, cfg) | {"norm": norm.spec(norm.Config(stage.outputs, "layer"))}
+    return out
+
+
+def _linear(stage: linear.Config, cfg: Config) -> Spec:
+    """With `patch_norm` a blank patch is its bias alone; of zeros, the next norm's gradient would be 1,000 times it."""
+    out = linear.spec(stage)
+    if cfg.patch_norm and stage.bias:
+        out["bias"] = dataclasses.replace(out["bias"], init=Normal(0.1))
     return out
 
 

@@ -38,6 +38,12 @@ def test_an_update_is_optax_on_the_mean_gradient(setting):
     assert not seen["violations"].any()
 
 
+def test_the_first_gradient_is_no_spike(setting):
+    """Most patches of the drawings are blank: were those vectors of zeros, it would be 3,000 here."""
+    _, _, now, batch, step = setting
+    assert step(now, batch)[1]["grad_norm"] < 50
+
+
 def test_a_broken_batch_changes_nothing(setting):
     _, _, now, batch, step = setting
     new, seen = step(now, batch.replace(tokens=batch.tokens.at[1, 0].set(99999)))
