@@ -252,7 +252,7 @@ def test_tiles_that_no_interval_reaches_are_not_computed(monkeypatch):
 def test_one_label_at_the_edge_of_a_tile_is_reached(rng, monkeypatch, label):
     monkeypatch.setattr(xla, "QUERIES", 16)
     monkeypatch.setattr(xla, "KEYS", 24)
-    q, k, v = draw(rng, 1, 32, 48, 4, 2)
+    q, k, v = map(jnp.asarray, draw(rng, 1, 32, 48, 4, 2))
     see = jnp.full((1, 32), label, jnp.int32)
     out, _ = attention.attend(q, k, v, jnp.arange(48)[None], see, see)
     np.testing.assert_allclose(out, jnp.broadcast_to(jnp.repeat(v[:, label], 2, axis=1)[:, None], out.shape), rtol=1e-6)
