@@ -2,9 +2,10 @@
 
     pip install ".[parity]" && python -m tests.benchmarks.attention
 
-Medians of five or more, float32, one row, 8 heads of 64. Masks: one causal document; 16 packed causal documents; causal with
-bidirectional pictures. Peers: (a) jax.nn.dot_product_attention with a dense mask; (b) torch SDPA with a dense mask;
-(c) for packed documents torch SDPA in a loop over the documents, which is the floor. The last line is one JSON object.
+Medians of five or more, float32, one row, 8 heads of 64. Masks: one causal document; 16 packed causal documents;
+causal with bidirectional pictures. Peers: (a) jax.nn.dot_product_attention with a dense mask; (b) torch SDPA with a
+dense mask; (c) for packed documents torch SDPA in a loop over the documents, which is the floor. The last line is one
+JSON object.
 """
 
 import functools
