@@ -15,6 +15,7 @@ from mmjax.data import augment, drawings
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, rope, transformer
+from mmjax.sequence import interleave
 from mmjax.tokenizers.resolution import Native
 from mmjax.train.config import Config, Optimizer, Packing
 
@@ -50,6 +51,7 @@ def model() -> vlm.Config:
         vision=vit.Config(patch_embed.Config(PATCH, vision.width, patch_norm=True, stem=((2, 24), (4, 96))), vision),
         connector=connector.Config(vision.width, language.width),
         decoder=decoder.Config(VOCAB, language),
+        placeholder=6,
     )
 
 
@@ -75,7 +77,8 @@ def config() -> Config:
         out=Path("runs/quickstart"),
         steps=2000,
         resolution=Native(patch=PATCH, min_pixels=32 * 32, max_pixels=48 * 48),
-        packing=Packing(rows=12, tokens=128, buckets=2, see="bidirectional_images"),
+        packing=Packing(rows=12, tokens=128, buckets=2),
+        sequence=interleave.Config(see="bidirectional_images"),
         # The mean of many steps at a high rate names unseen drawings better than a rate that falls to nothing.
         optimizer=Optimizer(learning_rate=2.5e-3, final=0.6, average=0.998),
         threads=1,  # two would wait for each other: pictures this small are all Python

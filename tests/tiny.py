@@ -38,6 +38,7 @@ def tiny_model(vocab: int, patch: int = 4, width: int = 16) -> vlm.Config:
         vision=vit.Config(patch_embed.Config(patch, width, patch_norm=True, stem=((2, 10),)), vision),
         connector=connector.Config(width, width),
         decoder=decoder.Config(vocab, language),
+        placeholder=6,
     )
 
 

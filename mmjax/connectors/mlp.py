@@ -17,6 +17,10 @@ class Config:
     def mlp(self) -> mlp.Config:
         return mlp.Config(self.inputs, self.outputs, self.outputs)
 
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        """How many media tokens a picture becomes; for `sequence.layout`."""
+        return grid[0] * grid[1] * grid[2]
+
 
 def spec(cfg: Config) -> Spec:
     return mlp.spec(cfg.mlp)

@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mmjax.core.errors import InputError
 from mmjax.sequence import buckets
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import Layout
-from mmjax.sequence.pack import pack
+from mmjax.sequence.layout import DIMENSIONS, Layout
+from mmjax.sequence.pack import pack_shapes
 
-WINDOW = 2048  # documents packed together: the look-ahead
+WINDOW = 2048  # documents that are packed together: the look-ahead
+KEEP = 4  # one part in so many of a window waits for the next one, for the last rows of a heap fill badly
 SAMPLE = 1024  # of the first window, from which the bucket shapes are chosen
 
 
@@ -31,31 +32,73 @@ class Plan:
 
     buckets: tuple[Bucket, ...]
     steps: tuple[Step, ...]
-    fill_tokens: float  # share of the planned tokens that are not padding
-    fill_patches: float
+    used: tuple[tuple[int, ...], ...]  # per bucket, over all its steps: how much of each dimension is not padding
+
+    @property
+    def steps_of(self) -> tuple[int, ...]:
+        """How many steps use each bucket."""
+        return tuple(int(n) for n in np.bincount([s.bucket for s in self.steps], minlength=len(self.buckets)))
+
+    @property
+    def fills(self) -> Float[np.ndarray, "d"]:
+        """The share of every dimension (tokens, patches, images, frames) that is not padding."""
+        room = sum(np.multiply(b.row, b.rows * n) for b, n in zip(self.buckets, self.steps_of, strict=True))
+        return np.sum(self.used, axis=0) / np.maximum(room, 1)
+
+    @property
+    def fill_tokens(self) -> float:
+        return float(self.fills[0])
+
+    @property
+    def fill_patches(self) -> float:
+        return float(self.fills[1])
 
     @property
     def fill(self) -> float:
-        """The harmonic mean of both fills."""
-        both = [f for f in (self.fill_tokens, self.fill_patches) if f > 0]
-        return len(both) / sum(1 / f for f in both) if both else 0.0
+        """The harmonic mean of the fills of tokens and patches."""
+        return buckets.harmonic(self.fill_tokens, self.fill_patches)
+
+    def table(self) -> str:
+        """What will be compiled and how full it is, a line per bucket: to be read before training starts."""
+        head = f"{'bucket (rows × tokens, patches, images, frames)':<50}{'steps':>8}" + "".join(
+            f"{name:>9}" for name in DIMENSIONS
+        )
+        lines = [head]
+        for bucket, steps, used in zip(self.buckets, self.steps_of, self.used, strict=True):
+            size = f"{bucket.rows} × " + ", ".join(map(str, bucket.row))
+            room = np.multiply(bucket.row, bucket.rows * steps)
+            full = "".join(f"{u / r:>9.1%}" if r else f"{'-':>9}" for u, r in zip(used, room, strict=True))
+            lines.append(f"{size:<50}{steps:>8}{full}")
+        lines.append(
+            f"{len(self.buckets)} programs to compile; expected fill {self.fill:.1%} (tokens {self.fill_tokens:.1%}, "
+            f"patches {self.fill_patches:.1%}), the rest is padding"
+        )
+        return "\n".join(lines)
 
 
 LayoutOf = Callable[[Document], Layout]
 
 
-def measure(documents: Sequence[Document], numbers: range, layout: LayoutOf) -> Int[np.ndarray, "n 3"]:
-    """(tokens, patches, images) of the documents with these numbers."""
-    return np.array([layout(documents[n]).size for n in numbers], np.int64).reshape(-1, 3)
+def measure(documents: Sequence[Document], numbers: range, layout: LayoutOf) -> Int[np.ndarray, "n 4"]:
+    """What the documents with these numbers take up (see Layout.size)."""
+    return np.array([layout(documents[n]).size for n in numbers], np.int64).reshape(-1, len(DIMENSIONS))
 
 
 def training(
-    documents: Sequence[Document], layout: LayoutOf, *, steps: int, k: int, tokens: int, rows: int, seed: int
+    documents: Sequence[Document],
+    layout: LayoutOf,
+    *,
+    steps: int,
+    k: int,
+    tokens: int,
+    rows: int,
+    seed: int,
+    patches: int = 0,
 ) -> Plan:
     """Plans `steps` training steps over the documents in order, window by window.
 
-    A window's documents are packed together and its rows shuffled. Rows that do not fill a step wait for the next
-    window: until the last step every document is used exactly once.
+    A window's documents are packed together with those that waited from the one before, and its rows shuffled. Rows
+    that do not fill a step wait for the next window: until the last step every document is used at most once.
 
     Args:
       documents: number → document; no pixels are read.
@@ -64,30 +107,38 @@ def training(
       k: how many bucket shapes at most.
       tokens, rows: the shape of every batch.
       seed: of the shuffles.
+      patches: of the largest document that may come; 0: as many as the sample has from which shapes are chosen.
 
     Raises:
       InputError: too few documents for so many steps; a document that does not fit a row.
     """
     done: list[Step] = []
-    measured = []
     shapes: tuple[Bucket, ...] = ()
+    numbers, sizes = np.zeros(0, np.int64), np.zeros((0, len(DIMENSIONS)), np.int64)
+    taken = {}
     for start in range(0, len(documents), WINDOW):
-        numbers = range(start, min(start + WINDOW, len(documents)))
-        sizes = measure(documents, numbers, layout)
+        window = range(start, min(start + WINDOW, len(documents)))
+        new = measure(documents, window, layout)
         if not shapes:
-            shapes = buckets.choose(sizes[:SAMPLE], k, tokens, rows)
+            shapes = buckets.choose(new[:SAMPLE], k, tokens, rows, patches)
             waiting: list[list[tuple[int, ...]]] = [[] for _ in shapes]
+        buckets.refuse_too_large(new, shapes, [f"number {n}" for n in window])
+        numbers, sizes = np.append(numbers, window), np.concatenate([sizes, new])
+        last = start + WINDOW >= len(documents)
+        packed, left = pack_shapes(sizes, [s.row for s in shapes], 0 if last else WINDOW // KEEP)
+        taken |= {int(numbers[i]): sizes[i] for _, row in packed for i in row}
         rng = np.random.default_rng((seed, start))
         ready = []
-        for b, packed in enumerate(_rows(sizes, shapes, start)):
-            waiting[b] += [tuple(start + i for i in packed[j]) for j in rng.permutation(len(packed))]
-            while len(waiting[b]) >= rows:
-                ready.append(Step(b, tuple(waiting[b][:rows])))
-                del waiting[b][:rows]
+        for j in rng.permutation(len(packed)):
+            b, row = packed[j]
+            waiting[b].append(tuple(int(numbers[i]) for i in row))
+            if len(waiting[b]) == rows:
+                ready.append(Step(b, tuple(waiting[b])))
+                waiting[b] = []
         done += [ready[i] for i in rng.permutation(len(ready))]
-        measured.append(sizes)
+        numbers, sizes = numbers[left], sizes[left]
         if len(done) >= steps:
-            return _plan(shapes, done[:steps], np.concatenate(measured))
+            return _plan(shapes, done[:steps], taken)
     raise InputError(
         f"{len(documents)} documents fill {len(done)} steps of {rows} rows × {tokens} tokens, not {steps}; ask for "
         f"fewer steps or give more documents."
@@ -98,26 +149,17 @@ def once(documents: Sequence[Document], layout: LayoutOf, *, tokens: int, rows: 
     """Plans every document exactly once in one bucket shape; the last batch may have empty rows. For evaluation."""
     sizes = measure(documents, range(len(documents)), layout)
     shapes = buckets.choose(sizes, 1, tokens, rows)
-    (packed,) = _rows(sizes, shapes)
-    steps = [Step(0, tuple(map(tuple, packed[i : i + rows]))) for i in range(0, len(packed), rows)]
-    return _plan(shapes, steps, sizes)
+    packed = [tuple(row) for _, row in pack_shapes(sizes, [s.row for s in shapes])[0]]
+    steps = [Step(0, tuple(packed[i : i + rows])) for i in range(0, len(packed), rows)]
+    return _plan(shapes, steps, dict(enumerate(sizes)))
 
 
-def _rows(sizes: np.ndarray, shapes: tuple[Bucket, ...], first: int = 0) -> list[list[list[int]]]:
-    """For every bucket its packed rows."""
-    bucket = buckets.assign(sizes, shapes, first)
-    out = []
-    for b, shape in enumerate(shapes):
-        members = np.flatnonzero(bucket == b)
-        out.append([[int(members[i]) for i in row] for row in pack(sizes[members], shape.row)])
-    return out
-
-
-def _plan(shapes: tuple[Bucket, ...], steps: list[Step], sizes: np.ndarray) -> Plan:
-    room = np.sum([np.multiply(shapes[s.bucket].row, shapes[s.bucket].rows) for s in steps], axis=0)
-    used = sizes[[n for s in steps for row in s.rows for n in row]].sum(0)
+def _plan(shapes: tuple[Bucket, ...], steps: list[Step], sizes: dict[int, np.ndarray]) -> Plan:
     # A bucket that no step uses is not compiled: leave it out, and number the others anew.
     kept = sorted({step.bucket for step in steps})
     steps = [Step(kept.index(step.bucket), step.rows) for step in steps]
-    fills = used / np.maximum(room, 1)
-    return Plan(tuple(shapes[b] for b in kept), tuple(steps), float(fills[0]), float(fills[1]))
+    used = np.zeros((len(kept), len(DIMENSIONS)), np.int64)
+    for step in steps:
+        for row in step.rows:
+            used[step.bucket] += sum(sizes[n] for n in row)
+    return Plan(tuple(shapes[b] for b in kept), tuple(steps), tuple(tuple(map(int, u)) for u in used))

@@ -1,7 +1,10 @@
 """From plan to batches: Grain reads, decodes in threads and keeps ahead of the step. batch(step) is a pure function."""
 
+import dataclasses
+import logging
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,66 +12,148 @@ import numpy as np
 from mmjax.core.errors import InputError
 from mmjax.data.index import LayoutOf, Plan
 from mmjax.sequence import batch as batches
-from mmjax.sequence.batch import Batch
-from mmjax.sequence.document import Document, Image
-from mmjax.sequence.interleave import Example, See, interleave
+from mmjax.sequence import interleave, invariants
+from mmjax.sequence.batch import Batch, Values
+from mmjax.sequence.document import Audio, Document, Image, Video
+from mmjax.sequence.interleave import Example
+from mmjax.sequence.layout import Piece
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.vocab import Vocab
+
+log = logging.getLogger("mmjax")
+
+
+class Holes:
+    """The documents whose media could not be read, and why; at most `budget` of them.
+
+    Such a document keeps its place in the plan, but its media are blank and nothing in it is learnt: no other document
+    moves.
+    """
+
+    def __init__(self, budget: int = 0):
+        self.budget, self.reasons, self._lock = budget, {}, threading.Lock()
+
+    def add(self, id: str, error: InputError) -> None:
+        """Raises InputError where the budget is spent."""
+        with self._lock:
+            new = id not in self.reasons
+            self.reasons[id] = str(error)
+            if len(self.reasons) <= self.budget:
+                if new:
+                    log.warning("left out %d of at most %d: %s", len(self.reasons), self.budget, error)
+                return
+        if self.budget:
+            raise InputError(
+                f"{error} With it {len(self.reasons)} documents cannot be read, and packing.holes is {self.budget}."
+            ) from error
+        raise error
 
 
 @dataclass(frozen=True)
 class Source:
-    """The batches of a plan; `source[step]` is a Batch of NumPy arrays, the same on every call."""
+    """The batches of a plan; `source[step]` is a Batch of NumPy arrays, the same on every call.
+
+    Host `host` of `hosts` gets its share of the rows of every step: all hosts run the same bucket, and their rows one
+    after the other are the batch of a single host.
+    """
 
     documents: Sequence[Document]
     layout: LayoutOf
     plan: Plan
     vocab: Vocab
     patch: int
-    see: See = "causal"
+    cfg: interleave.Config = interleave.PLAIN
+    latents: int = 0  # media tokens per picture; 0: one per patch
+    sound: int = 0  # samples in a frame of sound
+    holes: Holes = field(default_factory=Holes, compare=False)
+    host: int = 0
+    hosts: int = 1
 
     @property
-    def values(self) -> int:
-        return self.patch * self.patch * 3
+    def values(self) -> Values:
+        return Values(self.patch * self.patch * 3, self.sound)
 
     def __len__(self) -> int:
         return len(self.plan.steps)
 
     def __getitem__(self, step: int) -> Batch:
         planned = self.plan.steps[step]
-        rows = [[self.example(self.documents[n]) for n in row] for row in planned.rows]
-        return batches.build(rows, self.plan.buckets[planned.bucket], self.values, self.vocab)
+        whole = self.plan.buckets[planned.bucket]
+        share = whole.rows // self.hosts
+        if share * self.hosts != whole.rows:
+            raise InputError(f"{self.hosts} hosts cannot share {whole.rows} rows evenly; use a multiple of them.")
+        mine = planned.rows[self.host * share : (self.host + 1) * share]
+        rows = [[self.example(self.documents[n]) for n in row] for row in mine]
+        bucket = dataclasses.replace(whole, rows=share)
+        batch = batches.build(rows, bucket, self.values, self.vocab, self.cfg)
+        media = np.repeat(batch.grid.prod(-1) > 0, self.latents, axis=1) if self.latents else None
+        invariants.check(batch, self.vocab, [[x.id for x, _ in row] for row in rows], media)
+        return batch
 
     def example(self, document: Document) -> tuple[Example, list[np.ndarray]]:
-        """One document's descriptor and the patches of its pictures.
+        """One document's descriptor, and its media in reading order.
 
         Raises:
-          InputError: a picture that cannot be decoded; the message names document and span.
+          InputError: a medium that cannot be read, beyond what `holes` allows; the message names document and span.
         """
-        x = interleave(self.layout(document), self.vocab, self.see)
-        return x, [self._patches(document, i, grid) for i, grid in enumerate(x.grid)]
-
-    def _patches(self, document: Document, number: int, grid: np.ndarray) -> np.ndarray:
-        picture = document.images[number]
+        layout = self.layout(document)
+        x = interleave.interleave(layout, self.vocab, self.cfg)
+        media = [p for p in layout.pieces if p.grid is not None]
         try:
-            pixels = load(picture)
+            return x, [self._read(document, i, p) for i, p in enumerate(media)]
         except InputError as error:
-            raise InputError(f"Document {document.id!r}, picture {number}: {error}") from error
-        if pixels.shape[:2] != (picture.height, picture.width):
+            self.holes.add(document.id, error)
+        blank = [self._blank(p) for p in media]
+        return dataclasses.replace(x, weight=np.zeros_like(x.weight)), blank
+
+    def _blank(self, piece: Piece) -> np.ndarray:
+        if not piece.views:
+            return np.zeros((piece.grid[0], self.sound), np.float32)
+        return np.zeros((sum(int(np.prod(v)) for v in piece.views), self.values.patch), np.uint8)
+
+    def _read(self, document: Document, number: int, piece: Piece) -> np.ndarray:
+        medium = document.media[number]
+        where = f"Document {document.id!r}, {'picture' if isinstance(medium, Image) else 'medium'} {number}"
+        if piece.tiles:
+            raise InputError(f"{where}: pictures in several views cannot be read yet; use a policy of one view.")
+        try:
+            if isinstance(medium, Audio):
+                return self._sound(medium, piece.grid[0])
+            pixels = load(medium)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        except Exception as error:  # a dataset's own function: whatever it raises, the example's name is wanted
+            raise InputError(f"{where}: could not be read ({type(error).__name__}: {error}).") from error
+        declared = (medium.height, medium.width)
+        declared = (medium.frames, *declared) if isinstance(medium, Video) else declared
+        if pixels.shape != (*declared, 3):
             raise InputError(
-                f"Document {document.id!r}, picture {number}: declared as {picture.height}x{picture.width} but is "
-                f"{pixels.shape[0]}x{pixels.shape[1]} pixels; make the index again."
+                f"{where}: declared as {'x'.join(map(str, declared))} but is {'x'.join(map(str, pixels.shape[:-1]))} "
+                f"pixels; make the index again."
             )
-        pixels = images.resize(pixels, int(grid[1]) * self.patch, int(grid[2]) * self.patch)
-        return images.patchify(pixels, self.patch)
+        # Frames of a video are taken evenly.
+        frames = pixels[None] if pixels.ndim == 3 else pixels
+        chosen = np.round(np.linspace(0, len(frames) - 1, piece.grid[0])).astype(int)
+        size = piece.grid[1] * self.patch, piece.grid[2] * self.patch
+        return np.concatenate([images.patchify(images.resize(frames[f], *size), self.patch) for f in chosen])
+
+    def _sound(self, clip: Audio, frames: int) -> np.ndarray:
+        samples = clip.source if isinstance(clip.source, np.ndarray) else clip.source()
+        if samples.shape != (clip.samples,):
+            raise InputError(f"declared as {clip.samples} samples but is {samples.shape}; make the index again.")
+        out = np.zeros(frames * self.sound, np.float32)
+        out[: min(len(samples), len(out))] = samples[: len(out)]
+        return out.reshape(frames, self.sound)
 
     def ids(self, step: int, row: int) -> list[str]:
         """The documents of one row, for messages."""
         return [self.documents[n].id for n in self.plan.steps[step].rows[row]]
 
 
-def load(picture: Image) -> np.ndarray:
-    """A picture's pixels u8[height, width, 3], from whatever its source is."""
+def load(picture: Image | Video) -> np.ndarray:
+    """A picture's pixels u8[height, width, 3] (a video's u8[frames, …]), from whatever its source is."""
+    if isinstance(picture, Video):
+        return picture.source if isinstance(picture.source, np.ndarray) else picture.source()
     if isinstance(picture.source, bytes | Path | np.ndarray):
         return images.decode(picture.source)
     return picture.source()

@@ -37,6 +37,7 @@ def apply(
     lo: Int[Array, "b p"],
     hi: Int[Array, "b p"],
     position: Num[Array, "b p axes"],
+    window: tuple[Int[Array, "b p"], Int[Array, "b p"]] | None = None,
 ) -> Float[Array, "b p d"]:
     """Features of every patch.
 
@@ -45,7 +46,8 @@ def apply(
       patches: u8 or f32[B, P, C], all pictures of a row one after the other.
       order, lo, hi: i32[B, P]; every patch sees the patches of its picture.
       position: [B, P, 2], row and column of the patch in its picture.
+      window: lo and hi of the blocks that cfg.blocks.windowed names.
     """
     x = patch_embed.apply(params["embed"], patches, cfg.embed)
-    x = transformer.apply(params["blocks"], x, cfg.blocks, order=order, lo=lo, hi=hi, position=position)
+    x = transformer.apply(params["blocks"], x, cfg.blocks, order=order, lo=lo, hi=hi, position=position, window=window)
     return norm.apply(params["norm"], x, cfg.norm)

@@ -1,36 +1,63 @@
-"""A vision-language model of the LLaVA shape: encoder → connector → media tokens in the decoder's sequence."""
+"""A vision-language model: encoder → connector → media tokens in the decoder's sequence, or beside it (Flamingo)."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from mmjax.connectors import mlp as connector
+from mmjax.connectors import mlp, perceiver
 from mmjax.core import sharding
+from mmjax.core.errors import InputError
 from mmjax.core.spec import Spec
 from mmjax.encoders import vit
 from mmjax.models import decoder
+from mmjax.sequence import interleave
 from mmjax.sequence.batch import Batch
 
 
 @dataclass(frozen=True)
 class Config:
+    """Where media enter is the decoder's choice: `decoder.cross`, or else in the sequence.
+
+    placeholder: the token id that stands where media tokens go; given, the train step checks that they do.
+    """
+
     vision: vit.Config
-    connector: connector.Config
+    connector: mlp.Config | perceiver.Config
     decoder: decoder.Config
+    placeholder: int | None = None
+
+    def refuse(self, sequence: interleave.Config) -> None:
+        """Raises InputError where batches made with this config lack what the model reads."""
+        if (self.decoder.cross is not None) != (sequence.cross != "none"):
+            raise InputError(
+                f"The decoder {'looks' if self.decoder.cross else 'does not look'} at media by cross-attention, but "
+                f"sequence.cross is {sequence.cross!r}; set it to 'last_image' or 'all_images' with cross-attention, "
+                f"and to 'none' without."
+            )
+        if bool(self.vision.blocks.windowed) != bool(sequence.window):
+            raise InputError(
+                f"The vision blocks {self.vision.blocks.windowed} are windowed, but sequence.window is "
+                f"{sequence.window}; set both or neither."
+            )
 
 
 def spec(cfg: Config) -> Spec:
     return {
         "vision": vit.spec(cfg.vision),
-        "connector": connector.spec(cfg.connector),
+        "connector": _connector(cfg).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
 
 
+def _connector(cfg: Config):
+    return perceiver if isinstance(cfg.connector, perceiver.Config) else mlp
+
+
 def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d"]:
-    """The row's media tokens [B, M, D], one per patch, in patch order."""
+    """The row's media tokens [B, M, D], picture after picture."""
+    windowed = bool(cfg.vision.blocks.windowed)
     features = vit.apply(
         params["vision"],
         batch.patches,
@@ -39,23 +66,46 @@ def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d
         lo=batch.patch_lo,
         hi=batch.patch_hi,
         position=batch.patch_position,
+        window=(batch.window_lo, batch.window_hi) if windowed else None,
     )
-    return connector.apply(params["connector"], features, cfg.connector)
+    if isinstance(cfg.connector, perceiver.Config):
+        return perceiver.apply(
+            params["connector"],
+            features,
+            cfg.connector,
+            image=batch.patch_image,
+            order=batch.patch_order,
+            grid=batch.grid,
+        )
+    return mlp.apply(params["connector"], features, cfg.connector)
+
+
+def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
+    """Which of the row's media tokens exist; None where there is one for each patch."""
+    if isinstance(cfg.connector, perceiver.Config):
+        return perceiver.present(batch.grid, cfg.connector.latents)
+    return None
 
 
 def hidden(
     params: dict, batch: Batch, cfg: Config, *, media: Float[Array, "b m d"] | None = None
 ) -> Float[Array, "b l d"]:
-    """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders.
+    """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders, or are looked at.
 
     `media` are the row's media tokens where they are known already (as between the steps of an answer).
     """
-    text = decoder.embed(params["decoder"], batch.tokens)
-    media = sharding.take_rows(media_tokens(params, batch, cfg) if media is None else media, batch.slot)
-    x = jnp.where((batch.slot >= 0)[:, :, None], media.astype(text.dtype), text)
-    return decoder.apply(
-        params["decoder"], x, cfg.decoder, order=batch.order, lo=batch.lo, hi=batch.hi, position=batch.position
-    )
+    see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
+    x = decoder.embed(params["decoder"], batch.tokens)
+    media = media_tokens(params, batch, cfg) if media is None else media
+    if cfg.decoder.cross is not None:
+        exists = present(batch, cfg)
+        exists = batch.patch_order >= 0 if exists is None else exists
+        labels = jnp.where(exists, jnp.arange(media.shape[1], dtype=jnp.int32)[None], -1)
+        beside = {"media": (media, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
+        return decoder.apply(params["decoder"], x, cfg.decoder, **see, **beside)
+    at = sharding.take_rows(media, batch.slot)
+    x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
+    return decoder.apply(params["decoder"], x, cfg.decoder, **see)
 
 
 def logits(params: dict, batch: Batch, cfg: Config) -> jax.Array:

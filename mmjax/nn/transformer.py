@@ -1,9 +1,10 @@
 """A pre-norm transformer: equal blocks, stacked and scanned. Encoders and decoders differ in their intervals alone."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
@@ -25,6 +26,7 @@ class Config:
     """Sizes and variants of every block.
 
     rope: the rotary embedding of queries and keys, if any.
+    windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention).
     remat: what the backward pass recomputes: nothing, all but matrix products, everything.
     unroll: scanned layers per loop turn (CPU gains about a tenth from unrolling all, compile time grows with it).
     """
@@ -42,6 +44,7 @@ class Config:
     epsilon: float = 1e-6
     qk_norm: bool = False
     rope: rotary.Config | None = None
+    windowed: tuple[int, ...] = ()
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1
 
@@ -50,6 +53,8 @@ class Config:
             raise InputError(
                 f"The rotary embedding is for heads of {self.rope.head} values, but these have {self.head}."
             )
+        if not all(0 <= i < self.layers for i in self.windowed):
+            raise InputError(f"Blocks {self.windowed} are to be windowed, but there are only {self.layers}.")
 
     @property
     def norm_config(self) -> norm.Config:
@@ -101,6 +106,7 @@ def apply(
     hi: Int[Array, "b l"],
     position: Num[Array, "b l axes"] | None = None,
     length: Num[Array, "b l"] | None = None,
+    window: tuple[Int[Array, "b l"], Int[Array, "b l"]] | None = None,
 ) -> Float[Array, "b l d"]:
     """All blocks in turn (no final norm).
 
@@ -110,18 +116,24 @@ def apply(
       order, lo, hi: who sees whom (see nn.attention).
       position: [B, L, axes], needed where cfg has a rotary embedding.
       length: [B, L], needed where its scaling depends on the document's length (see nn.rope).
+      window: lo and hi of the blocks that cfg.windowed names.
     """
+    if (window is None) != (not cfg.windowed):
+        raise InputError("Windowed blocks and window intervals go together; give both or neither.")
     turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
 
-    def block(x: jax.Array, layer: dict) -> tuple[jax.Array, None]:
+    def block(x: jax.Array, of: tuple[dict, Any]) -> tuple[jax.Array, None]:
+        layer, inside = of
         h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
-        x = x + _attention(layer["attention"], h, cfg, order, lo, hi, turn)
+        sees = (lo, hi) if window is None else [jnp.where(inside, w, a) for w, a in zip(window, (lo, hi), strict=True)]
+        x = x + _attention(layer["attention"], h, cfg, order, *sees, turn)
         h = norm.apply(layer["mlp_norm"], x, cfg.norm_config)
         return sharding.constrain(x + mlp.apply(layer["mlp"], h, cfg.mlp), ("batch", None, None)), None
 
     if cfg.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
-    return jax.lax.scan(block, x, params, unroll=min(cfg.unroll, cfg.layers))[0]
+    inside = jnp.array([i in cfg.windowed for i in range(cfg.layers)]) if cfg.windowed else None
+    return jax.lax.scan(block, x, (params, inside), unroll=min(cfg.unroll, cfg.layers))[0]
 
 
 def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> jax.Array:

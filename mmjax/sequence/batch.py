@@ -6,12 +6,11 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.interleave import Example
-from mmjax.sequence.layout import EMPTY, IMAGE
+from mmjax.sequence.interleave import PLAIN, Config, Example
+from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -23,11 +22,12 @@ class Bucket:
     tokens: int
     patches: int
     images: int
+    frames: int = 0  # of sound
 
     @property
-    def row(self) -> tuple[int, int, int]:
+    def row(self) -> tuple[int, int, int, int]:
         """What one row holds, in the order of Layout.size."""
-        return self.tokens, self.patches, self.images
+        return self.tokens, self.patches, self.images, self.frames
 
 
 Field = Any  # an array on host or device; under tree.map whatever takes its place (a shape, a sharding)
@@ -35,37 +35,64 @@ Field = Any  # an array on host or device; under tree.map whatever takes its pla
 
 @flax.struct.dataclass
 class Batch:
-    """B rows of L tokens; the row's pictures lie in its own P patches and N images.
+    """B rows of L tokens; the row's pictures lie in its own P patches and N images, its sound in its F frames.
 
-    The token at [b, l] sees exactly the tokens of its row with lo <= order <= hi; patches likewise.
+    The token at [b, l] sees exactly the tokens of its row with lo <= order <= hi; patches and frames likewise. A field
+    that no part of the model asks for is None.
     """
 
     tokens: Field  # i32[B, L]; media tokens carry the placeholder id, empty places the padding id
-    modality: Field  # i8[B, L]; 0 empty, 1 text, 2 image
+    modality: Field  # i8[B, L]; 0 empty, 1 text, 2 image, 3 audio, 4 video
     document: Field  # i32[B, L]; which of the row's documents, -1 in empty places
     order: Field  # i32[B, L]; label, rises along the row, -1 in empty places
     lo: Field  # i32[B, L]
     hi: Field  # i32[B, L]; lo > hi sees nothing
+    media_lo: Field  # i32[B, L]; the media tokens that text looks at by cross-attention, counted through the row
+    media_hi: Field  # i32[B, L]
     position: Field  # i32[B, L, 3]; time, height, width
-    slot: Field  # i32[B, L]; which of the row's media tokens stands here, -1 for text
+    slot: Field  # i32[B, L]; which of the row's media tokens stands here (sound: of its sound's), -1 for text
     target: Field  # i32[B, L]
     weight: Field  # f32[B, L]
     patches: Field  # u8[B, P, C]
     patch_order: Field  # i32[B, P]
     patch_lo: Field  # i32[B, P]
     patch_hi: Field  # i32[B, P]
+    window_lo: Field  # i32[B, P]; the same for layers that see their window alone
+    window_hi: Field  # i32[B, P]
     patch_position: Field  # i32[B, P, 2]; row, column
     patch_image: Field  # i32[B, P]; which of the row's images, -1 in empty places
+    patch_kind: Field  # i8[B, P]; 0 empty, 1 its token stands in the sequence, 2 it does not
     grid: Field  # i32[B, N, 3]; frames, rows, columns
+    frames: Field  # f32[B, F, S]; sound
+    frame_order: Field  # i32[B, F]
+    frame_lo: Field  # i32[B, F]
+    frame_hi: Field  # i32[B, F]
 
 
-def empty(bucket: Bucket, values: int, vocab: Vocab) -> Batch:
-    """A batch of empty rows, as NumPy arrays. `values` is how many numbers a patch has (C)."""
-    b, length, p = bucket.rows, bucket.tokens, bucket.patches
+@dataclass(frozen=True)
+class Values:
+    """How many numbers one patch and one frame of sound have."""
+
+    patch: int
+    frame: int = 0
+
+
+def empty(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAIN) -> Batch:
+    """A batch of empty rows, as NumPy arrays.
+
+    Args:
+      bucket: the sizes.
+      values: numbers in a patch (C), and in a frame of sound (S) where the bucket has room for sound.
+      vocab: for padding.
+      cfg: which descriptors there are.
+    """
+    values = values if isinstance(values, Values) else Values(values)
+    b, length, p, f = bucket.rows, bucket.tokens, bucket.patches, bucket.frames
 
     def full(shape: tuple[int, ...], value: int = 0, dtype=np.int32) -> np.ndarray:
         return np.full((b, *shape), value, dtype)
 
+    cross, window = cfg.cross != "none", bool(cfg.window)
     return Batch(
         tokens=full((length,), vocab.pad),
         modality=full((length,), EMPTY, np.int8),
@@ -73,114 +100,129 @@ def empty(bucket: Bucket, values: int, vocab: Vocab) -> Batch:
         order=full((length,), -1),
         lo=full((length,)),
         hi=full((length,), -1),
+        media_lo=full((length,)) if cross else None,
+        media_hi=full((length,), -1) if cross else None,
         position=full((length, 3)),
         slot=full((length,), -1),
         target=full((length,)),
         weight=full((length,), 0, np.float32),
-        patches=full((p, values), 0, np.uint8),
+        patches=full((p, values.patch), 0, np.uint8),
         patch_order=full((p,), -1),
         patch_lo=full((p,)),
         patch_hi=full((p,), -1),
+        window_lo=full((p,)) if window else None,
+        window_hi=full((p,), -1) if window else None,
         patch_position=full((p, 2)),
         patch_image=full((p,), -1),
+        patch_kind=full((p,), 0, np.int8),
         grid=full((bucket.images, 3)),
+        frames=full((f, values.frame), 0, np.float32) if f else None,
+        frame_order=full((f,), -1) if f else None,
+        frame_lo=full((f,)) if f else None,
+        frame_hi=full((f,), -1) if f else None,
     )
 
 
-def abstract(bucket: Bucket, values: int, vocab: Vocab) -> Batch:
+def abstract(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAIN) -> Batch:
     """The shapes and dtypes of a bucket's batches."""
-    one = empty(Bucket(1, *bucket.row), values, vocab)
+    one = empty(Bucket(1, *bucket.row), values, vocab, cfg)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((bucket.rows, *x.shape[1:]), x.dtype), one)
 
 
 def build(
-    rows: Sequence[Sequence[tuple[Example, Sequence[np.ndarray]]]], bucket: Bucket, values: int, vocab: Vocab
+    rows: Sequence[Sequence[tuple[Example, Sequence[np.ndarray]]]],
+    bucket: Bucket,
+    values: int | Values,
+    vocab: Vocab,
+    cfg: Config = PLAIN,
 ) -> Batch:
     """Packs documents into rows.
 
     Args:
-      rows: for every row, its documents: (example, patches u8[rows × columns, C] of each picture). Fewer rows than
-        the bucket's leave the rest empty.
+      rows: for every row, its documents: (example, its media in reading order). A picture or video is
+        u8[patches, C], row by row, view after view; sound is f32[frames, S]. Fewer rows than the bucket's leave the
+        rest empty.
       bucket: the sizes to fill.
-      values: C.
+      values: C (and S).
       vocab: for padding and ranges.
+      cfg: what the examples were made with.
 
     Raises:
-      InputError: documents that do not fit their row, pictures whose patches are not what the layout promised. The
-        message names the document.
+      InputError: documents that do not fit their row, media that are not what the layout promised. The message names
+        the document.
     """
-    batch = empty(bucket, values, vocab)
+    values = values if isinstance(values, Values) else Values(values)
+    batch = empty(bucket, values, vocab, cfg)
     if len(rows) > bucket.rows:
         raise InputError(f"{len(rows)} rows were given to a bucket of {bucket.rows}; split them over more batches.")
     for r, documents in enumerate(rows):
-        at = patch_at = image_at = 0
-        for d, (x, pictures) in enumerate(documents):
-            n, p, g = len(x.tokens), len(x.patch_lo), len(x.grid)
-            if at + n > bucket.tokens or patch_at + p > bucket.patches or image_at + g > bucket.images:
+        at = np.zeros(len(DIMENSIONS), np.int64)
+        media = sounds = 0
+        for d, (x, given) in enumerate(documents):
+            if (at + x.size > bucket.row).any():
+                wants, taken, room = (
+                    ", ".join(f"{n} {name}" for n, name in zip(sizes, DIMENSIONS, strict=True))
+                    for sizes in (x.size, at, bucket.row)
+                )
                 raise InputError(
-                    f"Document {x.id!r} ({n} tokens, {p} patches, {g} images) does not fit its row: {at}, {patch_at} "
-                    f"and {image_at} of {bucket.tokens}, {bucket.patches} and {bucket.images} are taken; use a larger "
+                    f"Document {x.id!r} ({wants}) does not fit its row: {taken} of {room} are taken; use a larger "
                     f"bucket or a lower resolution."
                 )
-            _check_pictures(x, pictures, values)
-            t, q = slice(at, at + n), slice(patch_at, patch_at + p)
-            batch.tokens[r, t], batch.modality[r, t], batch.document[r, t] = x.tokens, x.modality, d
-            batch.order[r, t] = np.arange(at, at + n)
-            batch.lo[r, t], batch.hi[r, t] = x.lo + at, x.hi + at
-            batch.position[r, t] = x.position
-            batch.slot[r, t] = np.where(x.slot >= 0, x.slot + patch_at, -1)
-            batch.target[r, t], batch.weight[r, t] = x.target, x.weight
-            if g:
-                batch.patches[r, q] = np.concatenate(pictures)
-                batch.patch_order[r, q] = np.arange(patch_at, patch_at + p)
-                batch.patch_lo[r, q], batch.patch_hi[r, q] = x.patch_lo + patch_at, x.patch_hi + patch_at
-                batch.patch_position[r, q] = x.patch_position
-                batch.patch_image[r, q] = x.patch_image + image_at
-                batch.grid[r, image_at : image_at + g] = x.grid
-            at, patch_at, image_at = at + n, patch_at + p, image_at + g
+            pictures, clips = _checked(x, given, values)
+            _place(batch, r, d, x, at.tolist(), (media, sounds))
+            if pictures:
+                batch.patches[r, at[1] : at[1] + x.size[1]] = np.concatenate(pictures)[x.patch_raster]
+            if clips:
+                batch.frames[r, at[3] : at[3] + x.size[3]] = np.concatenate(clips)
+            at += x.size
+            media, sounds = media + x.media, sounds + x.sounds
     return batch
 
 
-def _check_pictures(x: Example, pictures: Sequence[np.ndarray], values: int) -> None:
-    expected = [(int(np.prod(grid)), values) for grid in x.grid]
-    given = [tuple(p.shape) for p in pictures]
-    if expected != given or any(p.dtype != np.uint8 for p in pictures):
-        given = [(*p.shape, str(p.dtype)) for p in pictures]
-        raise InputError(
-            f"Document {x.id!r} was laid out for uint8 pictures of (patches, values) {expected} but got {given}; the "
-            f"picture changed since the index was made, or another resolution policy was used."
-        )
+def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[int, int]) -> None:
+    """Writes the descriptors of a row's next document, moved on by what is there already."""
+    (token, patch, image, frame), (tokens, patches, images, frames) = at, x.size
+    media, sounds = made
+    t, p, f = slice(token, token + tokens), slice(patch, patch + patches), slice(frame, frame + frames)
+    batch.tokens[r, t], batch.modality[r, t], batch.document[r, t] = x.tokens, x.modality, d
+    batch.order[r, t] = np.arange(token, token + tokens)
+    batch.lo[r, t], batch.hi[r, t] = x.lo + token, x.hi + token
+    if batch.media_lo is not None:
+        batch.media_lo[r, t], batch.media_hi[r, t] = x.media_lo + media, x.media_hi + media
+    batch.position[r, t] = x.position
+    batch.slot[r, t] = np.where(x.slot < 0, -1, x.slot + np.where(x.modality == AUDIO, sounds, media))
+    batch.target[r, t], batch.weight[r, t] = x.target, x.weight
+    if patches:
+        batch.patch_order[r, p] = np.arange(patch, patch + patches)
+        batch.patch_lo[r, p], batch.patch_hi[r, p] = x.patch_lo + patch, x.patch_hi + patch
+        if batch.window_lo is not None:
+            batch.window_lo[r, p], batch.window_hi[r, p] = x.window_lo + patch, x.window_hi + patch
+        batch.patch_position[r, p] = x.patch_position
+        batch.patch_image[r, p] = x.patch_image + image
+        batch.patch_kind[r, p] = x.patch_kind
+        batch.grid[r, image : image + images] = x.grid
+    if frames:
+        batch.frame_order[r, f] = np.arange(frame, frame + frames)
+        batch.frame_lo[r, f], batch.frame_hi[r, f] = x.frame_lo + frame, x.frame_hi + frame
 
 
-def violations(batch: Batch, vocab_size: int) -> jax.Array:
-    """How often every row breaks an invariant: i32[B], zeros in a sound batch. Runs inside the jitted step.
-
-    JAX clamps, wraps and drops bad indices without a word; this is what makes a mismatch loud. Counted: ids or targets
-    out of range, media tokens without a patch or text with one, media tokens whose patch is empty, labels that do not
-    rise, trained tokens that see nothing, tokens that see past their document, patches that no token shows.
-    """
-    filled = batch.modality != EMPTY
-    image = batch.modality == IMAGE
-    patches = batch.patch_order.shape[1]
-    patch_filled = batch.patch_order >= 0
-    slot = jnp.clip(batch.slot, 0, patches - 1)
-    present = jnp.take_along_axis(patch_filled, slot, axis=1)
-    previous = jax.lax.cummax(jnp.pad(batch.order, ((0, 0), (1, 0)), constant_values=-1)[:, :-1], axis=1)
-    wrong = [
-        (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= vocab_size),
-        image != (batch.slot >= 0),
-        image & ((batch.slot >= patches) | ~present),
-        filled != (batch.order >= 0),
-        filled & (batch.order <= previous),
-        (batch.weight > 0) & ((batch.lo > batch.hi) | ~filled),
+def _checked(x: Example, given: Sequence[np.ndarray], values: Values) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pictures and sounds, if they are what the layout promised."""
+    pictures = [m for m in given if m.dtype == np.uint8 and m.ndim == 2]
+    sounds = [m for m in given if m.dtype == np.float32 and m.ndim == 2]
+    promised = (int(np.prod(x.grid, axis=1).sum()), values.patch), (len(x.frame_lo), values.frame)
+    found = [
+        (sum(len(m) for m in media), media[0].shape[1] if media else own[1])
+        for media, own in zip((pictures, sounds), promised, strict=True)
     ]
-    # A token may reach the labels of its own document, and no others.
-    begins = batch.document != jnp.pad(batch.document, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    ends = batch.document != jnp.pad(batch.document, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
-    first = jax.lax.cummax(jnp.where(begins, batch.order, -1), axis=1)
-    last = jax.lax.cummin(jnp.where(ends, batch.order, jnp.iinfo(jnp.int32).max), axis=1, reverse=True)
-    wrong.append(filled & (batch.lo <= batch.hi) & ((batch.lo < first) | (batch.hi > last)))
-    # Row by row, so that it stays local on any mesh.
-    shown = jax.vmap(lambda seen, s, i: seen.at[s].max(i))(jnp.zeros_like(patch_filled), slot, image)
-    unshown = (patch_filled & ~shown).sum(1)
-    return sum(w.sum(1) for w in wrong) + unshown
+    even = all(len({m.shape[1] for m in media}) < 2 for media in (pictures, sounds))
+    ends = np.cumsum([len(m) for m in pictures])  # a picture ends where one of its views does
+    even = even and np.isin(ends, np.cumsum(np.prod(x.grid, axis=1))).all()
+    if tuple(found) != promised or not even or len(pictures) + len(sounds) != len(given):
+        shapes = [(*m.shape, str(m.dtype)) for m in given]
+        raise InputError(
+            f"Document {x.id!r} was laid out for {promised[0][0]} patches of {promised[0][1]} bytes and "
+            f"{promised[1][0]} frames of {promised[1][1]} numbers but got {shapes}; a medium changed since the index "
+            f"was made, or another resolution policy was used."
+        )
+    return pictures, sounds

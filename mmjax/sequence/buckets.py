@@ -7,62 +7,86 @@ from jaxtyping import Int
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.batch import Bucket
-from mmjax.sequence.pack import pack
+from mmjax.sequence.layout import DIMENSIONS
+from mmjax.sequence.pack import Row, pack_shapes
 
-MULTIPLE = 8  # patches per row are rounded up to this, unless one document's patches decide
+MULTIPLE = 8  # patches per row are rounded up to this
+SAMPLE = 512  # documents that every candidate is tried on
+LOWEST = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # patches of the smallest shape, as shares of what is even
+HIGHEST = (1.0, 1.2, 1.5)  # of the largest, where no document needs more
 
 
-def choose(sizes: Int[np.ndarray, "n 3"], k: int, tokens: int, rows: int) -> tuple[Bucket, ...]:
-    """At most k bucket shapes for documents of these sizes (tokens, patches, images).
+def choose(sizes: Int[np.ndarray, "n d"], k: int, tokens: int, rows: int, patches: int = 0) -> tuple[Bucket, ...]:
+    """At most k bucket shapes for documents of these sizes (see Layout.size).
 
-    All rows are `tokens` long. Documents are split into groups by how many patches come with a token, and each group
-    gets the number of patches per row that fills tokens and patches best (harmonic mean of both fills, by packing the
-    sample). Of the splits into 1 … k groups the one that fills best is taken.
+    All rows are `tokens` long; shapes differ in their patches. The largest holds every document of the sample and one
+    of so many `patches`, the others lie evenly below it, and of all such ladders the one is taken in which a sample packs best (harmonic mean of
+    the shares of tokens and patches that are not padding). Images and frames are as many as the fullest row needed.
 
     Raises:
       InputError: a document that is longer than a row.
     """
     refuse_too_long(sizes, tokens)
-    candidates = []
-    for n in range(1, k + 1):
-        group = _groups(sizes, n)
-        found = {_best(sizes[group == g], tokens, rows) for g in np.unique(group)}
-        candidates.append(tuple(sorted(found, key=lambda b: b.row)))
-    return max(candidates, key=lambda shapes: _fill(sizes, shapes))
-
-
-def _groups(sizes: np.ndarray, n: int) -> np.ndarray:
-    """Which of n groups each document is in: k-means of its patches per token, weighted by its tokens."""
-    ratio = sizes[:, 1] / sizes[:, 0]
-    centres = np.quantile(np.unique(ratio), (np.arange(n) + 0.5) / n)
-    for _ in range(20):
-        group = np.abs(ratio[:, None] - centres).argmin(1)
-        total = np.bincount(group, sizes[:, 0], n)
-        centres = np.where(total > 0, np.bincount(group, sizes[:, 1], n) / np.maximum(total, 1), centres)
-    return group
-
-
-def _fill(sizes: np.ndarray, shapes: Sequence[Bucket]) -> float:
-    """The harmonic mean of the shares of tokens and patches that are not padding, when each shape is packed."""
-    bucket = assign(sizes, shapes)
-    room = np.sum([np.multiply(s.row[:2], len(pack(sizes[bucket == b], s.row))) for b, s in enumerate(shapes)], axis=0)
-    fills = [f for f in sizes[:, :2].sum(0) / np.maximum(room, 1) if f > 0]
-    return len(fills) / sum(1 / f for f in fills)
-
-
-def _best(sizes: np.ndarray, tokens: int, rows: int) -> Bucket:
+    sample = sizes[:: -(-len(sizes) // SAMPLE)]
+    most = max(patches, int(sizes[:, 1].max()))
+    if most == 0:
+        return _shapes(sizes, [1], tokens, rows)
     even = tokens * sizes[:, 1].sum() / sizes[:, 0].sum()
     best, best_fill = None, -1.0
-    for slack in (0.9, 0.95, 1.0, 1.05, 1.1, 1.2):
-        patches = max(int(np.ceil(even * slack / MULTIPLE)) * MULTIPLE, int(sizes[:, 1].max()), 1)
-        packed = pack(sizes, (tokens, patches, len(sizes)))
-        images = max(1, max(int(sizes[row, 2].sum()) for row in packed))
-        total = sizes.sum(0) / len(packed)
-        fills = [f for f in (total[0] / tokens, total[1] / patches) if f > 0]
-        fill = len(fills) / sum(1 / f for f in fills)
-        if fill > best_fill:
-            best, best_fill = Bucket(rows, tokens, patches, images), fill
-    return best
+    for n in range(1, k + 1):
+        for ladder in sorted(_ladders(even, most, n)):
+            room = [(tokens, p, *_unlimited(sample)) for p in ladder]
+            packed, _ = pack_shapes(sample, room, keep=len(sample) // 8)
+            fill = harmonic(*fills(sample, packed, room)[:2])
+            if fill > best_fill + 1e-3:  # one more program to compile should be worth something
+                best, best_fill = ladder, fill
+    return _shapes(sizes, best, tokens, rows)
+
+
+def _ladders(even: float, most: int, n: int) -> set[tuple[int, ...]]:
+    """Patches of n shapes, of which the largest holds `most`."""
+    if n == 1:
+        return {(_round(max(most, even * share)),) for share in (*LOWEST, *HIGHEST)}
+    return {
+        tuple(sorted({_round(p) for p in np.linspace(even * low, max(most, even * high), n)}))
+        for low in LOWEST
+        for high in HIGHEST
+    }
+
+
+def _round(patches: float | int) -> int:
+    return max(1, -(-int(np.ceil(patches)) // MULTIPLE) * MULTIPLE)
+
+
+def _unlimited(sizes: np.ndarray) -> list[int]:
+    """Room for all documents at once, in the dimensions that are only limited."""
+    return sizes[:, 2:].sum(0).tolist()
+
+
+def _shapes(sizes: np.ndarray, ladder: Sequence[int], tokens: int, rows: int) -> tuple[Bucket, ...]:
+    """The buckets of a ladder, with room for as many images and frames as the fullest row of the sample takes."""
+    room = [(tokens, p, *_unlimited(sizes)) for p in ladder]
+    packed, _ = pack_shapes(sizes, room)
+    out = []
+    for k, p in enumerate(ladder):
+        used = [sizes[row, 2:].sum(0) for shape, row in packed if shape == k]
+        if used or p == ladder[-1]:
+            most = np.max([*used, sizes[:, 2:].max(0)], axis=0)
+            out.append(Bucket(rows, tokens, p, max(1, int(most[0])), *map(int, most[1:])))
+    return tuple(out)
+
+
+def fills(sizes: Int[np.ndarray, "n d"], packed: Sequence[Row], shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """The shares of every dimension that are not padding, over packed rows."""
+    room = np.sum([shapes[k] for k, _ in packed], axis=0) if packed else np.ones(sizes.shape[1])
+    used = sizes[[i for _, row in packed for i in row]].sum(0)
+    return used / np.maximum(room, 1)
+
+
+def harmonic(*shares: float) -> float:
+    """The harmonic mean of the shares above zero; 0 where there is none."""
+    some = [s for s in shares if s > 0]
+    return len(some) / sum(1 / s for s in some) if some else 0.0
 
 
 def refuse_too_long(sizes: np.ndarray, tokens: int) -> None:
@@ -77,19 +101,19 @@ def refuse_too_long(sizes: np.ndarray, tokens: int) -> None:
         )
 
 
-def assign(sizes: Int[np.ndarray, "n 3"], buckets: Sequence[Bucket], first: int = 0) -> Int[np.ndarray, "n"]:
-    """The bucket for each document: the one whose patches per token are nearest to its own, among those it fits.
+def fits(sizes: Int[np.ndarray, "n d"], buckets: Sequence[Bucket]) -> np.ndarray:
+    """Which documents fit at least one of the buckets: bool[n]."""
+    rows = np.array([b.row[: sizes.shape[1]] for b in buckets])
+    return (sizes[:, None, :] <= rows[None]).all(-1).any(1)
 
-    Raises:
-      InputError: a document that fits no bucket.
-    """
-    rows = np.array([b.row for b in buckets], np.float64)
-    fits = (sizes[:, None, :] <= rows[None]).all(-1)
-    if not fits.any(1).all():
-        worst = int((~fits.any(1)).argmax())
+
+def refuse_too_large(sizes: Int[np.ndarray, "n d"], buckets: Sequence[Bucket], names: Sequence[object]) -> None:
+    """Raises InputError where a document fits no bucket; `names` are what the message calls the documents."""
+    found = fits(sizes, buckets)
+    if not found.all():
+        worst = int((~found).argmax())
+        what = ", ".join(f"{n} {name}" for n, name in zip(sizes[worst], DIMENSIONS, strict=False))
         raise InputError(
-            f"Document number {first + worst} ({sizes[worst, 0]} tokens, {sizes[worst, 1]} patches, {sizes[worst, 2]} "
-            f"images) fits none of the buckets {[b.row for b in buckets]}; choose larger ones or lower the resolution."
+            f"Document {names[worst]} ({what}) fits none of the buckets {[b.row for b in buckets]}; choose larger ones "
+            f"(packing.tokens, packing.patches) or lower the resolution."
         )
-    distance = np.abs(sizes[:, None, 1] / sizes[:, None, 0] - (rows[:, 1] / rows[:, 0])[None])
-    return np.where(fits, distance, np.inf).argmin(1)

@@ -35,7 +35,35 @@ class Image:
     role: Role = "user"
 
 
-Span = Text | Image
+@dataclass(frozen=True)
+class Video:
+    """A clip, by its place in the list: how many pictures it has and how fast they follow each other.
+
+    source: an array u8[frames, height, width, 3], or a function of no arguments that gives such an array.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    source: np.ndarray | Callable[[], np.ndarray]
+    role: Role = "user"
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Sound, by its place in the list: so many samples, `rate` of them a second, one channel.
+
+    source: an array f32[samples] in [-1, 1], or a function of no arguments that gives such an array.
+    """
+
+    samples: int
+    rate: int
+    source: np.ndarray | Callable[[], np.ndarray]
+    role: Role = "user"
+
+
+Span = Text | Image | Video | Audio
 
 
 @dataclass(frozen=True)
@@ -47,8 +75,13 @@ class Document:
 
     def __post_init__(self):
         if not self.spans:
-            raise InputError(f"Document {self.id!r} has no spans; give it at least one Text or Image.")
+            raise InputError(f"Document {self.id!r} has no spans; give it at least one Text, Image, Video or Audio.")
 
     @property
     def images(self) -> tuple[Image, ...]:
         return tuple(span for span in self.spans if isinstance(span, Image))
+
+    @property
+    def media(self) -> tuple[Image | Video | Audio, ...]:
+        """Everything that is not text, in reading order."""
+        return tuple(span for span in self.spans if not isinstance(span, Text))

@@ -6,11 +6,37 @@ from typing import Literal
 import numpy as np
 
 from mmjax.core.errors import InputError
-from mmjax.sequence import intervals, positions
-from mmjax.sequence.layout import EMPTY, IMAGE, TEXT, Layout, patches_of
+from mmjax.sequence import intervals, positions, windows
+from mmjax.sequence.layout import AUDIO, EMPTY, TEXT, Layout, Piece, patches_of
 from mmjax.tokenizers.vocab import Vocab
 
-See = Literal["causal", "bidirectional_images"]
+PIXEL, HIDDEN = 1, 2  # what `patch_kind` says of a patch: its media token stands in the sequence, or it does not
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which descriptors a model wants.
+
+    see: who sees whom in the sequence; "prefix" is both ways up to the first token that is learnt (prefix-LM).
+    cross: which of its document's media text looks at by cross-attention (Flamingo: the last one so far).
+    position: "mrope", or "sequential": 0, 1, 2, … whatever stands there.
+    rope: how M-RoPE counts.
+    merge: the patches that become one media token, merge × merge of them, lie next to each other (Qwen).
+    window: above 0, patches lie window by window, each of so many media tokens a side, and have a second interval,
+      their window's (Qwen2.5-VL).
+    frames: whether patches see all frames of their video.
+    """
+
+    see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
+    cross: Literal["none", "last_image", "all_images"] = "none"
+    position: Literal["mrope", "sequential"] = "mrope"
+    rope: positions.MRope = positions.ONE
+    merge: int = 1
+    window: int = 0
+    frames: Literal["apart", "together"] = "apart"
+
+
+PLAIN = Config()
 
 
 @dataclass(frozen=True)
@@ -26,67 +52,154 @@ class Example:
     slot: np.ndarray  # i32[n]
     target: np.ndarray  # i32[n]
     weight: np.ndarray  # f32[n]
+    media: int  # media tokens of pictures and videos
+    sounds: int  # media tokens of sound
+    media_lo: np.ndarray | None  # i32[n]
+    media_hi: np.ndarray | None
+    patch_raster: np.ndarray  # i32[p]; which patch, counted row by row through all views, lies at each place
     patch_lo: np.ndarray  # i32[p]
     patch_hi: np.ndarray  # i32[p]
+    window_lo: np.ndarray | None  # i32[p]
+    window_hi: np.ndarray | None
     patch_position: np.ndarray  # i32[p, 2]
     patch_image: np.ndarray  # i32[p]
+    patch_kind: np.ndarray  # i8[p]
     grid: np.ndarray  # i32[images, 3]
+    frame_lo: np.ndarray  # i32[f]
+    frame_hi: np.ndarray  # i32[f]
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """As Layout.size."""
+        return len(self.tokens), len(self.patch_lo), len(self.grid), len(self.frame_lo)
 
 
-def interleave(layout: Layout, vocab: Vocab, see: See = "causal") -> Example:
+def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     """The arrays of a layout.
 
     The target of a token is the next token; it weighs 1 where that next token is trained, else 0. Media are never
     targets.
 
     Raises:
-      InputError: an id outside the vocabulary; a picture whose media tokens are not one per patch.
+      InputError: an id outside the vocabulary; a medium whose tokens are not what M-RoPE counts.
     """
     n = layout.tokens
     tokens, modality = np.empty(n, np.int32), np.full(n, EMPTY, np.int8)
     slot, train = np.full(n, -1, np.int32), np.zeros(n, bool)
-    images, grids = [], []
-    at = used = 0
+    at = 0
+    made = {AUDIO: 0, None: 0}  # media tokens so far, of sound and of everything seen
+    begins, spans, counts = [], [], []  # of everything seen: where text may look at it, its places, its media tokens
     for piece in layout.pieces:
         span = slice(at, at + piece.length)
         modality[span] = piece.modality
         if piece.modality == TEXT:
             tokens[span], train[span] = piece.ids, piece.train
         else:
-            if piece.length != patches_of(piece.grid):
-                raise InputError(
-                    f"Document {layout.id!r}: a picture of {piece.grid} patches was laid out as {piece.length} media "
-                    f"tokens; this connector makes one token per patch."
-                )
-            tokens[span], slot[span] = vocab.image, np.arange(used, used + piece.length)
-            images.append((at, at + piece.length))
-            grids.append(piece.grid)
-            used += piece.length
+            table = AUDIO if piece.modality == AUDIO else None
+            within = _slots(piece, cfg)
+            newline = -1 if vocab.image_newline is None else vocab.image_newline
+            tokens[span] = np.where(within >= 0, vocab.image, newline)
+            slot[span] = np.where(within >= 0, within + made[table], -1)
+            made[table] += piece.features
+            if table is None:
+                begins.append(max(at - 1, 0))  # its marker sees it already
+                spans.append((at, at + piece.length))
+                counts.append(piece.features)
         at += piece.length
-    if n and not 0 <= tokens.min() <= tokens.max() < vocab.size:
-        wrong = int(tokens[(tokens < 0) | (tokens >= vocab.size)][0])
-        raise InputError(
-            f"Document {layout.id!r} holds the token id {wrong}, outside the vocabulary of {vocab.size}; use the "
-            f"tokenizer that the model was made for."
-        )
-    lo, hi = intervals.causal(n) if see == "causal" else intervals.bidirectional_images(n, images)
-    patch_lo, patch_hi = intervals.blocks([patches_of(g) for g in grids])
-    next_is = np.append(train[1:], False) & (np.append(modality[1:], EMPTY) != IMAGE)
+    _refuse_ids(layout.id, tokens, vocab)
+    if cfg.see == "bidirectional_images":
+        lo, hi = intervals.bidirectional_images(n, [s for s in spans if s[1] > s[0]])
+    else:
+        lo, hi = intervals.prefix(n, layout.prefix) if cfg.see == "prefix" else intervals.causal(n)
+    media = {"media_lo": None, "media_hi": None}
+    if cfg.cross != "none":
+        look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
+        media = dict(zip(media, look(n, begins, counts), strict=True))
+    next_is = np.append(train[1:], False) & (np.append(modality[1:], EMPTY) == TEXT)
+    pieces = tuple(p for p in layout.pieces if p.length)
+    if cfg.position == "mrope":
+        try:
+            position = positions.mrope(pieces, cfg.rope)
+        except InputError as error:
+            raise InputError(f"Document {layout.id!r}: {error}") from error
+    else:
+        position = np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
+    frame_lo, frame_hi = intervals.blocks([p.grid[0] for p in pieces if p.modality == AUDIO])
     return Example(
         id=layout.id,
         tokens=tokens,
         modality=modality,
         lo=lo,
         hi=hi,
-        position=positions.mrope(layout.pieces),
+        position=position,
         slot=slot,
         target=np.where(next_is, np.append(tokens[1:], 0), 0).astype(np.int32),
         weight=next_is.astype(np.float32),
-        patch_lo=patch_lo,
-        patch_hi=patch_hi,
-        patch_position=np.concatenate(
-            [positions.grid_positions(g)[:, 1:] for g in grids] or [np.zeros((0, 2), np.int32)]
-        ),
-        patch_image=np.repeat(np.arange(len(grids)), [patches_of(g) for g in grids]).astype(np.int32),
-        grid=np.array(grids, np.int32).reshape(-1, 3),
+        media=made[None],
+        sounds=made[AUDIO],
+        **media,
+        **_patches(layout, cfg),
+        frame_lo=frame_lo,
+        frame_hi=frame_hi,
     )
+
+
+def _slots(piece: Piece, cfg: Config) -> np.ndarray:
+    """Which of its own media tokens stands at each of a medium's places, -1 for a newline."""
+    if piece.slots is not None:
+        return np.asarray(piece.slots, np.int32)
+    if cfg.window and piece.grid is not None and piece.features * cfg.merge**2 == patches_of(piece.grid):
+        # Media tokens come window by window, the sequence shows them row by row.
+        return np.argsort(windows.order(piece.grid, cfg.merge, cfg.window)[1]).astype(np.int32)
+    return np.arange(piece.length, dtype=np.int32)
+
+
+def _patches(layout: Layout, cfg: Config) -> dict[str, np.ndarray | None]:
+    """The descriptors of all patches of all views."""
+    raster, position, image, kind, grids = [], [], [], [], []
+    apart, inside = [], []  # how many patches see each other, in general and in windows
+    at = 0
+    for piece in layout.pieces:
+        shown = np.ones(sum(map(patches_of, piece.views)), bool)
+        if not piece.length:
+            shown[:] = False
+        elif piece.slots is not None:
+            shown = np.isin(np.arange(len(shown)), piece.slots)
+        for view in piece.views:
+            patches, _, cut = windows.order(view, cfg.merge, cfg.window)
+            n = len(patches)
+            raster.append(at + patches)
+            position.append(positions.grid_positions(view)[patches, 1:])
+            image.append(np.full(n, len(grids)))
+            kind.append(np.where(shown[:n], PIXEL, HIDDEN)[patches])
+            shown = shown[n:]
+            apart += [n] if cfg.frames == "together" else [n // view[0]] * view[0]
+            inside += cut
+            grids.append(view)
+            at += n
+    lo, hi = intervals.blocks(apart)
+    window_lo, window_hi = intervals.blocks(inside) if cfg.window else (None, None)
+
+    def joined(parts: list[np.ndarray], dtype=np.int32, empty: tuple[int, ...] = (0,)) -> np.ndarray:
+        return np.concatenate([*parts, np.zeros(empty, dtype)]).astype(dtype)
+
+    return {
+        "patch_raster": joined(raster),
+        "patch_lo": lo,
+        "patch_hi": hi,
+        "window_lo": window_lo,
+        "window_hi": window_hi,
+        "patch_position": joined(position, empty=(0, 2)),
+        "patch_image": joined(image),
+        "patch_kind": joined(kind, np.int8),
+        "grid": np.array(grids, np.int32).reshape(-1, 3),
+    }
+
+
+def _refuse_ids(id: str, tokens: np.ndarray, vocab: Vocab) -> None:
+    wrong = tokens[(tokens < 0) | (tokens >= vocab.size)]
+    if len(wrong):
+        raise InputError(
+            f"Document {id!r} holds the token id {wrong[0]}, outside the vocabulary of {vocab.size}; use the "
+            f"tokenizer that the model was made for."
+        )

@@ -1,15 +1,19 @@
 """A layout: how many tokens each span takes and which text ids stand where, before any pixel is decoded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.document import Audio, Document, Image, Text, Video
+from mmjax.tokenizers.resolution import Picture
 from mmjax.tokenizers.vocab import Vocab
 
-EMPTY, TEXT, IMAGE = 0, 1, 2  # what `modality` says of a token
+EMPTY, TEXT, IMAGE, AUDIO, VIDEO = range(5)  # what `modality` says of a token
+NAMES = ("empty", "text", "image", "audio", "video")
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
+Size = tuple[int, int, int, int]  # tokens, patches, images, frames of sound
+DIMENSIONS = ("tokens", "patches", "images", "frames")
 
 
 @runtime_checkable
@@ -23,21 +27,53 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class Resolution(Protocol):
-    """What a layout needs of a resolution policy (tokenizers.resolution)."""
+    """What a layout needs of a resolution policy (tokenizers.resolution): rows and columns of patches.
+
+    A policy that cuts a picture into several views has `picture` as well (see `tokenizers.resolution.Picture`).
+    """
 
     def grid(self, height: int, width: int) -> tuple[int, int]: ...
 
 
+@runtime_checkable
+class Clips(Protocol):
+    """What a layout needs of a policy for videos: the grid, and the seconds from one of its frames to the next."""
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
+
+
+@runtime_checkable
+class Sounds(Protocol):
+    """What a layout needs of a policy for sound: how many frames the encoder gets."""
+
+    def frames(self, samples: int, rate: int) -> int: ...
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A run of tokens of one modality: text ids, or one picture's media tokens."""
+    """A run of tokens of one modality: text ids, or one medium's tokens."""
 
     modality: int
-    length: int
+    length: int  # places in the sequence
     ids: tuple[int, ...] = ()  # of text
-    grid: Grid | None = None  # of a picture or video, in patches
+    grid: Grid | None = None  # of a picture or video, in patches; of sound (frames, 1, 1)
     train: bool = False  # whether these tokens are learnt
     interval: float = 1.0  # numbers of the time position per frame
+    tiles: tuple[Grid, ...] = ()  # of a picture in several views, those after the first
+    slots: tuple[int, ...] | None = None  # which of its media tokens stands at each place, -1 a newline; None: in order
+    media: int | None = None  # media tokens its connector makes; None: as many as places
+    span: int = -1  # of the document, -1 for what the convention adds
+    fill: bool = False  # empty places for the model to fill
+
+    @property
+    def views(self) -> tuple[Grid, ...]:
+        """The grids whose patches the vision encoder sees, each apart from the others."""
+        return () if self.grid is None or self.modality == AUDIO else (self.grid, *self.tiles)
+
+    @property
+    def features(self) -> int:
+        """Media tokens its connector makes."""
+        return (0 if self.modality == TEXT else self.length) if self.media is None else self.media
 
 
 @dataclass(frozen=True)
@@ -49,10 +85,34 @@ class Layout:
     tokens: int
     patches: int
     images: int
+    frames: int = 0  # of sound
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        return self.tokens, self.patches, self.images
+    def size(self) -> Size:
+        return self.tokens, self.patches, self.images, self.frames
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the first that is learnt or left to fill: what a prefix-LM sees in both directions."""
+        n = 0
+        for piece in self.pieces:
+            if piece.train or piece.fill:
+                break
+            n += piece.length
+        return n
+
+    @classmethod
+    def of(cls, id: str, pieces: tuple[Piece, ...]) -> "Layout":
+        """Pieces, counted."""
+        views = [view for p in pieces for view in p.views]
+        return cls(
+            id,
+            pieces,
+            sum(p.length for p in pieces),
+            sum(map(patches_of, views)),
+            len(views),
+            sum(p.grid[0] for p in pieces if p.modality == AUDIO),
+        )
 
 
 def patches_of(grid: Grid) -> int:
@@ -66,6 +126,11 @@ def layout(
     resolution: Resolution,
     media_tokens: Callable[[Grid], int] = patches_of,
     answer: int = 0,
+    *,
+    clips: Clips | None = None,
+    sounds: Sounds | None = None,
+    sound_tokens: Callable[[int], int] = lambda frames: frames,
+    fuse: Literal["sequence", "cross"] = "sequence",
 ) -> Layout:
     """The layout of a document in the generic convention.
 
@@ -81,9 +146,14 @@ def layout(
       media_tokens: how many media tokens the connector makes of a grid.
       answer: where above 0, the document is a question: the last turn's marker is followed by so many empty
         places (padding ids) for the model to fill.
+      clips: gives a video's grid.
+      sounds: gives the frames of sound.
+      sound_tokens: how many media tokens the connector makes of so many frames of sound.
+      fuse: where media enter. "sequence": their tokens stand between image_start and image_end. "cross": image_start
+        stands alone, and text looks at them by cross-attention (Flamingo).
 
     Raises:
-      InputError: text that cannot be encoded, a picture the policy refuses.
+      InputError: text that cannot be encoded, a medium the policy refuses or that there is no policy for.
     """
     vocab = tokenizer.vocab
     marker = {"system": vocab.system, "user": vocab.user, "assistant": vocab.assistant}
@@ -101,33 +171,86 @@ def layout(
             role, train = span.role, False
         try:
             if isinstance(span, Text):
-                pieces.append(_text(tokenizer.encode(span.text), span.train))
+                pieces.append(_text(tokenizer.encode(span.text), span.train, number))
                 train = span.train
+                continue
+            if isinstance(span, Image):
+                medium = _image(span, resolution, media_tokens, vocab, number)
+            elif isinstance(span, Video):
+                medium = _video(span, clips, media_tokens, number)
             else:
-                pieces += [_text([vocab.image_start]), _image(span, resolution, media_tokens), _text([vocab.image_end])]
+                medium = _audio(span, sounds, sound_tokens, number)
         except InputError as error:
             raise InputError(f"Document {document.id!r}, span {number}: {error}") from error
+        if fuse == "cross":
+            pieces += [_text([vocab.image_start]), _aside(medium)]
+        else:
+            pieces += [_text([vocab.image_start]), medium, _text([vocab.image_end])]
     pieces.append(_text([vocab.end], train))
     if answer:
-        pieces.append(_text([vocab.assistant] + [vocab.pad] * answer))
-    return Layout(
-        document.id,
-        tuple(p for p in pieces if p.length),
-        sum(p.length for p in pieces),
-        sum(patches_of(p.grid) for p in pieces if p.grid),
-        sum(p.grid is not None for p in pieces),
+        pieces += [_text([vocab.assistant]), replace(_text([vocab.pad] * answer), fill=True)]
+    return Layout.of(document.id, tuple(p for p in pieces if p.length or p.features))
+
+
+def _text(ids: list[int], train: bool = False, span: int = -1) -> Piece:
+    return Piece(TEXT, len(ids), tuple(ids), None, train, span=span)
+
+
+def _image(
+    span: Image, resolution: Resolution, media_tokens: Callable[[Grid], int], vocab: Vocab, number: int
+) -> Piece:
+    if not hasattr(resolution, "picture"):
+        grid = (1, *resolution.grid(span.height, span.width))
+        return Piece(IMAGE, _counted(grid, media_tokens), (), grid, span=number)
+    picture: Picture = resolution.picture(span.height, span.width)
+    grids = tuple((1, *view) for view in picture.views)
+    media = sum(_counted(grid, media_tokens) for grid in grids)
+    slots = picture.slots
+    if slots is not None and media != sum(map(patches_of, grids)):
+        raise InputError(
+            f"{resolution} orders media tokens by patch, but the connector makes {media} of "
+            f"{sum(map(patches_of, grids))} patches; use one that keeps them all."
+        )
+    if slots is not None and -1 in slots and vocab.image_newline is None:
+        raise InputError(f"{resolution} ends rows with newline tokens, but the tokenizer has none; give it one.")
+    return Piece(
+        IMAGE,
+        media if slots is None else len(slots),
+        (),
+        grids[0],
+        tiles=grids[1:],
+        slots=slots,
+        media=media,
+        span=number,
     )
 
 
-def _text(ids: list[int], train: bool = False) -> Piece:
-    return Piece(TEXT, len(ids), tuple(ids), None, train)
+def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int], number: int) -> Piece:
+    if clips is None:
+        raise InputError("there is no policy for videos; give one (`clips`).")
+    grid, interval = clips.clip(span.frames, span.height, span.width, span.fps)
+    return Piece(VIDEO, _counted(grid, media_tokens), (), grid, interval=interval, span=number)
 
 
-def _image(span: Image, resolution: Resolution, media_tokens: Callable[[Grid], int]) -> Piece:
-    grid = (1, *resolution.grid(span.height, span.width))
+def _audio(span: Audio, sounds: Sounds | None, sound_tokens: Callable[[int], int], number: int) -> Piece:
+    if sounds is None:
+        raise InputError("there is no policy for sound; give one (`sounds`).")
+    frames = sounds.frames(span.samples, span.rate)
+    length = sound_tokens(frames)
+    if length < 1:
+        raise InputError(f"{frames} frames of sound became {length} tokens; a connector must leave at least one.")
+    return Piece(AUDIO, length, (), (frames, 1, 1), span=number)
+
+
+def _aside(medium: Piece) -> Piece:
+    """A medium that takes no place in the sequence."""
+    return replace(medium, length=0, slots=None, media=medium.features)
+
+
+def _counted(grid: Grid, media_tokens: Callable[[Grid], int]) -> int:
     length = media_tokens(grid)
     if length < 1:
         raise InputError(
             f"a picture of {grid} patches became {length} media tokens; a connector must leave at least one."
         )
-    return Piece(IMAGE, length, (), grid)
+    return length

@@ -1,35 +1,80 @@
 """Packing by lengths alone: documents into rows that are full in every dimension at once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int
 
+Row = tuple[int, list[int]]  # a row's shape (its number), and its documents in the order in which they were placed
 
-def pack(sizes: Int[np.ndarray, "n k"], capacity: tuple[int, ...]) -> list[list[int]]:
-    """Best-fit decreasing in several dimensions (tokens, patches, images).
 
-    The largest document (by its largest share of a row) goes first, each into the row where it leaves least room in
-    the dimension that is emptiest; a new row is opened where none has room.
+def pack(sizes: Int[np.ndarray, "n d"], capacity: tuple[int, ...]) -> list[list[int]]:
+    """Documents into rows of one shape; see `pack_shapes`."""
+    return [row for _, row in pack_shapes(sizes, [capacity])[0]]
+
+
+def pack_shapes(
+    sizes: Int[np.ndarray, "n d"], shapes: Sequence[tuple[int, ...]], keep: int = 0
+) -> tuple[list[Row], list[int]]:
+    """Documents into rows, each of the shape that it fills best.
+
+    A row at a time, by the bin-centred heuristic of Panigrahy et al. 2011 ("Heuristics for vector bin packing", section
+    3): the largest document left (by its largest share of a row) opens it, then always the one follows that leaves the
+    least room, as the sum of squares over tokens and patches of the free shares. So a row that is short of pictures
+    takes one next. It is tried in every shape that holds its first document; the one with the least room left stays.
 
     Args:
-      sizes: what each document takes up; every one must fit an empty row.
-      capacity: what a row holds.
+      sizes: what each document takes up; tokens and patches first, then what is only limited (images, …).
+      shapes: what a row of each shape holds.
+      keep: rows are opened while more documents than this are left: the last rows of a heap fill badly, and what is
+        left goes well with the next heap.
 
     Returns:
-      The documents (indices into sizes) of every row, in the order in which they were placed.
+      The rows, and the documents (rising) that are left. A document that fits no shape gets a row of the last shape to
+      itself: refuse it before.
     """
-    cap = np.asarray(capacity, np.float64)
-    share = sizes / np.maximum(cap, 1)
-    room = np.empty((len(sizes), len(capacity)))
-    rows: list[list[int]] = []
-    for i in np.argsort(-share.max(1), kind="stable"):
-        left = room[: len(rows)] - share[i]
-        # A hair below zero is a rounding error of the shares, not an overflow: sizes are far coarser than 1e-9.
-        fits = left.min(1) >= -1e-9 if len(rows) else np.zeros(0, bool)
-        if fits.any():
-            best = int(np.argmin(np.where(fits, left.max(1), np.inf)))
-            rows[best].append(int(i))
-            room[best] = left[best]
-        else:
-            room[len(rows)] = 1.0 - share[i]
-            rows.append([int(i)])
-    return rows
+    if not len(sizes):
+        return [], []
+    big = np.max(np.asarray(shapes, np.int64), axis=0)
+    share = (sizes / np.maximum(big, 1)).max(1)
+    falling = np.argsort(-share, kind="stable")
+    # Largest first, columns apart: of equals the larger is taken, and every step below is a sweep of few numbers.
+    columns = [np.ascontiguousarray(sizes[falling, d]) for d in range(sizes.shape[1])]
+    alive = np.ones(len(sizes), bool)
+    rows: list[Row] = []
+    left, first = len(sizes), 0
+    while left > keep:
+        first += int(alive[first:].argmax())
+        found = [_fill(columns, alive, first, shape) for shape in shapes]
+        room, row, k = min((room, row, k) for k, (room, row) in enumerate(found))
+        if room == np.inf:
+            k = len(shapes) - 1
+        alive[row] = False
+        left -= len(row)
+        rows.append((k, falling[row].tolist()))
+    return rows, np.sort(falling[alive]).tolist()
+
+
+def _fill(columns: list[np.ndarray], alive: np.ndarray, first: int, shape: tuple[int, ...]) -> tuple[float, list[int]]:
+    """A row of this shape that begins with `first`, and the share of it that stays free (inf: it does not fit)."""
+    free = [cap - int(c[first]) for cap, c in zip(shape, columns, strict=True)]
+    row = [first]
+    if min(free) < 0:
+        return np.inf, row
+    weight = [1 / max(cap, 1) for cap in shape[:2]]
+    candidates = np.flatnonzero(alive[first + 1 :]) + first + 1  # everything before is placed
+    while True:
+        fits = columns[0][candidates] <= free[0]
+        for c, room in zip(columns[1:], free[1:], strict=True):
+            fits &= c[candidates] <= room
+        candidates = candidates[fits]
+        if not len(candidates):
+            return sum(w * room for w, room in zip(weight, free[:2], strict=False)), row
+        after = np.square(weight[0] * (free[0] - columns[0][candidates]))
+        if len(columns) > 1:
+            after += np.square(weight[1] * (free[1] - columns[1][candidates]))
+        best = int(after.argmin())
+        j = int(candidates[best])
+        row.append(j)
+        free = [room - int(c[j]) for room, c in zip(free, columns, strict=True)]
+        candidates = np.delete(candidates, best)

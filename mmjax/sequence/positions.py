@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.layout import TEXT, Grid, Piece
+from mmjax.sequence.layout import AUDIO, TEXT, Grid, Piece
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class MRope:
     advance: Literal["sides", "all"] = "sides"
 
 
+ONE = MRope()  # a media token for each patch
 # Qwen3-VL sets a time stamp before every frame of a video: there a video is so many media of one frame (see `frames`).
 QWEN_VL = MRope(merge=2)
 
@@ -45,22 +46,27 @@ def grid_positions(grid: Grid) -> Int[np.ndarray, "n 3"]:
     return np.indices(grid, dtype=np.int32).reshape(3, -1).T
 
 
-def mrope(pieces: tuple[Piece, ...], cfg: MRope = MRope()) -> Int[np.ndarray, "n 3"]:
+def mrope(pieces: tuple[Piece, ...], cfg: MRope = ONE) -> Int[np.ndarray, "n 3"]:
     """Positions of a document's tokens.
 
-    Text counts on, the same number three times. A medium of f × r × c tokens that starts at s has (s + time, s + row,
-    s + column), where time is the frame's number times the piece's `interval`, rounded down. Then text goes on where
-    cfg.advance says: for a picture after as many numbers as its longer side has, not its area.
+    Text counts on, the same number three times, and so does sound. A medium of f × r × c tokens that starts at s has
+    (s + time, s + row, s + column), where time is the frame's number times the piece's `interval`, rounded down. Then
+    text goes on where cfg.advance says: for a picture after as many numbers as its longer side has, not its area.
 
     Raises:
       InputError: a piece whose length is not what its grid gives.
     """
     out, at = [], 0
     for piece in pieces:
-        if piece.modality == TEXT:
+        if piece.modality in (TEXT, AUDIO):
             out.append(np.repeat(np.arange(at, at + piece.length, dtype=np.int32)[:, None], 3, axis=1))
             at += piece.length
             continue
+        if piece.tiles:
+            raise InputError(
+                f"A picture in {1 + len(piece.tiles)} views has no rows and columns to count by M-RoPE; use sequential "
+                f"positions."
+            )
         time, rows, columns = piece.grid[0], piece.grid[1] // cfg.merge, piece.grid[2] // cfg.merge
         if time * rows * columns != piece.length:
             raise InputError(
@@ -79,7 +85,7 @@ def mrope_ids(
     document: Int[Array, "b l"],
     slot: Int[Array, "b l"],
     grid: Int[Array, "b n 3"],
-    cfg: MRope = MRope(),
+    cfg: MRope = ONE,
     *,
     interval: Float[Array, "b n"] | None = None,
 ) -> Int[Array, "b l 3"]:
@@ -87,7 +93,8 @@ def mrope_ids(
 
     Args:
       document: i32[B, L], which document a token belongs to, equal along a run; -1 in empty places (position 0).
-      slot: i32[B, L], which of the row's media tokens stands here, counted through all media of the row; -1 for text.
+      slot: i32[B, L], which of the row's media tokens stands here, counted through all media of the row; -1 for text
+        (and sound, which counts as text does).
       grid: i32[B, N, 3], (frames, rows, columns) of patches of each of the row's media, zeros where there is none.
       cfg: the family.
       interval: f32[B, N], numbers per frame: seconds between frames × tokens per second (Qwen2.5-VL); 1 if left out.
@@ -101,11 +108,14 @@ def mrope_ids(
     count = time * rows * columns
     stop = jnp.cumsum(count, axis=1)
 
-    def row(document, slot, rows, columns, interval, longest, start, stop):
+    def row(document, slot, rows, columns, interval, longest, stop):
         media = slot >= 0
         which = jnp.clip(jnp.searchsorted(stop, slot, side="right"), 0, stop.shape[0] - 1).astype(jnp.int32)
         rows, columns, longest = (jnp.maximum(x[which], 1) for x in (rows, columns, longest))
-        within = slot - start[which]
+        # By its place in the sequence, not by its slot: media tokens may lie in another order (windows).
+        index = jnp.arange(slot.shape[0], dtype=jnp.int32)
+        other = jnp.concatenate([jnp.ones(1, bool), (which[1:] != which[:-1]) | ~media[:-1]])
+        within = index - jax.lax.cummax(jnp.where(other, index, 0))
         frame = within // (rows * columns)
         place = jnp.stack(
             [
@@ -125,7 +135,7 @@ def mrope_ids(
         out = base[:, None] + jnp.where(media[:, None], place, 0)
         return jnp.where(document[:, None] >= 0, out, 0)
 
-    return jax.vmap(row)(document, slot, rows, columns, interval, longest, stop - count, stop)
+    return jax.vmap(row)(document, slot, rows, columns, interval, longest, stop)
 
 
 def lengths(document: Int[Array, "b l"], position: Int[Array, "b l axes"]) -> Int[Array, "b l"]:

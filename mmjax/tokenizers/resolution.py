@@ -78,6 +78,117 @@ class Fixed:
         return height // self.patch, width // self.patch
 
 
+@dataclass(frozen=True)
+class NaFlex:
+    """About the picture's own shape, with at most so many patches: SigLIP 2's NaFlex (Tschannen et al. 2025, 2.4.2).
+
+    The largest scale, found by bisection, at which both sides rounded up to whole patches make no more than
+    `max_patches` (transformers 5.23, models/siglip2/image_processing_siglip2.py, get_image_size_for_max_num_patches).
+    Small pictures are enlarged.
+    """
+
+    patch: int = 16
+    max_patches: int = 256
+
+    def __post_init__(self):
+        if self.patch < 1 or self.max_patches < 1:
+            raise InputError(f"{self} is not a resolution; give patch and max_patches of at least 1")
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels to resize a picture to; InputError if it is empty."""
+        rows, columns = self.grid(height, width)
+        return rows * self.patch, columns * self.patch
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches; InputError if the picture is empty."""
+        _check(height, width)
+        epsilon = 1e-5
+        low, high = epsilon / 10, 100.0
+        rows, columns = 1, 1
+        while high - low >= epsilon:
+            scale = (low + high) / 2
+            at = tuple(max(1, math.ceil(side * scale / self.patch)) for side in (height, width))
+            if at[0] * at[1] <= self.max_patches:
+                low, (rows, columns) = scale, at
+            else:
+                high = scale
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a model gets it.
+
+    views: rows and columns of patches of each view the encoder sees (the whole, then the tiles).
+    slots: which media token stands at each place of the sequence, counted through all views, -1 a newline; None: all
+      of them in order.
+    """
+
+    views: tuple[tuple[int, int], ...]
+    slots: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AnyRes:
+    """The whole picture at one tile's size, then tiles of it at the best of a few larger sizes (LLaVA-NeXT).
+
+    Liu et al. 2024, "LLaVA-NeXT: improved reasoning, OCR, and world knowledge"; to the digit what transformers 5.23
+    does (models/llava_next): of `sizes` (height, width, in tiles) the one that keeps most of the picture's pixels, of
+    equals the one that wastes least; the padding that keeps the picture's shape is taken off again in whole patches;
+    with `newline`, a newline token ends every row of patches of the tiled picture.
+    """
+
+    patch: int = 14
+    tile: int = 336
+    sizes: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    newline: bool = True
+
+    def __post_init__(self):
+        if min(self.patch, self.tile) < 1 or self.tile % self.patch or not self.sizes or min(map(min, self.sizes)) < 1:
+            raise InputError(f"{self} is not a resolution; give a tile of whole patches and at least one size in tiles")
+
+    def best(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles; InputError if the picture is empty."""
+        _check(height, width)
+
+        def rank(size: tuple[int, int]) -> tuple[int, int]:
+            tall, wide = size[0] * self.tile, size[1] * self.tile
+            scale = min(wide / width, tall / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - tall * wide
+
+        return max(self.sizes, key=rank)  # of equals the first, as there
+
+    def kept(self, height: int, width: int) -> tuple[range, range]:
+        """Rows and columns of the tiled picture's patches that are not padding."""
+        side = self.tile // self.patch
+        tiles = self.best(height, width)
+        rows, columns = tiles[0] * side, tiles[1] * side
+        if width / height > columns / rows:
+            pad = (rows - int(round(height * (columns / width), 7))) // 2
+            return range(pad, rows - pad), range(columns)
+        pad = (columns - int(round(width * (rows / height), 7))) // 2
+        return range(rows), range(pad, columns - pad)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of one view."""
+        _check(height, width)
+        return self.tile // self.patch, self.tile // self.patch
+
+    def picture(self, height: int, width: int) -> Picture:
+        """All views, and the order of their tokens: the whole, then the tiles' rows from left to right across them."""
+        side = self.tile // self.patch
+        tiles = self.best(height, width)
+        rows, columns = self.kept(height, width)
+        slots = list(range(side * side))
+        for row in rows:
+            for column in columns:
+                tile = 1 + row // side * tiles[1] + column // side
+                slots.append(tile * side * side + row % side * side + column % side)
+            slots += [-1] if self.newline else []
+        return Picture(((side, side),) * (1 + tiles[0] * tiles[1]), tuple(slots))
+
+
 def _check(height: int, width: int) -> None:
     if height < 1 or width < 1:
         raise InputError(f"a picture of {height}x{width} has no pixels; leave it out")

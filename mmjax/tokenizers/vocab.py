@@ -49,10 +49,13 @@ class Vocab:
     image_start: int
     image_end: int
     size: int
+    image_newline: int | None = None  # ends a row of a picture's tokens, where the family does so (LLaVA-NeXT)
 
     def __post_init__(self):
-        for field in fields(self)[:-1]:
+        for field in fields(self):
             token = getattr(self, field.name)
+            if field.name == "size" or token is None:
+                continue
             if not 0 <= token < self.size:
                 raise InputError(
                     f"vocabulary: the id of {field.name!r} is {token}, outside 0 to {self.size - 1}; take the "

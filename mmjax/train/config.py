@@ -6,7 +6,7 @@ from pathlib import Path
 from mmjax.core.sharding import MeshConfig
 from mmjax.data import drawings
 from mmjax.models import vlm
-from mmjax.sequence.interleave import See
+from mmjax.sequence import interleave
 from mmjax.tokenizers.resolution import Native
 
 
@@ -17,7 +17,8 @@ class Packing:
     rows: int = 16
     tokens: int = 256
     buckets: int = 2
-    see: See = "causal"  # whether a picture's tokens see only backwards or each other
+    patches: int = 0  # of the largest document that may come; 0: as many as the first thousand have
+    holes: int = 0  # documents whose pictures may be unreadable; they are blank and nothing in them is learnt
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Config:
     steps: int
     resolution: Native = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
     packing: Packing = field(default_factory=Packing)
+    sequence: interleave.Config = field(default_factory=interleave.Config)
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: Objective = field(default_factory=Objective)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -64,7 +64,7 @@ class Evaluator:
         self.source, self.tokenizer, self.answer, self.mesh = source, tokenizer, answer, mesh
         self.starts = [self._starts(step) for step in range(len(source))]
         bucket = source.plan.buckets[0]
-        shape = batches.abstract(bucket, source.values, source.vocab)
+        shape = batches.abstract(bucket, source.values, source.vocab, source.cfg)
         self.placed = batch_shardings(shape, mesh, rules)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, self.placed)
         self.start_placed = sharding.named(mesh, ("batch", None), rules, self.starts[0].shape)

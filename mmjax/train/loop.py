@@ -16,9 +16,10 @@ from mmjax.core.files import lock_directory, require_space
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
 from mmjax.data import drawings, index
-from mmjax.data.source import Source, read
+from mmjax.data.source import Holes, Source, read
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
+from mmjax.sequence import invariants
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers import text
 from mmjax.train import report, state
@@ -74,6 +75,7 @@ def run(cfg: Config) -> int:
         with Checkpoints(cfg.out / "checkpoints", keep=cfg.keep) as checkpoints:
             before = _refuse_another_run(cfg, data, checkpoints)
             report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
+            print(data.training.plan.table())
             programs = compile_all(cfg, data, shape, mesh)
             if checkpoints.steps():
                 now, _ = checkpoints.restore(shape)
@@ -109,7 +111,21 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
             f"packing.rows is {cfg.packing.rows}, which {rows_multiple} devices of the data and fsdp axes cannot share "
             f"evenly; set it to a multiple of {rows_multiple}."
         )
-    lay = functools.partial(layout, tokenizer=tokenizer, resolution=cfg.resolution)
+    cfg.model.refuse(cfg.sequence)
+    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
+        raise InputError(
+            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
+            f"set it to that."
+        )
+    latents = getattr(cfg.model.connector, "latents", 0)
+    fuse = "sequence" if cfg.model.decoder.cross is None else "cross"
+    lay = functools.partial(
+        layout,
+        tokenizer=tokenizer,
+        resolution=cfg.resolution,
+        media_tokens=cfg.model.connector.tokens,
+        fuse=fuse,
+    )
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
     documents = drawings.Training(cfg.data, cfg.steps * packing.rows * packing.tokens, cfg.seed)
@@ -121,17 +137,19 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
         tokens=packing.tokens,
         rows=packing.rows,
         seed=cfg.seed,
+        patches=packing.patches,
     )
     patch = cfg.resolution.patch
     questions = drawings.held_out(cfg.data)
     ask = functools.partial(lay, answer=cfg.answer)
     asked = [q.document for q in questions]
     once = index.once(asked, ask, tokens=packing.tokens, rows=packing.rows)
+    made = functools.partial(Source, vocab=tokenizer.vocab, patch=patch, cfg=cfg.sequence, latents=latents)
     return Data(
         tokenizer,
-        Source(documents, lay, plan, tokenizer.vocab, patch, packing.see),
+        made(documents, lay, plan, holes=Holes(packing.holes)),
         questions,
-        Source(asked, ask, once, tokenizer.vocab, patch, packing.see),
+        made(asked, ask, once),
         drawings.nearest_neighbour(cfg.data),
     )
 
@@ -142,7 +160,7 @@ def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.M
     tx = state.optimizer(cfg.optimizer, cfg.steps)
     source, steps, placed = data.training, [], []
     for bucket in source.plan.buckets:
-        batch = batches.abstract(bucket, source.values, source.vocab)
+        batch = batches.abstract(bucket, source.values, source.vocab, source.cfg)
         steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective))
         placed.append(batch_shardings(batch, mesh, rules))
     compiles = counter.count
@@ -238,12 +256,8 @@ class Loop:
 
     def _refuse_violations(self, step: int, violations: np.ndarray) -> None:
         if violations.any():
-            row = int(violations.argmax())
-            ids = ", ".join(self.data.training.ids(step - 1, row))
-            raise InputError(
-                f"Step {step}, row {row}: {violations[row]} tokens break the batch's invariants (ids out of range, or "
-                f"media tokens and patches that do not match); the row holds the documents {ids}."
-            )
+            ids = [self.data.training.ids(step - 1, row) for row in range(len(violations))]
+            raise InputError(f"Step {step}: {invariants.describe(violations, ids)}")
 
     def finish(self, now: TrainState) -> None:
         """Evaluates, and writes result.json and both pictures."""
@@ -268,6 +282,7 @@ class Loop:
             "compiles": self.programs.compiles,
             "compiles_in_loop": self.late,
             "compile_seconds": round(self.programs.seconds, 2),
+            "holes": len(self.data.training.holes.reasons),
             "final_loss": report.losses(cfg.out)[-1][1],
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
             "jax": jax.__version__,

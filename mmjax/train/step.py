@@ -11,7 +11,7 @@ from mmjax.core import sharding
 from mmjax.core.sharding import Rules
 from mmjax.models import decoder, vlm
 from mmjax.objectives import next_token
-from mmjax.sequence import batch as batches
+from mmjax.sequence import invariants
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY
 from mmjax.train.config import Objective
@@ -43,10 +43,10 @@ def train_step(
     """One update.
 
     Returns the new state and metrics: `loss`, `weight`, `correct` (sums over trained tokens), `tokens` (not padding),
-    `grad_norm`, and `violations` i32[B], which must be zeros (see sequence.batch.violations). Where it is not, the
+    `grad_norm`, and `violations` i32[B, kinds], which must be zeros (see sequence.invariants). Where it is not, the
     update is left out: a broken batch never spoils parameters.
     """
-    violations = batches.violations(batch, cfg.decoder.vocab)
+    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg))
     (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, cfg, objective)
     updates, moments = tx.update(grads, state.optimizer, state.params)
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments)

@@ -23,7 +23,7 @@ class Documents(list):
         rng = np.random.default_rng(seed)
         pictures = rng.choice([0, 1, 3], n)
         patches = pictures * rng.integers(3, 9, n)
-        self.sizes = np.stack([patches + rng.integers(4, 16, n), patches, pictures], 1)
+        self.sizes = np.stack([patches + rng.integers(4, 16, n), patches, pictures, 0 * patches], 1)
         super().__init__(Document(str(i), (Text("a"),)) for i in range(n))
 
     def layout(self, document):
@@ -48,7 +48,7 @@ def used(plan):
 
 def check_rows_and_fill(plan, documents):
     """Every row fits its bucket; the fills are what a recount gives."""
-    room = filled = np.zeros(3)
+    room = filled = np.zeros(4)
     for step in plan.steps:
         bucket = plan.buckets[step.bucket]
         assert len(step.rows) <= bucket.rows == ROWS
@@ -57,7 +57,7 @@ def check_rows_and_fill(plan, documents):
             assert (documents.sizes[list(row)].sum(0) <= bucket.row).all()
             filled = filled + documents.sizes[list(row)].sum(0)
         room = room + np.multiply(bucket.row, ROWS)
-    np.testing.assert_allclose((plan.fill_tokens, plan.fill_patches), (filled / room)[:2])
+    np.testing.assert_allclose((plan.fill_tokens, plan.fill_patches), (filled[:2] / room[:2]))
     assert plan.fill == pytest.approx(2 / (1 / plan.fill_tokens + 1 / plan.fill_patches))
     assert {step.bucket for step in plan.steps} == set(range(len(plan.buckets)))
 
@@ -91,7 +91,7 @@ def test_exactly_as_many_steps_as_asked_for(steps):
 def test_a_bucket_that_no_step_uses_is_left_out():
     """Every other document is a large picture, which shares no row with the long texts between."""
     documents = Documents(230)
-    documents.sizes[::2], documents.sizes[1::2] = (50, 0, 0), (50, 40, 1)
+    documents.sizes[::2], documents.sizes[1::2] = (50, 0, 0, 0), (50, 40, 1, 0)
     plans = [training(documents, 1, seed=seed) for seed in range(6)]
     assert all(len(plan.buckets) == 1 and plan.steps[0].bucket == 0 for plan in plans)
     assert len({plan.buckets for plan in plans}) == 2
@@ -99,18 +99,45 @@ def test_a_bucket_that_no_step_uses_is_left_out():
     assert {plan.fill_tokens for plan in plans} == {50 / TOKENS}
 
 
-def test_windows_come_in_order():
+def test_windows_come_in_order_and_nothing_waits_for_ever():
+    """What waits for a next window is a quarter of one at most, and goes with it."""
     documents = Documents(230)
     plan = training(documents, most_steps(documents))
-    last = []
-    for step in plan.steps:
-        windows = [{n // WINDOW for n in row} for row in step.rows]
-        assert all(len(w) == 1 for w in windows)  # a row is packed within its window
-        order = [min(w) for w in windows]
-        assert order == sorted(order)  # rows that waited go first
-        last.append(order[-1])
-    assert last == sorted(last)
-    assert last[-1] == 229 // WINDOW
+    latest = [max(n // WINDOW for row in step.rows for n in row) for step in plan.steps]
+    assert np.corrcoef(latest, np.arange(len(latest)))[0, 1] > 0.9
+    assert set(range(3 * WINDOW)) <= set(used(plan))
+    mixed = [row for step in plan.steps for row in step.rows if len({n // WINDOW for n in row}) > 1]
+    assert mixed
+
+
+def test_windows_that_wait_for_each_other_fill_better(monkeypatch):
+    documents = Documents(1000)
+    fills = []
+    for keep in (4, 10**6):
+        monkeypatch.setattr(index, "KEEP", keep)
+        fills.append(training(documents, most_steps(documents)).fill)
+    assert fills[0] > fills[1] + 0.02
+
+
+def test_the_largest_document_may_come_later():
+    """The shapes are chosen from a sample, but they hold what the config says may come."""
+    documents = Documents(200)
+    documents.sizes[150] = (60, 58, 3, 0)
+    with pytest.raises(InputError, match=r"number 150 .*58 patches.*fits none"):
+        training(documents, 10**6)
+    plan = index.training(documents, documents.layout, steps=20, k=2, tokens=TOKENS, rows=ROWS, seed=0, patches=58)
+    assert max(b.patches for b in plan.buckets) >= 58
+
+
+def test_table_tells_what_will_be_compiled():
+    plan = training(Documents(230), 9)
+    table = plan.table()
+    assert len(table.splitlines()) == len(plan.buckets) + 2
+    for bucket, steps in zip(plan.buckets, plan.steps_of, strict=True):
+        assert f"{ROWS} × {TOKENS}, {bucket.patches}, {bucket.images}, 0" in table
+        assert f" {steps} " in table
+    assert f"{len(plan.buckets)} programs to compile; expected fill {plan.fill:.1%}" in table
+    assert sum(plan.steps_of) == 9
 
 
 def test_later_documents_do_not_change_earlier_steps():
@@ -150,14 +177,14 @@ def test_too_few_documents():
 @pytest.mark.parametrize("plan", [training, lambda documents, steps: once(documents)])
 def test_document_longer_than_a_row(plan):
     documents = Documents(100)
-    documents.sizes[30] = (TOKENS + 1, 5, 1)
+    documents.sizes[30] = (TOKENS + 1, 5, 1, 0)
     with pytest.raises(InputError, match="number 30 takes 65 tokens"):
         plan(documents, 3)
 
 
 def test_document_of_a_later_window_that_fits_nowhere_is_named():
     documents = Documents(200)
-    documents.sizes[3 * WINDOW + 5] = (TOKENS + 1, 5, 1)
+    documents.sizes[3 * WINDOW + 5] = (TOKENS + 1, 5, 1, 0)
     with pytest.raises(InputError, match=f"number {3 * WINDOW + 5} "):
         training(documents, 10**6)
 
@@ -175,7 +202,7 @@ def test_once_covers_every_document_exactly_once(n):
     assert [len(step.rows) for step in plan.steps[:-1]] == [ROWS] * (len(plan.steps) - 1)
     assert plan == once(documents)
     room = np.multiply(plan.buckets[0].row, ROWS * len(plan.steps))
-    np.testing.assert_allclose((plan.fill_tokens, plan.fill_patches), (documents.sizes.sum(0) / room)[:2])
+    np.testing.assert_allclose((plan.fill_tokens, plan.fill_patches), documents.sizes.sum(0)[:2] / room[:2])
     for step in plan.steps:
         for row in step.rows:
             assert (documents.sizes[list(row)].sum(0) <= plan.buckets[0].row).all()
@@ -198,4 +225,4 @@ def test_fill_of_text_alone_is_that_of_its_tokens():
 def test_measure():
     documents = Documents(9)
     np.testing.assert_array_equal(index.measure(documents, range(2, 6), documents.layout), documents.sizes[2:6])
-    assert index.measure(documents, range(0), documents.layout).shape == (0, 3)
+    assert index.measure(documents, range(0), documents.layout).shape == (0, 4)

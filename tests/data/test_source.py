@@ -2,6 +2,7 @@ import functools
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.data import index
 from mmjax.data.source import Source, load, read
-from mmjax.sequence.batch import Batch, violations
+from mmjax.sequence.batch import Batch
 from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.interleave import Config
+from mmjax.sequence.invariants import violations
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.resolution import Native
@@ -71,7 +74,7 @@ def test_every_picture_arrives_whole(made):
     seen = 0
     for step, planned in enumerate(made.plan.steps):
         batch = made[step]
-        assert not violations(batch, VOCAB.size).any()
+        assert not np.any(violations(jax.tree.map(jnp.asarray, batch), VOCAB.size, VOCAB.image))
         for r, row in enumerate(planned.rows):
             assert made.ids(step, r) == [f"made/{n}" for n in row]
             pictures = [picture.source() for n in row for picture in made.documents[n].images]
@@ -157,5 +160,5 @@ def test_a_picture_of_another_size_than_declared_is_refused():
 def test_who_sees_whom_is_handed_on(see):
     documents = [Document("d", (Image(8, 8, noise(5, 8, 8)), Text("a")))]
     plan = index.once(documents, LAYOUT, tokens=16, rows=1)
-    hi = Source(documents, LAYOUT, plan, VOCAB, PATCH, see)[0].hi[0, 3:7]
+    hi = Source(documents, LAYOUT, plan, VOCAB, PATCH, Config(see=see))[0].hi[0, 3:7]
     np.testing.assert_array_equal(hi, [3, 4, 5, 6] if see == "causal" else [6, 6, 6, 6])

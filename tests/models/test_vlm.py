@@ -8,9 +8,10 @@ from tiny import randomised, tiny_model
 
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
+from mmjax.sequence import invariants
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document, Image, Text
-from mmjax.sequence.interleave import interleave
+from mmjax.sequence.interleave import Config, interleave
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers.vocab import Vocab
 from mmjax.train.step import loss_fn
@@ -51,7 +52,7 @@ def make(rows, bucket, see, seed=0):
     """A batch of these documents' rows, with random pictures that depend on the document alone."""
 
     def one(document):
-        x = interleave(layout(document, Letters(), Quarters()), VOCAB, see)
+        x = interleave(layout(document, Letters(), Quarters()), VOCAB, Config(see=see))
         rng = np.random.default_rng([seed, len(document.id), document.id.encode()[0]])
         return x, [rng.integers(0, 256, (int(np.prod(g)), VALUES), dtype=np.uint8) for g in x.grid]
 
@@ -128,4 +129,4 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(params):
     (loss, _), grads = mean_gradient(params, batch)
     assert loss == 0
     assert all(not np.any(g) and np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    assert int(jnp.sum(batches.violations(batch, 40))) == 0
+    assert int(jnp.sum(invariants.violations(batch, 40, VOCAB.image))) == 0

@@ -3,8 +3,8 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.batch import Bucket
-from mmjax.sequence.buckets import assign, choose
-from mmjax.sequence.pack import pack
+from mmjax.sequence.buckets import choose, fills, fits, harmonic, refuse_too_large
+from mmjax.sequence.pack import pack_shapes
 
 TOKENS = 128
 
@@ -13,16 +13,18 @@ def conversations(rng, n=300):
     """Text alone, one picture with few words, and several pictures: (tokens, patches, images)."""
     pictures = rng.choice([0, 1, 3], n, p=[0.3, 0.4, 0.3])
     patches = pictures * rng.integers(9, 26, n)
-    return np.stack([patches + rng.integers(6, 30, n), patches, pictures], 1)
+    return sized(patches + rng.integers(6, 30, n), patches, pictures)
+
+
+def sized(tokens, patches, pictures):
+    return np.stack([tokens, patches, pictures, np.zeros_like(tokens)], 1)
 
 
 def fill(sizes, buckets):
-    """Harmonic mean of the shares of tokens and of patches that are not padding, each bucket packed by itself."""
-    bucket = assign(sizes, buckets)
-    room = np.zeros(2)
-    for b, shape in enumerate(buckets):
-        room += np.multiply(shape.row[:2], len(pack(sizes[bucket == b], shape.row)))
-    return 2 / (room / sizes[:, :2].sum(0)).sum()
+    """Harmonic mean of the shares of tokens and of patches that are not padding, but for the last rows."""
+    shapes = [b.row for b in buckets]
+    packed, _ = pack_shapes(sizes, shapes, keep=len(sizes) // 8)
+    return harmonic(*fills(sizes, packed, shapes)[:2])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -32,16 +34,14 @@ def test_at_most_k_and_every_document_fits(rng, k):
     assert 1 <= len(found) <= k
     assert len(set(found)) == len(found)
     assert all(b.rows == 4 and b.tokens == TOKENS for b in found)
-    fits = (sizes[:, None] <= np.array([b.row for b in found])).all(-1)
-    assert fits.any(1).all()
-    assert fits[np.arange(len(sizes)), assign(sizes, found)].all()
+    assert fits(sizes, found).all()
 
 
 def test_two_kinds_of_documents_fill_two_buckets_better_than_one(rng):
     """Half of the documents are a fifth patches, half four fifths, at all lengths."""
     tokens = rng.integers(20, 110, 300)
     patches = np.round(tokens * rng.choice([0.2, 0.8], 300)).astype(int)
-    sizes = np.stack([tokens, patches, np.ones_like(tokens)], 1)
+    sizes = sized(tokens, patches, np.ones_like(tokens))
     one, two = (fill(sizes, choose(sizes, k, TOKENS, rows=4)) for k in (1, 2))
     assert two > one + 0.05
     assert two > 0.88
@@ -61,25 +61,25 @@ def test_being_allowed_more_buckets_never_wastes_more(rng):
 def test_rare_documents_full_of_patches_get_a_bucket(rng):
     """One document in twenty is a large picture, the others are short text: one shape for both is mostly empty."""
     patches = np.where(rng.random(300) < 0.05, rng.integers(90, 100, 300), 0)
-    sizes = np.stack([patches + rng.integers(6, 28, 300), patches, patches > 0], 1)
+    sizes = sized(patches + rng.integers(6, 28, 300), patches, (patches > 0).astype(int))
     assert fill(sizes, choose(sizes, 2, TOKENS, rows=4)) > 0.85
 
 
 def test_one_kind_of_document_is_nearly_all_filled():
     """Rows of 100 tokens, documents of 20 of which 15 are patches: five to a row, 75 patches, rounded up to eights."""
-    (bucket,) = choose(np.tile([20, 15, 1], (40, 1)), 3, 100, rows=2)
+    (bucket,) = choose(np.tile([20, 15, 1, 0], (40, 1)), 3, 100, rows=2)
     assert (bucket.rows, bucket.tokens, bucket.images) == (2, 100, 5)
     assert bucket.patches == 80
 
 
 def test_text_alone():
-    (bucket,) = choose(np.tile([10, 0, 0], (7, 1)), 2, 40, rows=1)
+    (bucket,) = choose(np.tile([10, 0, 0, 0], (7, 1)), 2, 40, rows=1)
     assert bucket == Bucket(1, 40, 1, 1)
 
 
 def test_one_document():
-    (bucket,) = choose(np.array([[40, 33, 2]]), 4, 40, rows=1)
-    assert bucket.row >= (40, 33, 2)
+    (bucket,) = choose(np.array([[40, 33, 2, 0]]), 4, 40, rows=1)
+    assert all(np.array(bucket.row) >= (40, 33, 2, 0))
 
 
 def one_sentence(error):
@@ -89,7 +89,7 @@ def one_sentence(error):
 
 def test_refuses_a_document_longer_than_a_row(rng):
     sizes = conversations(rng, 20)
-    sizes[13] = (TOKENS + 1, 100, 4)
+    sizes[13] = (TOKENS + 1, 100, 4, 0)
     with pytest.raises(InputError, match=r"number 13 takes 129 tokens.*100.*row of 128") as error:
         choose(sizes, 2, TOKENS, rows=4)
     assert one_sentence(error)
@@ -97,28 +97,20 @@ def test_refuses_a_document_longer_than_a_row(rng):
 
 def test_refuses_nothing_at_all():
     with pytest.raises(InputError, match="no document") as error:
-        choose(np.zeros((0, 3), np.int64), 2, TOKENS, rows=4)
+        choose(np.zeros((0, 4), np.int64), 2, TOKENS, rows=4)
     assert one_sentence(error)
 
 
-BUCKETS = (Bucket(2, 64, 8, 9), Bucket(2, 64, 32, 2), Bucket(2, 64, 64, 4))
-
-
-def test_assign_by_hand():
-    sizes = np.array(
-        [
-            (30, 0, 0),  # no patches: nearest to 8 / 64
-            (30, 15, 1),  # half of it patches: 32 / 64
-            (30, 15, 3),  # the same, but three pictures fit the last only
-            (60, 33, 1),  # nearest to 32 / 64, but too many patches for it
-            (12, 11, 1),  # 64 / 64
-            (20, 4, 8),  # eight pictures
-        ]
-    )
-    np.testing.assert_array_equal(assign(sizes, BUCKETS), [0, 1, 2, 2, 2, 0])
-
-
-def test_assign_refuses_what_fits_nowhere():
-    with pytest.raises(InputError, match=r"number 1 \(20 tokens, 12 patches, 5 images\)") as error:
-        assign(np.array([(30, 15, 1), (20, 12, 5), (99, 1, 1)]), BUCKETS)
+def test_refuses_what_fits_no_bucket_by_name():
+    buckets = (Bucket(2, 64, 8, 9), Bucket(2, 64, 32, 2))
+    sizes = np.array([(30, 15, 1, 0), (20, 12, 5, 0), (64, 8, 9, 0)])
+    assert fits(sizes, buckets).tolist() == [True, False, True]
+    with pytest.raises(InputError, match=r"Document 'b' \(20 tokens, 12 patches, 5 images, 0 frames\)") as error:
+        refuse_too_large(sizes, buckets, ["'a'", "'b'", "'c'"])
     assert one_sentence(error)
+
+
+def test_harmonic():
+    assert harmonic(0.5, 1.0) == pytest.approx(2 / 3)
+    assert harmonic(0.7, 0.0) == 0.7  # nothing uses the other
+    assert harmonic(0.0) == 0.0

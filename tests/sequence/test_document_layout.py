@@ -54,7 +54,7 @@ def test_conversation_about_a_picture():
     user = [USER, START, PICTURE, PICTURE, STOP, A, A + 1, END]
     assert ids(laid) == [BEGIN, *user, ASSISTANT, A + 2, A, END]
     assert trained(laid) == [10, 11, 12]  # the answer and the end of its turn, not the marker before it
-    assert laid.size == (13, 2, 1)
+    assert laid.size == (13, 2, 1, 0)
     assert [(p.grid, p.length) for p in laid.pieces if p.modality == IMAGE] == [((1, 1, 2), 2)]
     assert laid.id == "d7"
 
@@ -84,7 +84,7 @@ def test_many_turns():
     assert ids(laid) == expected
     # "b" and its end; not "d", which is shown but not learnt; "f", "g" and their one end.
     assert trained(laid) == [14, 15, 26, 27, 28]
-    assert laid.size == (len(expected), 4, 1)
+    assert laid.size == (len(expected), 4, 1, 0)
 
 
 def test_an_untrained_span_leaves_the_end_of_its_turn_untrained():
@@ -112,7 +112,7 @@ def test_no_piece_is_empty():
 def test_the_connector_counts_the_media_tokens():
     laid = lay(picture(4, 6), Text("a"), media_tokens=lambda grid: grid[1] * grid[2] // 4)
     assert ids(laid).count(PICTURE) == 6
-    assert laid.size == (12, 24, 1)
+    assert laid.size == (12, 24, 1, 0)
 
 
 def test_random_conversations_against_turns_written_straight_down(rng):
@@ -137,7 +137,7 @@ def test_random_conversations_against_turns_written_straight_down(rng):
         laid = lay(*spans)
         assert ids(laid) == expected
         pictures = [s for s in spans if isinstance(s, Image)]
-        assert laid.size == (len(expected), expected.count(PICTURE), len(pictures))
+        assert laid.size == (len(expected), expected.count(PICTURE), len(pictures), 0)
 
 
 @pytest.mark.parametrize(("wrong", "says"), [(Text("A"), "small letters"), (Image(3, 8, b""), "less than a patch")])

@@ -5,7 +5,7 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.sequence import intervals
-from mmjax.sequence.interleave import interleave
+from mmjax.sequence.interleave import Config, interleave
 from mmjax.sequence.layout import IMAGE, TEXT, Layout, Piece
 from mmjax.sequence.positions import mrope
 from mmjax.tokenizers.vocab import Vocab
@@ -23,8 +23,7 @@ def image(rows, columns, **changes):
 
 
 def laid(*pieces):
-    grids = [p.grid for p in pieces if p.grid]
-    return Layout("d7", pieces, sum(p.length for p in pieces), int(np.sum([np.prod(g) for g in grids])), len(grids))
+    return Layout.of("d7", pieces)
 
 
 TWO = laid(text(1, 4, 7), image(1, 3), text(8, 7), image(2, 1), text(8, 20, 2, 5), text(21, 22, train=True), text(2))
@@ -49,7 +48,7 @@ def test_two_pictures():
 
 @pytest.mark.parametrize("see", ["causal", "bidirectional_images"])
 def test_who_sees_whom(see):
-    x = interleave(TWO, VOCAB, see)
+    x = interleave(TWO, VOCAB, Config(see=see))
     lo, hi = intervals.causal(17) if see == "causal" else intervals.bidirectional_images(17, [(3, 6), (8, 10)])
     np.testing.assert_array_equal(x.lo, lo)
     np.testing.assert_array_equal(x.hi, hi)
@@ -93,8 +92,9 @@ def test_targets_are_the_next_token_and_weigh_exactly_where_it_is_trained(rng):
 
 def test_types():
     x = interleave(TWO, VOCAB)
-    types = {f.name: getattr(x, f.name).dtype for f in dataclasses.fields(x) if f.name != "id"}
-    assert types.pop("modality") == np.int8
+    arrays = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    types = {name: a.dtype for name, a in arrays.items() if isinstance(a, np.ndarray)}
+    assert types.pop("modality") == types.pop("patch_kind") == np.int8
     assert types.pop("weight") == np.float32
     assert set(types.values()) == {np.dtype(np.int32)}
 
@@ -112,5 +112,5 @@ def test_id_outside_the_vocabulary(wrong):
 
 
 def test_media_tokens_that_are_not_one_per_patch():
-    with pytest.raises(InputError, match=r"'d7'.*\(1, 2, 2\).* 3 media tokens"):
+    with pytest.raises(InputError, match=r"'d7'.*\(1, 2, 2\).* 3 tokens"):
         interleave(laid(text(1), image(2, 2, length=3)), VOCAB)

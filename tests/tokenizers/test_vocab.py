@@ -9,7 +9,7 @@ IDS = {control.name: i for i, control in enumerate(CONTROLS)}
 
 
 def test_every_control_has_a_field_and_its_own_symbol():
-    assert [field.name for field in fields(Vocab)] == [control.name for control in CONTROLS] + ["size"]
+    assert [field.name for field in fields(Vocab)] == [control.name for control in CONTROLS] + ["size", "image_newline"]
     assert len({control.symbol for control in CONTROLS}) == len(CONTROLS)
 
 

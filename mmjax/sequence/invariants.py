@@ -1,0 +1,169 @@
+"""What must hold of every batch: checked on the host before it leaves, and counted again inside the jitted step.
+
+JAX clamps, wraps and drops bad indices without a word; counting them is what makes a mismatch loud.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.core.errors import InputError
+from mmjax.sequence.batch import Batch
+from mmjax.sequence.interleave import PIXEL
+from mmjax.sequence.layout import AUDIO, EMPTY, NAMES, TEXT
+from mmjax.tokenizers.vocab import Vocab
+
+# In the order of the counts.
+KINDS = (
+    "ids or targets outside the vocabulary",
+    "placeholders without a media token, or media tokens without a placeholder",
+    "places of media tokens that do not exist",
+    "media tokens that no place shows",
+    "labels that do not rise along the row",
+    "trained tokens that see nothing, or that nothing can be learnt from",
+    "tokens that see past their document",
+    "tokens that look at media that do not exist",
+    "patches or frames that see past their picture or clip",
+)
+
+
+def violations(batch: Batch, vocab_size: int, placeholder: int | None = None, media: Any = None) -> jax.Array:
+    """How often every row breaks each of KINDS: i32[B, len(KINDS)], zeros in a sound batch; for the jitted step.
+
+    Args:
+      batch: as it came.
+      vocab_size: ids must lie below it.
+      placeholder: the id that stands where media tokens go (vocab.image); None leaves that id unchecked.
+      media: bool[B, M], which media tokens the connector makes; None for one per patch.
+    """
+    return _count(batch, vocab_size, placeholder, media, _Device)
+
+
+def check(batch: Batch, vocab: Vocab, ids: Sequence[Sequence[str]] = (), media: np.ndarray | None = None) -> None:
+    """The same on the host, for a batch of NumPy arrays.
+
+    Raises:
+      InputError: what is broken, in which row, and which documents (`ids`, by row) it holds.
+    """
+    found = _count(batch, vocab.size, vocab.image, media, _Host)
+    if found.any():
+        raise InputError(describe(found, ids))
+
+
+def describe(found: np.ndarray, ids: Sequence[Sequence[str]] = ()) -> str:
+    """One sentence about the first broken row of the counts i32[B, len(KINDS)]."""
+    row = int(found.any(1).argmax())
+    what = " and ".join(f"{n} {kind}" for n, kind in zip(found[row], KINDS, strict=True) if n)
+    names = f" (the documents {', '.join(ids[row])})" if row < len(ids) else ""
+    return f"Row {row}{names} breaks the batch's invariants: {what}; make the batch with sequence.batch.build."
+
+
+class _Device:
+    """JAX's names for what NumPy and JAX do not call the same."""
+
+    xp = jnp
+
+    @staticmethod
+    def running_max(x: jax.Array) -> jax.Array:
+        return jax.lax.cummax(x, axis=1)
+
+    @staticmethod
+    def later_min(x: jax.Array) -> jax.Array:
+        return jax.lax.cummin(x, axis=1, reverse=True)
+
+    @staticmethod
+    def marked(shape: tuple[int, int], index: jax.Array, some: jax.Array) -> jax.Array:
+        # Row by row, so that it stays local on any mesh.
+        return jax.vmap(lambda i, s: jnp.zeros(shape[1], bool).at[i].max(s))(index, some)
+
+
+class _Host:
+    xp = np
+
+    @staticmethod
+    def running_max(x: np.ndarray) -> np.ndarray:
+        return np.maximum.accumulate(x, axis=1)
+
+    @staticmethod
+    def later_min(x: np.ndarray) -> np.ndarray:
+        return np.minimum.accumulate(x[:, ::-1], axis=1)[:, ::-1]
+
+    @staticmethod
+    def marked(shape: tuple[int, int], index: np.ndarray, some: np.ndarray) -> np.ndarray:
+        out = np.zeros(shape, bool)
+        np.logical_or.at(out, (np.arange(shape[0])[:, None], index), some)
+        return out
+
+
+def _count(batch: Batch, vocab_size: int, placeholder: int | None, media: Any, of: type) -> Any:
+    xp = of.xp
+    if media is None:
+        media = batch.patch_kind > 0
+        wanted = batch.patch_kind == PIXEL
+    else:
+        wanted = media if batch.media_lo is None else xp.zeros_like(media)
+    filled = batch.modality != EMPTY
+    sound = batch.modality == AUDIO
+    shows = (batch.slot >= 0) & ~sound
+    slot = xp.clip(batch.slot, 0, media.shape[1] - 1)
+    present = xp.take_along_axis(media, slot, axis=1) & (batch.slot < media.shape[1])
+    heard = _sounds(batch, sound, of)
+    is_placeholder = batch.slot >= 0 if placeholder is None else batch.tokens == placeholder
+    strange = (batch.modality < 0) | (batch.modality >= len(NAMES))
+    visible = batch.lo <= batch.hi
+    first, last = _ends(batch.document, batch.order, of)
+    previous = of.running_max(_shifted(batch.order, xp))
+    wrong = [
+        (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= vocab_size) | strange,
+        (is_placeholder != (batch.slot >= 0)) | ((batch.slot >= 0) & ((batch.modality == TEXT) | ~filled)),
+        (shows & ~present) | heard,
+        wanted & ~of.marked(media.shape, slot, shows),
+        (filled != (batch.order >= 0)) | (filled & (batch.order <= previous)),
+        (batch.weight != 0) & (~visible | ~filled | ~xp.isfinite(batch.weight)),
+        filled & visible & ((batch.lo < first) | (batch.hi > last)),
+    ]
+    if batch.media_lo is None:
+        wrong.append(xp.zeros_like(filled))
+    else:
+        count = media.sum(1)[:, None]
+        looks = filled & (batch.media_lo <= batch.media_hi)
+        wrong.append(looks & ((batch.media_lo < 0) | (batch.media_hi >= count)))
+    sees = [(batch.patch_lo, batch.patch_hi)]
+    if batch.window_lo is not None:
+        sees.append((batch.window_lo, batch.window_hi))
+    wrong.append(
+        _past(batch.patch_image, batch.patch_order, sees, of) | ((batch.patch_kind > 0) != (batch.patch_order >= 0))
+    )
+    return xp.stack([w.sum(1) for w in wrong], axis=1).astype(xp.int32)
+
+
+def _shifted(x: Any, xp: Any, by: int = 1) -> Any:
+    """x moved on along the row, -1 before its first."""
+    return xp.pad(x, ((0, 0), (by, 0)), constant_values=-1)[:, :-by]
+
+
+def _ends(run: Any, order: Any, of: type) -> tuple[Any, Any]:
+    """The first and the last label of the run (document, picture) that each place is in."""
+    xp = of.xp
+    begins = run != _shifted(run, xp)
+    ends = run != xp.pad(run, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
+    first = of.running_max(xp.where(begins, order, -1))
+    return first, of.later_min(xp.where(ends, order, np.iinfo(np.int32).max))
+
+
+def _past(run: Any, order: Any, sees: Sequence[tuple[Any, Any]], of: type) -> Any:
+    first, last = _ends(run, order, of)
+    out = of.xp.zeros_like(order, dtype=bool)
+    for lo, hi in sees:
+        out = out | ((order >= 0) & ((lo > hi) | (lo < first) | (hi > last)))
+    return out
+
+
+def _sounds(batch: Batch, sound: Any, of: type) -> Any:
+    """Places of sound that the row has no frames for."""
+    if batch.frames is None:
+        return sound
+    return sound & ((batch.slot < 0) | (batch.slot >= batch.frame_order.shape[1]))
