@@ -20,8 +20,9 @@ def choose(sizes: Int[np.ndarray, "n d"], k: int, tokens: int, rows: int, patche
     """At most k bucket shapes for documents of these sizes (see Layout.size).
 
     All rows are `tokens` long; shapes differ in their patches. The largest holds every document of the sample and one
-    of so many `patches`, the others lie evenly below it, and of all such ladders the one is taken in which a sample packs best (harmonic mean of
-    the shares of tokens and patches that are not padding). Images and frames are as many as the fullest row needed.
+    of so many `patches`, the others lie evenly below it, and of all such ladders the one is taken in which a sample
+    packs best (harmonic mean of the shares of tokens and patches that are not padding). Images and frames are as many
+    as the fullest row needed.
 
     Raises:
       InputError: a document that is longer than a row.

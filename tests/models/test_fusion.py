@@ -1,0 +1,240 @@
+"""Every way of fusing, end to end: packed = alone, the picture matters, gradients, no silent mismatch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import randomised, tiny_model
+
+from mmjax.connectors import perceiver
+from mmjax.core.errors import InputError
+from mmjax.models import vlm
+from mmjax.nn import cross_attention
+from mmjax.sequence import batch as batches
+from mmjax.sequence import intervals, invariants
+from mmjax.sequence.batch import Bucket
+from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.interleave import Config, interleave
+from mmjax.sequence.layout import layout
+from mmjax.sequence.positions import MRope
+from mmjax.tokenizers.vocab import Vocab
+from mmjax.train.step import loss_fn
+
+VOCAB = Vocab(pad=0, begin=1, end=2, system=3, user=4, assistant=5, image=6, image_start=7, image_end=8, size=40)
+VALUES = 4 * 4 * 3
+LATENTS = 3
+
+
+class Letters:
+    vocab = VOCAB
+
+    def encode(self, text):
+        return [9 + ord(c) % 30 for c in text]
+
+
+class Quarters:
+    def grid(self, height, width):
+        return height // 4, width // 4
+
+
+def systems():
+    """name → (model, which descriptors)."""
+    plain = tiny_model(vocab=40)
+    resampled = dataclasses.replace(plain, connector=perceiver.Config(16, 16, LATENTS, 2, 2, 8, 24))
+    cross = cross_attention.Config(16, 16, 2, 8, 24, every=1)
+    flamingo = dataclasses.replace(resampled, decoder=dataclasses.replace(plain.decoder, cross=cross))
+    beside = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, cross=cross))
+    blocks = dataclasses.replace(plain.vision.blocks, windowed=(0,))
+    windowed = dataclasses.replace(plain, vision=dataclasses.replace(plain.vision, blocks=blocks))
+    return {
+        "causal": (plain, Config()),
+        "prefix-LM": (plain, Config(see="prefix")),
+        "bidirectional images": (plain, Config(see="bidirectional_images")),
+        "windows": (windowed, Config(window=2)),
+        "resampled, in the sequence": (resampled, Config(position="sequential")),
+        "resampled, last image": (flamingo, Config(cross="last_image")),
+        "resampled, all images": (flamingo, Config(cross="all_images")),
+        "patches, last image": (beside, Config(cross="last_image")),
+    }
+
+
+NAMES = list(systems())
+
+
+def documents():
+    picture = lambda h, w: Image(4 * h, 4 * w, b"")  # noqa: E731
+    return [
+        Document("first", (picture(3, 2), Text("what"), Text("cat", "assistant", True))),
+        Document("middle", (Text("see"), picture(1, 5), Text("well"), Text("no", "assistant", True))),
+        Document("words", (Text("hello"), Text("you", "assistant", True))),
+        Document("two", (picture(2, 2), Text("or"), picture(2, 3), Text("b", "assistant", True), Text("so"))),
+        Document("turns", (picture(3, 3), Text("a", "assistant", True), Text("and"), Text("bc", "assistant", True))),
+    ]
+
+
+def make(rows, bucket, model, cfg, seed=0):
+    def one(document):
+        laid = layout(
+            document,
+            Letters(),
+            Quarters(),
+            model.connector.tokens,
+            fuse="sequence" if model.decoder.cross is None else "cross",
+        )
+        x = interleave(laid, VOCAB, cfg)
+        rng = np.random.default_rng([seed, len(document.id), document.id.encode()[0]])
+        return x, [rng.integers(0, 256, (int(np.prod(g)), VALUES), dtype=np.uint8) for g in x.grid]
+
+    batch = batches.build([[one(d) for d in row] for row in rows], bucket, VALUES, VOCAB, cfg)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@functools.cache
+def functions(name):
+    model, cfg = systems()[name]
+    model.refuse(cfg)
+    logits = jax.jit(lambda params, batch: vlm.logits(params, batch, model))
+    gradient = jax.jit(jax.grad(lambda params, batch: loss_fn(params, batch, model)[1]["loss"]))
+    return model, cfg, logits, gradient, randomised(vlm.spec(model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_equals_alone(name):
+    model, cfg, logits, gradient, params = functions(name)
+    first, middle, words, two, turns = documents()
+    rows = [[first, middle, two], [words, turns]]
+    packed = make(rows, Bucket(2, 80, 24, 5), model, cfg)
+    assert not np.any(invariants.violations(packed, 40, VOCAB.image, vlm.present(packed, model)))
+    together = np.array(logits(params, packed))
+    alone = Bucket(1, 50, 12, 2)
+    total = None
+    for r, row in enumerate(rows):
+        for number, document in enumerate(row):
+            batch = make([[document]], alone, model, cfg)
+            mine = together[r][np.array(packed.document[r]) == number]
+            np.testing.assert_allclose(mine, np.array(logits(params, batch))[0, : len(mine)], atol=1e-5)
+            grads = gradient(params, batch)
+            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+
+    def close(a, b):  # sums of many terms: relative to the largest of them
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
+
+    jax.tree.map(close, gradient(params, packed), total)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_notices_a_picture(name):
+    """Exactly the tokens that the system's mask says: nothing of another document, nothing too early."""
+    model, cfg, logits, _, params = functions(name)
+    _, _, _, two, turns = documents()
+    batch = make([[turns, two]], Bucket(1, 60, 24, 3), model, cfg)
+    changed = batch.replace(patches=jnp.where(batch.patch_image[..., None] == 1, 255 - batch.patches, batch.patches))
+    moved = np.abs(np.array(logits(params, batch)) - np.array(logits(params, changed)))[0].max(-1) > 1e-4
+    tokens, document = np.array(batch.tokens[0]), np.array(batch.document[0])
+    starts = np.flatnonzero((tokens == VOCAB.image_start) & (document == 1))
+    at = np.arange(len(tokens))
+    if cfg.cross != "none":
+        expected = (document == 1) & (at >= starts[0])  # its mark looks at it, and all that follows sees the mark
+    elif cfg.see == "prefix":
+        expected = document == 1
+    else:
+        expected = (document == 1) & (at > starts[0])
+    np.testing.assert_array_equal(moved, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_parameter(name):
+    model, cfg, _, gradient, params = functions(name)
+    grads = gradient(params, make([documents()], Bucket(1, 100, 36, 6), model, cfg))
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(g).all()
+        assert np.abs(g).max() > 1e-8, jax.tree_util.keystr(path)
+
+
+def test_last_image_alone_matters_where_nothing_else_carries_it():
+    """In the first layer, text after the second picture looks at the second one only."""
+    model, cfg, *_ = functions("resampled, last image")
+    batch = make([[documents()[3]]], Bucket(1, 40, 12, 2), model, cfg)
+    starts = np.flatnonzero(np.array(batch.tokens[0]) == VOCAB.image_start)
+    lo, hi = np.array(batch.media_lo[0]), np.array(batch.media_hi[0])
+    assert (lo[: starts[0]] > hi[: starts[0]]).all()
+    assert (lo[starts[0] : starts[1]] == 0).all()
+    assert (hi[starts[0] : starts[1]] == LATENTS - 1).all()
+    n = int((np.array(batch.document[0]) == 0).sum())
+    assert (lo[starts[1] : n] == LATENTS).all()
+    assert (hi[starts[1] : n] == 2 * LATENTS - 1).all()
+
+
+def test_gates_start_closed():
+    """At its initial values cross-attention changes nothing: the language model speaks as it did."""
+    from mmjax.core import spec
+
+    model, cfg, logits, *_ = functions("resampled, last image")
+    params = spec.init(vlm.spec(model), jax.random.key(0))
+    batch = make([documents()], Bucket(1, 100, 36, 6), model, cfg)
+    blind = batch.replace(media_hi=jnp.full_like(batch.media_hi, -1))
+    np.testing.assert_array_equal(logits(params, batch), logits(params, blind))
+
+
+def test_perceiver_labels_are_those_of_the_drawing(rng):
+    """On device from the descriptors, on the host from counts: the same mask."""
+    counts = [3, 2, 4]
+    grid = jnp.array([[(1, 3, 1), (1, 1, 2), (2, 2, 1), (0, 0, 0)]])
+    image = jnp.array([[0] * 3 + [1] * 2 + [2] * 4 + [-1] * 2])
+    order = jnp.array([[*range(9), -1, -1]])
+    keys, lo, hi = perceiver.labels(image, order, grid, 2)
+    expected, (low, high) = intervals.perceiver(counts, 2)
+    np.testing.assert_array_equal(keys[0, :9], expected[:9])
+    np.testing.assert_array_equal(keys[0, 11:17], expected[9:])
+    np.testing.assert_array_equal(keys[0, [9, 10, 17, 18]], -1)
+    np.testing.assert_array_equal(lo[0, :6], low)
+    np.testing.assert_array_equal(hi[0, :6], high)
+    assert (lo[0, 6:] > hi[0, 6:]).all()
+
+
+def test_windows_are_undone_by_the_slots():
+    """Features lie window by window; the sequence shows them row by row, as without windows."""
+    model, cfg, *_ = functions("windows")
+    document = documents()[4]
+    batch = make([[document]], Bucket(1, 40, 12, 1), model, cfg)
+    plain = make([[document]], Bucket(1, 40, 12, 1), model, Config())
+    for field in ("patches", "patch_position"):
+        there, here = np.array(getattr(plain, field)[0]), np.array(getattr(batch, field)[0])
+        slots = np.array(batch.slot[0])[np.array(batch.slot[0]) >= 0]
+        np.testing.assert_array_equal(here[slots], there[: len(slots)])
+    assert not np.array_equal(batch.patches, plain.patches)
+    np.testing.assert_array_equal(batch.position, plain.position)
+
+
+def test_merged_squares_lie_together_and_m_rope_counts_them():
+    class Even:
+        def grid(self, height, width):
+            return 4, 6
+
+    laid = layout(Document("d", (Image(9, 9, b""),)), Letters(), Even(), lambda g: g[1] * g[2] // 4)
+    x = interleave(laid, VOCAB, Config(merge=2, window=2, rope=MRope(2)))
+    # Two windows of 2 × 2 squares and one of 2 × 1, each of four patches.
+    np.testing.assert_array_equal(x.patch_raster[:4], [0, 1, 6, 7])
+    np.testing.assert_array_equal(x.patch_raster[4:8], [2, 3, 8, 9])
+    np.testing.assert_array_equal(x.patch_raster[8:12], [12, 13, 18, 19])
+    np.testing.assert_array_equal(x.window_lo, [0] * 16 + [16] * 8)
+    np.testing.assert_array_equal(x.window_hi, [15] * 16 + [23] * 8)
+    np.testing.assert_array_equal(x.patch_lo, 0)
+    np.testing.assert_array_equal(x.slot[x.slot >= 0], [0, 1, 4, 2, 3, 5])
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "says"),
+    [
+        ("causal", Config(cross="last_image"), "does not look"),
+        ("resampled, last image", Config(), "looks at media by cross-attention"),
+        ("causal", Config(window=2), "windowed"),
+        ("windows", Config(), "windowed"),
+    ],
+)
+def test_descriptors_that_the_model_does_not_read_or_lacks(name, cfg, says):
+    with pytest.raises(InputError, match=says):
+        systems()[name][0].refuse(cfg)
