@@ -88,7 +88,7 @@ def training(
     documents: Sequence[Document],
     layout: LayoutOf,
     *,
-    steps: int,
+    steps: int | None,
     k: int,
     tokens: int,
     rows: int,
@@ -103,7 +103,8 @@ def training(
     Args:
       documents: number → document; no pixels are read.
       layout: gives a document's lengths.
-      steps: how many batches.
+      steps: how many batches; None: as many as it takes to use every document exactly once (the last of each bucket
+        may have empty rows).
       k: how many bucket shapes at most.
       tokens, rows: the shape of every batch.
       seed: of the shuffles.
@@ -137,11 +138,13 @@ def training(
                 waiting[b] = []
         done += [ready[i] for i in rng.permutation(len(ready))]
         numbers, sizes = numbers[left], sizes[left]
-        if len(done) >= steps:
+        if steps is not None and len(done) >= steps:
             return _plan(shapes, done[:steps], taken)
+    if steps is None and shapes:
+        return _plan(shapes, done + [Step(b, tuple(left)) for b, left in enumerate(waiting) if left], taken)
     raise InputError(
-        f"{len(documents)} documents fill {len(done)} steps of {rows} rows × {tokens} tokens, not {steps}; ask for "
-        f"fewer steps or give more documents."
+        f"{len(documents)} documents fill {len(done)} steps of {rows} rows × {tokens} tokens, not {steps or 'one'}; "
+        f"ask for fewer steps or give more documents."
     )
 
 

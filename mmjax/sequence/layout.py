@@ -1,6 +1,6 @@
 """A layout: how many tokens each span takes and which text ids stand where, before any pixel is decoded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -131,6 +131,7 @@ def layout(
     sounds: Sounds | None = None,
     sound_tokens: Callable[[int], int] = lambda frames: frames,
     fuse: Literal["sequence", "cross"] = "sequence",
+    skip: Collection[int] = (),
 ) -> Layout:
     """The layout of a document in the generic convention.
 
@@ -151,6 +152,7 @@ def layout(
       sound_tokens: how many media tokens the connector makes of so many frames of sound.
       fuse: where media enter. "sequence": their tokens stand between image_start and image_end. "cross": image_start
         stands alone, and text looks at them by cross-attention (Flamingo).
+      skip: numbers of spans to leave out.
 
     Raises:
       InputError: text that cannot be encoded, a medium the policy refuses or that there is no policy for.
@@ -161,6 +163,8 @@ def layout(
     role = None
     train = False
     for number, span in enumerate(document.spans):
+        if number in skip:
+            continue
         if span.role not in marker:
             raise InputError(
                 f"Document {document.id!r}, span {number} has the role {span.role!r}; give one of {', '.join(marker)}."

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+FULL = 0.004  # a row with less than this free, tokens and patches together, is not tried in another shape
 Row = tuple[int, list[int]]  # a row's shape (its number), and its documents in the order in which they were placed
 
 
@@ -45,10 +46,13 @@ def pack_shapes(
     left, first = len(sizes), 0
     while left > keep:
         first += int(alive[first:].argmax())
-        found = [_fill(columns, alive, first, shape) for shape in shapes]
-        room, row, k = min((room, row, k) for k, (room, row) in enumerate(found))
-        if room == np.inf:
-            k = len(shapes) - 1
+        room, row, k = np.inf, [first], len(shapes) - 1
+        for i, shape in enumerate(shapes):
+            free, candidate = _fill(columns, alive, first, shape)
+            if free < room:
+                room, row, k = free, candidate, i
+            if room < FULL:
+                break
         alive[row] = False
         left -= len(row)
         rows.append((k, falling[row].tolist()))

@@ -1,7 +1,7 @@
 """At which size a picture enters the model: functions of its height and width alone, no pixel needed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmjax.core.errors import InputError
 
@@ -49,6 +49,11 @@ class Native:
             return math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
         return rounded
 
+    def lowered(self, share: float) -> "Native":
+        """The same with about this share of max_pixels, but no less than one square and min_pixels."""
+        least = max(self.min_pixels, (self.patch * self.merge) ** 2)
+        return replace(self, max_pixels=max(least, int(self.max_pixels * share)))
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches, both multiples of `merge`; InputError as for `size`."""
         height, width = self.size(height, width)
@@ -93,6 +98,10 @@ class NaFlex:
     def __post_init__(self):
         if self.patch < 1 or self.max_patches < 1:
             raise InputError(f"{self} is not a resolution; give patch and max_patches of at least 1")
+
+    def lowered(self, share: float) -> "NaFlex":
+        """The same with about this share of max_patches."""
+        return replace(self, max_patches=max(1, int(self.max_patches * share)))
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels to resize a picture to; InputError if it is empty."""

@@ -1,6 +1,6 @@
 """How many pictures of a clip enter the model, and at which size: functions of its header alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.resolution import Native
@@ -21,6 +21,10 @@ class Sampled:
     def __post_init__(self):
         if not self.fps > 0 or self.most < 1 or self.tokens_per_second < 0:
             raise InputError(f"{self} samples nothing; give fps above 0 and most of at least 1.")
+
+    def lowered(self, share: float) -> "Sampled":
+        """The same with about this share of its frames: of those a second and of the most."""
+        return replace(self, fps=self.fps * share, most=max(1, int(self.most * share)))
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[tuple[int, int, int], float]:
         """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""

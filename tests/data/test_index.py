@@ -130,6 +130,16 @@ def test_the_largest_document_may_come_later():
     assert max(b.patches for b in plan.buckets) >= 58
 
 
+@pytest.mark.parametrize("n", [1, 3, 95, 230])
+def test_an_epoch_uses_every_document_exactly_once(n):
+    documents = Documents(n)
+    plan = training(documents, None)
+    assert sorted(used(plan)) == list(range(n))
+    short = [step.bucket for step in plan.steps if len(step.rows) < ROWS]
+    assert len(short) == len(set(short))
+    check_rows_and_fill(plan, documents)
+
+
 def test_table_tells_what_will_be_compiled():
     plan = training(Documents(230), 9)
     table = plan.table()

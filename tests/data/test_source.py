@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 
@@ -9,14 +10,17 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.data import index
-from mmjax.data.source import Source, load, read
+from mmjax.data.source import Holes, Source, load, read
+from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
-from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.document import Audio, Document, Image, Text, Video
 from mmjax.sequence.interleave import Config
 from mmjax.sequence.invariants import violations
-from mmjax.sequence.layout import layout
+from mmjax.sequence.layout import AUDIO, VIDEO, layout
 from mmjax.tokenizers import image as images
+from mmjax.tokenizers.audio import Frames
 from mmjax.tokenizers.resolution import Native
+from mmjax.tokenizers.video import Sampled
 from mmjax.tokenizers.vocab import Vocab
 
 PATCH = 4
@@ -141,7 +145,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(given, says):
     sound, wrong = Image(8, 8, noise(3, 8, 8)), Image(8, 8, given)
     documents = [document(1), Document("made/bad", (sound, Text("a"), wrong))]
     s = source(documents)
-    with pytest.raises(InputError, match=rf"^Document 'made/bad', picture 1: .*{says}"):
+    with pytest.raises(InputError, match=rf"^Document 'made/bad', span 2: .*{says}"):
         s[0]
 
 
@@ -162,3 +166,115 @@ def test_who_sees_whom_is_handed_on(see):
     plan = index.once(documents, LAYOUT, tokens=16, rows=1)
     hi = Source(documents, LAYOUT, plan, VOCAB, PATCH, Config(see=see))[0].hi[0, 3:7]
     np.testing.assert_array_equal(hi, [3, 4, 5, 6] if see == "causal" else [6, 6, 6, 6])
+
+
+def rotten():
+    raise ValueError("the pencil broke")
+
+
+def test_a_picture_that_cannot_be_read_is_a_hole_within_the_budget(caplog):
+    """The plan stays, its document weighs nothing, every other document is as it was."""
+    bad = Document("made/bad", (Image(8, 8, rotten), Text("what"), Text("ab", "assistant", True)))
+    well = Document("made/bad", (Image(8, 8, noise(6, 8, 8)), Text("what"), Text("ab", "assistant", True)))
+    others = [document(n) for n in (1, 2, 3)]
+    with pytest.raises(InputError, match=r"^Document 'made/bad', span 0: could not be read .ValueError: the pencil"):
+        source([bad, *others])[0]
+    made = source([bad, *others])
+    plan = made.plan
+    holes = Holes(1)
+    holed = [Source([bad, *others], LAYOUT, plan, VOCAB, PATCH, holes=holes)[s] for s in range(len(plan.steps))]
+    whole = [Source([well, *others], LAYOUT, plan, VOCAB, PATCH)[s] for s in range(len(plan.steps))]
+    assert list(holes.reasons) == ["made/bad"]
+    assert "left out 1 of at most 1: Document 'made/bad'" in caplog.text
+    assert "pencil" in holes.reasons["made/bad"]
+    for planned, a, b in zip(plan.steps, holed, whole, strict=True):
+        for r, row in enumerate(planned.rows):
+            here = a.document[r] == (row.index(0) if 0 in row else -2)
+            assert not a.weight[r, here].any()
+            np.testing.assert_array_equal(a.weight[r, ~here], b.weight[r, ~here])
+            patches = np.isin(np.arange(a.patches.shape[1]), a.slot[r, here & (a.slot[r] >= 0)])
+            assert not a.patches[r, patches].any()
+            np.testing.assert_array_equal(a.patches[r, ~patches], b.patches[r, ~patches])
+        assert_same(a.replace(weight=b.weight, patches=b.patches), b)
+    assert sum(b.weight.sum() - a.weight.sum() for a, b in zip(holed, whole, strict=True)) == 3
+
+
+def test_more_holes_than_the_budget_are_refused():
+    bad = [Document(f"made/bad{i}", (Image(8, 8, rotten), Text("a"))) for i in range(3)]
+    plan = index.once(bad, LAYOUT, tokens=48, rows=2)
+    with pytest.raises(InputError, match=r"made/bad\d', span 0: .* With it 3 documents .*packing.holes is 2"):
+        Source(bad, LAYOUT, plan, VOCAB, PATCH, holes=Holes(2))[0]
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_rows_of_one_batch(hosts):
+    documents = [document(n) for n in range(14)]
+    plan = index.once(documents, LAYOUT, tokens=24, rows=4)
+    assert len(plan.steps) > 1
+    for step in range(len(plan.steps)):
+        whole = Source(documents, LAYOUT, plan, VOCAB, PATCH)[step]
+        parts = [Source(documents, LAYOUT, plan, VOCAB, PATCH, host=h, hosts=hosts)[step] for h in range(hosts)]
+        assert_same(jax.tree.map(lambda *rows: np.concatenate(rows), *parts), whole)
+    with pytest.raises(InputError, match="3 hosts cannot share 4 rows"):
+        Source(documents, LAYOUT, plan, VOCAB, PATCH, hosts=3)[0]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_threads_change_nothing(made, threads):
+    for step, batch in enumerate(read(made, 1, threads=threads, ahead=3), 1):
+        assert_same(batch, made[step])
+
+
+def test_broken_batches_are_caught_before_they_leave(made, monkeypatch):
+    real = batches.build
+
+    def broken(*given):
+        batch = real(*given)
+        batch.slot[0, batch.slot[0] >= 0] = 99
+        return batch
+
+    monkeypatch.setattr(batches, "build", broken)
+    step = next(s for s in range(len(made)) if any(n % 3 for n in made.plan.steps[s].rows[0]))
+    with pytest.raises(InputError, match=r"Row 0 .the documents made/.*places of media tokens that do not exist"):
+        made[step]
+    unchecked = dataclasses.replace(made, checks=False)[step]
+    found = violations(jax.tree.map(jnp.asarray, unchecked), VOCAB.size, VOCAB.image)
+    assert int(found[0, 2]) > 0
+    assert not np.any(found[1:])
+
+
+def test_sound_and_video_reach_their_places(rng):
+    sounds, clips = Frames(rate=100, hop=4), Sampled(Native(PATCH, 1, PATCH * PATCH, 24 * 24), fps=1.0)
+    lay = functools.partial(LAYOUT, sounds=sounds, clips=clips)
+    sample = rng.normal(size=10).astype(np.float32)
+    film = rng.integers(0, 256, (6, 8, 12, 3), np.uint8)
+    documents = [
+        Document("talk", (Audio(10, 100, sample), Text("a"), Video(6, 8, 12, 2.0, lambda: film), Text("b"))),
+        Document("look", (Image(8, 8, noise(7, 8, 8)), Audio(4, 100, sample[:4]), Text("c", "assistant", True))),
+    ]
+    plan = index.once(documents, lay, tokens=64, rows=1)
+    (batch,) = [Source(documents, lay, plan, VOCAB, PATCH, sound=4)[s] for s in range(len(plan.steps))]
+    order = [documents[n].id for n in plan.steps[0].rows[0]]
+    assert sorted(order) == ["look", "talk"]
+    talk, look = order.index("talk"), order.index("look")
+    here = (batch.modality[0] == AUDIO) & (batch.document[0] == talk)
+    np.testing.assert_array_equal(batch.frames[0, batch.slot[0, here]].ravel(), [*sample, 0, 0])
+    here = (batch.modality[0] == AUDIO) & (batch.document[0] == look)
+    np.testing.assert_array_equal(batch.frames[0, batch.slot[0, here]].ravel(), sample[:4])
+    here = (batch.modality[0] == VIDEO) & (batch.document[0] == talk)
+    shown = batch.patches[0, batch.slot[0, here]]
+    expected = np.concatenate([images.patchify(film[f], PATCH) for f in (0, 2, 5)])  # 3 seconds, one frame each
+    np.testing.assert_array_equal(shown, expected)
+    assert (batch.frame_lo <= batch.frame_hi).sum() == 4
+    assert batch.grid[0].tolist() == ([[1, 2, 2], [3, 2, 3]] if look < talk else [[3, 2, 3], [1, 2, 2]])
+
+
+def test_a_picture_left_out_by_the_budget_is_not_read():
+    """Which medium stands where is known by its span, not by counting."""
+    pictures = [noise((8, i), 8, 8) for i in range(3)]
+    documents = [Document("d", (*(Image(8, 8, p) for p in pictures), Text("a")))]
+    lay = functools.partial(LAYOUT, skip=(1,))
+    plan = index.once(documents, lay, tokens=32, rows=1)
+    batch = Source(documents, lay, plan, VOCAB, PATCH)[0]
+    expected = np.concatenate([images.patchify(pictures[i], PATCH) for i in (0, 2)])
+    np.testing.assert_array_equal(batch.patches[0, :8], expected)
