@@ -158,6 +158,8 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
         # Each device needs whole key heads of its own: repeat them as often as that takes.
         times = split // math.gcd(kv, split)
         if heads // kv % times == 0:
+            # Whole before, and so are their cotangents: jax 0.7 cannot name a sharding over half an axis.
+            k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (k, v))
             k, v = jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
             kv *= times
     axes = ("batch" if b % sharding.parts("batch") == 0 else None, "heads" if kv % split == 0 else None)
