@@ -1,7 +1,8 @@
 """The index pass: lengths of all documents, from text and image headers alone, and the plan of every step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,9 +13,11 @@ from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import DIMENSIONS, Layout
 from mmjax.sequence.pack import pack_shapes
+from mmjax.sequence.split import split
 
 WINDOW = 2048  # documents that are packed together: the look-ahead
 KEEP = 4  # one part in so many of a window waits for the next one, for the last rows of a heap fill badly
+NO_LIMIT = 2**40
 SAMPLE = 1024  # of the first window, from which the bucket shapes are chosen
 
 
@@ -33,6 +36,11 @@ class Plan:
     buckets: tuple[Bucket, ...]
     steps: tuple[Step, ...]
     used: tuple[tuple[int, ...], ...]  # per bucket, over all its steps: how much of each dimension is not padding
+    parts: tuple[Document, ...] = ()  # of documents that were split, numbered from the number of documents on
+
+    def document(self, documents: Sequence[Document], number: int) -> Document:
+        """The document of a number in a row."""
+        return documents[number] if number < len(documents) else self.parts[number - len(documents)]
 
     @property
     def steps_of(self) -> tuple[int, ...]:
@@ -79,9 +87,9 @@ class Plan:
 LayoutOf = Callable[[Document], Layout]
 
 
-def measure(documents: Sequence[Document], numbers: range, layout: LayoutOf) -> Int[np.ndarray, "n 4"]:
+def measure(documents: Sequence[Document], numbers: Iterable[int], layout: LayoutOf) -> Int[np.ndarray, "n 4"]:
     """What the documents with these numbers take up (see Layout.size)."""
-    return np.array([layout(documents[n]).size for n in numbers], np.int64).reshape(-1, len(DIMENSIONS))
+    return np.array([layout(documents[int(n)]).size for n in numbers], np.int64).reshape(-1, len(DIMENSIONS))
 
 
 def training(
@@ -94,6 +102,7 @@ def training(
     rows: int,
     seed: int,
     patches: int = 0,
+    long: Literal["refuse", "split"] = "refuse",
 ) -> Plan:
     """Plans `steps` training steps over the documents in order, window by window.
 
@@ -109,6 +118,7 @@ def training(
       tokens, rows: the shape of every batch.
       seed: of the shuffles.
       patches: of the largest document that may come; 0: as many as the sample has from which shapes are chosen.
+      long: what happens to a document that is longer than a row (see sequence.split).
 
     Raises:
       InputError: too few documents for so many steps; a document that does not fit a row.
@@ -116,10 +126,13 @@ def training(
     done: list[Step] = []
     shapes: tuple[Bucket, ...] = ()
     numbers, sizes = np.zeros(0, np.int64), np.zeros((0, len(DIMENSIONS)), np.int64)
-    taken = {}
+    taken, parts = {}, []
     for start in range(0, len(documents), WINDOW):
-        window = range(start, min(start + WINDOW, len(documents)))
+        window = np.arange(start, min(start + WINDOW, len(documents)))
         new = measure(documents, window, layout)
+        if long == "split":
+            room = (tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT)
+            window, new = _split(documents, window, new, layout, room, parts)
         if not shapes:
             shapes = buckets.choose(new[:SAMPLE], k, tokens, rows, patches)
             waiting: list[list[tuple[int, ...]]] = [[] for _ in shapes]
@@ -139,9 +152,9 @@ def training(
         done += [ready[i] for i in rng.permutation(len(ready))]
         numbers, sizes = numbers[left], sizes[left]
         if steps is not None and len(done) >= steps:
-            return _plan(shapes, done[:steps], taken)
+            return _plan(shapes, done[:steps], taken, parts)
     if steps is None and shapes:
-        return _plan(shapes, done + [Step(b, tuple(left)) for b, left in enumerate(waiting) if left], taken)
+        return _plan(shapes, done + [Step(b, tuple(left)) for b, left in enumerate(waiting) if left], taken, parts)
     raise InputError(
         f"{len(documents)} documents fill {len(done)} steps of {rows} rows × {tokens} tokens, not {steps or 'one'}; "
         f"ask for fewer steps or give more documents."
@@ -157,7 +170,29 @@ def once(documents: Sequence[Document], layout: LayoutOf, *, tokens: int, rows: 
     return _plan(shapes, steps, dict(enumerate(sizes)))
 
 
-def _plan(shapes: tuple[Bucket, ...], steps: list[Step], sizes: dict[int, np.ndarray]) -> Plan:
+def _split(
+    documents: Sequence[Document],
+    window: np.ndarray,
+    sizes: np.ndarray,
+    layout: LayoutOf,
+    room: tuple[int, ...],
+    parts: list[Document],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and sizes of a window in which documents larger than `room` are replaced by their parts."""
+    large = (sizes > np.asarray(room)).any(1)
+    if not large.any():
+        return window, sizes
+    first = len(documents) + len(parts)
+    for n in window[large]:
+        parts += split(documents[int(n)], layout, room)
+    new = range(first, len(documents) + len(parts))
+    counted = measure(parts, range(first - len(documents), len(parts)), layout)
+    return np.append(window[~large], new), np.concatenate([sizes[~large], counted])
+
+
+def _plan(
+    shapes: tuple[Bucket, ...], steps: list[Step], sizes: dict[int, np.ndarray], parts: Sequence[Document] = ()
+) -> Plan:
     # A bucket that no step uses is not compiled: leave it out, and number the others anew.
     kept = sorted({step.bucket for step in steps})
     steps = [Step(kept.index(step.bucket), step.rows) for step in steps]
@@ -165,4 +200,4 @@ def _plan(shapes: tuple[Bucket, ...], steps: list[Step], sizes: dict[int, np.nda
     for step in steps:
         for row in step.rows:
             used[step.bucket] += sum(sizes[n] for n in row)
-    return Plan(tuple(shapes[b] for b in kept), tuple(steps), tuple(tuple(map(int, u)) for u in used))
+    return Plan(tuple(shapes[b] for b in kept), tuple(steps), tuple(tuple(map(int, u)) for u in used), tuple(parts))

@@ -84,7 +84,7 @@ class Source:
         if share * self.hosts != whole.rows:
             raise InputError(f"{self.hosts} hosts cannot share {whole.rows} rows evenly; use a multiple of them.")
         mine = planned.rows[self.host * share : (self.host + 1) * share]
-        rows = [[self.example(self.documents[n]) for n in row] for row in mine]
+        rows = [[self.example(self.plan.document(self.documents, n)) for n in row] for row in mine]
         bucket = dataclasses.replace(whole, rows=share)
         batch = batches.build(rows, bucket, self.values, self.vocab, self.cfg)
         if self.checks:
@@ -149,7 +149,7 @@ class Source:
 
     def ids(self, step: int, row: int) -> list[str]:
         """The documents of one row, for messages."""
-        return [self.documents[n].id for n in self.plan.steps[step].rows[row]]
+        return [self.plan.document(self.documents, n).id for n in self.plan.steps[step].rows[row]]
 
 
 def load(picture: Image | Video) -> np.ndarray:

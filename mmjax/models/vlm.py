@@ -12,7 +12,8 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import Spec
 from mmjax.encoders import vit
 from mmjax.models import decoder
-from mmjax.sequence import interleave
+from mmjax.nn import transformer
+from mmjax.sequence import budget, interleave
 from mmjax.sequence.batch import Batch
 
 
@@ -49,6 +50,15 @@ def spec(cfg: Config) -> Spec:
         "connector": _connector(cfg).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
+
+
+def costs(cfg: Config) -> budget.Costs:
+    """What budgets are counted with: self-attention and MLPs of encoder and decoder, and the head."""
+
+    def blocks(b: transformer.Config) -> budget.Blocks:
+        return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
+
+    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
 
 
 def _connector(cfg: Config):

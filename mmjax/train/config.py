@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mmjax.core.sharding import MeshConfig
 from mmjax.data import drawings
 from mmjax.models import vlm
 from mmjax.sequence import interleave
+from mmjax.sequence.budget import Budget
 from mmjax.tokenizers.resolution import Native
 
 
@@ -18,6 +20,7 @@ class Packing:
     tokens: int = 256
     buckets: int = 2
     patches: int = 0  # of the largest document that may come; 0: as many as the first thousand have
+    long: Literal["refuse", "split"] = "refuse"  # a document longer than a row: refused, or cut between its spans
     holes: int = 0  # documents whose pictures may be unreadable; they are blank and nothing in them is learnt
 
 
@@ -54,6 +57,7 @@ class Config:
     resolution: Native = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
     packing: Packing = field(default_factory=Packing)
     sequence: interleave.Config = field(default_factory=interleave.Config)
+    budget: Budget = field(default_factory=Budget)  # what a document may take
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: Objective = field(default_factory=Objective)
     mesh: MeshConfig = field(default_factory=MeshConfig)

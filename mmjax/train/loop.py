@@ -20,6 +20,7 @@ from mmjax.data.source import Holes, Source, read
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
+from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers import text
 from mmjax.train import report, state
@@ -76,6 +77,7 @@ def run(cfg: Config) -> int:
             before = _refuse_another_run(cfg, data, checkpoints)
             report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
             print(data.training.plan.table())
+            report.print_budget(data.training.layout)
             programs = compile_all(cfg, data, shape, mesh)
             if checkpoints.steps():
                 now, _ = checkpoints.restore(shape)
@@ -119,13 +121,15 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
         )
     latents = getattr(cfg.model.connector, "latents", 0)
     fuse = "sequence" if cfg.model.decoder.cross is None else "cross"
-    lay = functools.partial(
+    plain = lay = functools.partial(
         layout,
         tokenizer=tokenizer,
         resolution=cfg.resolution,
         media_tokens=cfg.model.connector.tokens,
         fuse=fuse,
     )
+    if cfg.budget != Budget():
+        lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
     documents = drawings.Training(cfg.data, cfg.steps * packing.rows * packing.tokens, cfg.seed)
@@ -138,10 +142,11 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
         rows=packing.rows,
         seed=cfg.seed,
         patches=packing.patches,
+        long=packing.long,
     )
     patch = cfg.resolution.patch
     questions = drawings.held_out(cfg.data)
-    ask = functools.partial(lay, answer=cfg.answer)
+    ask = functools.partial(plain, answer=cfg.answer)
     asked = [q.document for q in questions]
     once = index.once(asked, ask, tokens=packing.tokens, rows=packing.rows)
     made = functools.partial(Source, vocab=tokenizer.vocab, patch=patch, cfg=cfg.sequence, latents=latents)

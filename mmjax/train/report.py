@@ -143,3 +143,14 @@ def printable(text: str) -> str:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def print_budget(layout: object) -> None:
+    """How many planned documents had to be changed to come within the budget, and the first of them."""
+    reports = getattr(layout, "reports", {})
+    if reports:
+        first = next(iter(reports.values()))
+        print(
+            f"{len(reports)} documents were over the budget; the first, {first.id}: {', '.join(first.did)}, now "
+            f"{first.total} tokens, {first.flops:,} FLOPs, {first.cache:,} bytes of cache"
+        )

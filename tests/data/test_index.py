@@ -200,6 +200,40 @@ def test_document_of_a_later_window_that_fits_nowhere_is_named():
         training(documents, 10**6)
 
 
+class Words:
+    """Documents of words; a word takes as many tokens as it has letters, and every document two more."""
+
+    def __init__(self, n, seed=0):
+        rng = np.random.default_rng(seed)
+        words = [[Text("a" * int(k)) for k in rng.integers(1, 30, rng.integers(1, 8))] for _ in range(n)]
+        self.documents = [Document(str(i), tuple(w)) for i, w in enumerate(words)]
+
+    def layout(self, document):
+        return Layout(document.id, (), 2 + sum(len(s.text) for s in document.spans), 0, 0)
+
+
+def test_documents_longer_than_a_row_are_split_if_asked():
+    words = Words(150)
+    options = {"steps": None, "k": 2, "tokens": TOKENS, "rows": ROWS, "seed": 0}
+    with pytest.raises(InputError, match=r"number \d+ takes \d+ tokens"):
+        index.training(words.documents, words.layout, **options)
+    plan = index.training(words.documents, words.layout, long="split", **options)
+    long = [d for d in words.documents if words.layout(d).tokens > TOKENS]
+    assert 20 < len(long) < 100
+    numbers = used(plan)
+    assert len(numbers) == len(set(numbers))
+    found = [plan.document(words.documents, n) for n in numbers]
+    assert all(words.layout(d).tokens <= TOKENS for d in found)
+    # Every document's spans, in order, once.
+    spans = {}
+    for d in sorted(found, key=lambda d: [int(x) for x in d.id.split("#")]):
+        spans.setdefault(d.id.split("#")[0], []).extend(d.spans)
+    assert spans == {d.id: list(d.spans) for d in words.documents}
+    for step in plan.steps:
+        for row in step.rows:
+            assert sum(words.layout(plan.document(words.documents, n)).tokens for n in row) <= TOKENS
+
+
 def once(documents):
     return index.once(documents, documents.layout, tokens=TOKENS, rows=ROWS)
 

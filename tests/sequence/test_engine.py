@@ -101,7 +101,7 @@ def test_every_document_arrives_whole(name, given):
     sizes = np.array([x.size for x in laid])
     shape = np.maximum(sizes.max(0), [64, 64, 4, 6])
     shape[1] += -shape[1] % 4
-    packed, left = pack_shapes(sizes, [tuple(shape)])
+    packed, left = pack_shapes(sizes, [tuple(shape.tolist())])
     assert not left
     rows = []
     for _, row in packed:
