@@ -89,7 +89,7 @@ LayoutOf = Callable[[Document], Layout]
 
 def measure(documents: Sequence[Document], numbers: Iterable[int], layout: LayoutOf) -> Int[np.ndarray, "n 4"]:
     """What the documents with these numbers take up (see Layout.size)."""
-    return np.array([layout(documents[int(n)]).size for n in numbers], np.int64).reshape(-1, len(DIMENSIONS))
+    return np.array([layout(documents[n]).size for n in numbers], np.int64).reshape(-1, len(DIMENSIONS))
 
 
 def training(
@@ -129,7 +129,7 @@ def training(
     taken, parts = {}, []
     for start in range(0, len(documents), WINDOW):
         window = np.arange(start, min(start + WINDOW, len(documents)))
-        new = measure(documents, window, layout)
+        new = measure(documents, window.tolist(), layout)
         if long == "split":
             room = (tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT)
             window, new = _split(documents, window, new, layout, room, parts)

@@ -124,7 +124,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             raise InputError(f"Document {layout.id!r}: {error}") from error
     else:
         position = np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
-    frame_lo, frame_hi = intervals.blocks([p.grid[0] for p in pieces if p.modality == AUDIO])
+    frame_lo, frame_hi = intervals.blocks([p.grid[0] for p in layout.pieces if p.modality == AUDIO])
     return Example(
         id=layout.id,
         tokens=tokens,

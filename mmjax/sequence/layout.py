@@ -150,8 +150,8 @@ def layout(
       clips: gives a video's grid.
       sounds: gives the frames of sound.
       sound_tokens: how many media tokens the connector makes of so many frames of sound.
-      fuse: where media enter. "sequence": their tokens stand between image_start and image_end. "cross": image_start
-        stands alone, and text looks at them by cross-attention (Flamingo).
+      fuse: where pictures and videos enter. "sequence": their tokens stand between image_start and image_end, as those
+        of sound always do. "cross": image_start stands alone, and text looks at them by cross-attention (Flamingo).
       skip: numbers of spans to leave out.
 
     Raises:
@@ -186,7 +186,7 @@ def layout(
                 medium = _audio(span, sounds, sound_tokens, number)
         except InputError as error:
             raise InputError(f"Document {document.id!r}, span {number}: {error}") from error
-        if fuse == "cross":
+        if fuse == "cross" and medium.views:
             pieces += [_text([vocab.image_start]), _aside(medium)]
         else:
             pieces += [_text([vocab.image_start]), medium, _text([vocab.image_end])]
