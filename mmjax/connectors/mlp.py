@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float
 
+from mmjax.connectors import Connector
 from mmjax.core.spec import Spec
 from mmjax.nn import mlp
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Connector):
     inputs: int
     outputs: int
 
@@ -18,7 +19,6 @@ class Config:
         return mlp.Config(self.inputs, self.outputs, self.outputs)
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        """How many media tokens a picture becomes; for `sequence.layout`."""
         return grid[0] * grid[1] * grid[2]
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mmjax.connectors import Connector
 from mmjax.core import sharding
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
 from mmjax.nn import mlp, norm
@@ -13,7 +14,7 @@ from mmjax.nn.attention import attend
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Connector):
     """inputs: width of the features. width: of the latents. latents: media tokens made of each picture or video."""
 
     inputs: int
@@ -38,7 +39,6 @@ class Config:
         return mlp.Config(self.width, self.hidden, None, "gelu", False, False)
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        """How many media tokens a picture becomes; for `sequence.layout`."""
         return self.latents
 
 

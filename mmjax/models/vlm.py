@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmjax.connectors import mlp, perceiver
+from mmjax.connectors import Connector, mlp, perceiver
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Spec
@@ -25,7 +25,7 @@ class Config:
     """
 
     vision: vit.Config
-    connector: mlp.Config | perceiver.Config
+    connector: Connector
     decoder: decoder.Config
     placeholder: int | None = None
 

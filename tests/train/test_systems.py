@@ -28,6 +28,7 @@ def flamingo():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -48,6 +49,7 @@ def test_runs(tmp_path, changes, capsys):
     assert f"{len(result['buckets'])} programs to compile" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_budget_lowers_resolutions_and_says_so(tmp_path, capsys):
     cfg = tiny_run(tmp_path, mesh=MESH, steps=2, budget=Budget(tokens=40, over=("resolution", "images")), save_every=1)
     assert loop.run(cfg) == 0
