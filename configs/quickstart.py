@@ -77,7 +77,7 @@ def config() -> Config:
         out=Path("runs/quickstart"),
         steps=2000,
         resolution=Native(patch=PATCH, min_pixels=32 * 32, max_pixels=48 * 48),
-        packing=Packing(rows=12, tokens=128, buckets=2),
+        packing=Packing(rows=12, tokens=128, buckets=1),
         sequence=interleave.Config(see="bidirectional_images"),
         # The mean of many steps at a high rate names unseen drawings better than a rate that falls to nothing.
         optimizer=Optimizer(learning_rate=2.5e-3, final=0.6, average=0.998),

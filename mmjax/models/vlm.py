@@ -103,7 +103,12 @@ def hidden(
     """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders, or are looked at.
 
     `media` are the row's media tokens where they are known already (as between the steps of an answer).
+
+    Raises:
+      InputError: the batch has room for sound, which this model has no encoder for.
     """
+    if batch.frames is not None:
+        raise InputError("This model has no encoder for sound; leave audio out of the documents.")
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
     x = decoder.embed(params["decoder"], batch.tokens)
     media = media_tokens(params, batch, cfg) if media is None else media

@@ -80,8 +80,3 @@ class Document:
     @property
     def images(self) -> tuple[Image, ...]:
         return tuple(span for span in self.spans if isinstance(span, Image))
-
-    @property
-    def media(self) -> tuple[Image | Video | Audio, ...]:
-        """Everything that is not text, in reading order."""
-        return tuple(span for span in self.spans if not isinstance(span, Text))

@@ -238,3 +238,10 @@ def test_merged_squares_lie_together_and_m_rope_counts_them():
 def test_descriptors_that_the_model_does_not_read_or_lacks(name, cfg, says):
     with pytest.raises(InputError, match=says):
         systems()[name][0].refuse(cfg)
+
+
+def test_sound_is_refused_by_a_model_without_an_encoder_for_it():
+    model, cfg, *_, params = functions("causal")
+    batch = make([[documents()[2]]], ALONE, model, cfg)
+    with pytest.raises(InputError, match="no encoder for sound"):
+        vlm.logits(params, batch.replace(frames=jnp.zeros((1, 2, 4))), model)

@@ -6,7 +6,7 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.sequence import intervals
 from mmjax.sequence.interleave import Config, interleave
-from mmjax.sequence.layout import IMAGE, TEXT, Layout, Piece
+from mmjax.sequence.layout import IMAGE, TEXT, VIDEO, Layout, Piece
 from mmjax.sequence.positions import mrope
 from mmjax.tokenizers.vocab import Vocab
 
@@ -114,3 +114,21 @@ def test_id_outside_the_vocabulary(wrong):
 def test_media_tokens_that_are_not_one_per_patch():
     with pytest.raises(InputError, match=r"'d7'.*\(1, 2, 2\).* 3 tokens"):
         interleave(laid(text(1), image(2, 2, length=3)), VOCAB)
+
+
+def test_a_prefix_ends_where_something_is_learnt_or_left_to_fill():
+    prompt = (text(1, 4), image(1, 2), text(8, 20, 5))
+    for rest in (text(21, 22, train=True), dataclasses.replace(text(0, 0), fill=True)):
+        x = interleave(laid(*prompt, rest, text(2)), VOCAB, Config(see="prefix"))
+        np.testing.assert_array_equal(x.lo, 0)
+        np.testing.assert_array_equal(x.hi, [6] * 7 + [7, 8, 9])
+    x = interleave(laid(*prompt), VOCAB, Config(see="prefix"))
+    np.testing.assert_array_equal(x.hi, 6)
+
+
+def test_frames_of_a_video_see_each_other_only_if_asked():
+    film = Piece(VIDEO, 12, grid=(3, 2, 2))
+    apart, together = (interleave(laid(film, image(1, 2)), VOCAB, Config(frames=f)) for f in ("apart", "together"))
+    np.testing.assert_array_equal(apart.patch_hi, [3] * 4 + [7] * 4 + [11] * 4 + [13] * 2)
+    np.testing.assert_array_equal(together.patch_hi, [11] * 12 + [13] * 2)
+    np.testing.assert_array_equal(apart.grid, [(3, 2, 2), (1, 1, 2)])

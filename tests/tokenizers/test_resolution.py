@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import Fixed, Native
+from mmjax.tokenizers.resolution import AnyRes, Fixed, NaFlex, Native
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
@@ -127,3 +127,33 @@ def test_policies_that_allow_nothing_are_refused(settings):
 def test_fixed_sizes_that_are_no_grid_are_refused(settings):
     with pytest.raises(InputError, match="multiples of patch"):
         Fixed(*settings)
+
+
+@pytest.mark.parametrize("most", [1, 7, 256])
+def test_naflex_fills_its_patches_and_keeps_the_shape(most):
+    """As many patches as fit, never more; equal to transformers in tests/parity."""
+    policy = NaFlex(16, most)
+    for height, width in pictures(200):
+        rows, columns = policy.grid(height, width)
+        assert 1 <= rows * columns <= most
+        assert policy.size(height, width) == (rows * 16, columns * 16)
+    assert NaFlex(16, 256).grid(300, 300) == (16, 16)
+    assert NaFlex(16, 256).grid(100, 400) == (8, 32)
+
+
+def test_any_res_by_hand():
+    """A wide picture on 1 × 2 tiles of 2 × 2 patches: nothing to take off; a square one loses a column on each side."""
+    policy = AnyRes(patch=4, tile=8, sizes=((1, 2), (2, 1)))
+    wide = policy.picture(8, 16)
+    assert wide.views == ((2, 2),) * 3
+    assert wide.slots == (0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1)
+    square = policy.picture(8, 8)
+    assert square.slots == (0, 1, 2, 3, 5, 8, -1, 7, 10, -1)
+    assert AnyRes(4, 8, ((1, 2),), newline=False).picture(8, 8).slots == (0, 1, 2, 3, 5, 8, 7, 10)
+    assert policy.best(16, 8) == (2, 1)
+
+
+@pytest.mark.parametrize("wrong", [lambda: NaFlex(16, 0), lambda: AnyRes(14, 20), lambda: AnyRes(14, 28, ())])
+def test_policies_without_a_size_are_refused(wrong):
+    with pytest.raises(InputError, match="is not a resolution"):
+        wrong()

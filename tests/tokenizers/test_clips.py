@@ -1,0 +1,54 @@
+"""Videos and sound: how much of them enters the model, from their headers."""
+
+import pytest
+
+from mmjax.core.errors import InputError
+from mmjax.tokenizers.audio import Frames
+from mmjax.tokenizers.resolution import Native
+from mmjax.tokenizers.video import Sampled
+
+NATIVE = Native(4, 1, 16, 40 * 40)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "kept"),
+    [(90, 30.0, 6), (1, 30.0, 1), (3, 30.0, 1), (5, 1.0, 5), (3000, 30.0, 64), (7, 2.0, 7)],
+)
+def test_two_frames_a_second_but_no_more_than_there_are(frames, fps, kept):
+    grid, interval = Sampled(NATIVE).clip(frames, 8, 12, fps)
+    assert grid == (kept, 2, 3)
+    assert interval == 1.0
+
+
+def test_absolute_time():
+    """Qwen2.5-VL: two numbers a second; 12 seconds in 4 frames are 6 numbers apart."""
+    grid, interval = Sampled(NATIVE, most=4, tokens_per_second=2.0).clip(300, 8, 8, 25.0)
+    assert grid[0] == 4
+    assert interval == pytest.approx(6.0)
+
+
+def test_fewer_frames():
+    half = Sampled(NATIVE).lowered(0.5)
+    assert (half.fps, half.most) == (1.0, 32)
+    assert Sampled(NATIVE, most=2).lowered(0.1).clip(300, 8, 8, 30.0)[0][0] == 1
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(1, 1), (320, 1), (321, 2), (16_000, 50)])
+def test_frames_of_sound(samples, frames):
+    assert Frames().frames(samples, 16_000) == frames
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        (lambda: Frames().frames(10, 8000), "8000 samples a second"),
+        (lambda: Frames().frames(0, 16_000), "no samples"),
+        (lambda: Sampled(NATIVE).clip(0, 8, 8, 30.0), "0 frames"),
+        (lambda: Sampled(NATIVE).clip(9, 8, 8, 0.0), "at 0 a second"),
+        (lambda: Sampled(NATIVE, fps=0.0), "samples nothing"),
+        (lambda: Frames(hop=0), "no frames"),
+    ],
+)
+def test_refused(policy, says):
+    with pytest.raises(InputError, match=says):
+        policy()
