@@ -101,6 +101,10 @@ class Source:
         layout = self.layout(document)
         x = interleave.interleave(layout, self.vocab, self.cfg)
         media = [p for p in layout.pieces if p.grid is not None]
+        if any(p.tiles for p in media):
+            raise InputError(
+                f"Document {document.id!r}: pictures in several views cannot be read yet; use a policy of one view."
+            )
         try:
             return x, [self._read(document, p) for p in media]
         except InputError as error:
@@ -116,8 +120,6 @@ class Source:
     def _read(self, document: Document, piece: Piece) -> np.ndarray:
         medium = document.spans[piece.span]
         where = f"Document {document.id!r}, span {piece.span}"
-        if piece.tiles:
-            raise InputError(f"{where}: pictures in several views cannot be read yet; use a policy of one view.")
         try:
             if isinstance(medium, Audio):
                 return self._sound(medium, piece.grid[0])
@@ -143,8 +145,13 @@ class Source:
         samples = clip.source if isinstance(clip.source, np.ndarray) else clip.source()
         if samples.shape != (clip.samples,):
             raise InputError(f"declared as {clip.samples} samples but is {samples.shape}; make the index again.")
+        if not (frames - 1) * self.sound < len(samples) <= frames * self.sound:
+            raise InputError(
+                f"{len(samples)} samples were laid out as {frames} frames, which does not go with frames of {self.sound} "
+                f"samples; give the source the policy's own `hop`."
+            )
         out = np.zeros(frames * self.sound, np.float32)
-        out[: min(len(samples), len(out))] = samples[: len(out)]
+        out[: len(samples)] = samples
         return out.reshape(frames, self.sound)
 
     def ids(self, step: int, row: int) -> list[str]:

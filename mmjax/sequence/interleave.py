@@ -96,7 +96,10 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             tokens[span], train[span] = piece.ids, piece.train
         else:
             table = AUDIO if piece.modality == AUDIO else None
-            within = _slots(piece, cfg)
+            try:
+                within = _slots(piece, cfg)
+            except InputError as error:
+                raise InputError(f"Document {layout.id!r}: {error}") from error
             newline = -1 if vocab.image_newline is None else vocab.image_newline
             tokens[span] = np.where(within >= 0, vocab.image, newline)
             slot[span] = np.where(within >= 0, within + made[table], -1)
@@ -146,11 +149,17 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
 
 def _slots(piece: Piece, cfg: Config) -> np.ndarray:
     """Which of its own media tokens stands at each of a medium's places, -1 for a newline."""
+    reordered = cfg.merge > 1 or cfg.window > 0
     if piece.slots is not None:
+        if reordered:
+            raise InputError("a picture in several views has patches row by row; use merge 1 and no windows.")
         return np.asarray(piece.slots, np.int32)
-    if cfg.window and piece.grid is not None and piece.features * cfg.merge**2 == patches_of(piece.grid):
-        # Media tokens come window by window, the sequence shows them row by row.
-        return np.argsort(windows.order(piece.grid, cfg.merge, cfg.window)[1]).astype(np.int32)
+    if reordered and piece.views and piece.length:
+        # Patches lie square by square and window by window, the sequence shows their tokens row by row.
+        patches, tokens, _ = windows.order(piece.grid, cfg.merge, cfg.window)
+        for order in (patches, tokens):
+            if len(order) == piece.length:
+                return np.argsort(order).astype(np.int32)
     return np.arange(piece.length, dtype=np.int32)
 
 

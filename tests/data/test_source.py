@@ -12,6 +12,7 @@ from mmjax.core.errors import InputError
 from mmjax.data import index
 from mmjax.data.source import Holes, Source, load, read
 from mmjax.sequence import batch as batches
+from mmjax.sequence import interleave
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.document import Audio, Document, Image, Text, Video
 from mmjax.sequence.interleave import Config
@@ -19,7 +20,7 @@ from mmjax.sequence.invariants import violations
 from mmjax.sequence.layout import AUDIO, VIDEO, layout
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.audio import Frames
-from mmjax.tokenizers.resolution import Native
+from mmjax.tokenizers.resolution import AnyRes, Native
 from mmjax.tokenizers.video import Sampled
 from mmjax.tokenizers.vocab import Vocab
 
@@ -278,3 +279,19 @@ def test_a_picture_left_out_by_the_budget_is_not_read():
     batch = Source(documents, lay, plan, VOCAB, PATCH)[0]
     expected = np.concatenate([images.patchify(pictures[i], PATCH) for i in (0, 2)])
     np.testing.assert_array_equal(batch.patches[0, :8], expected)
+
+
+def test_what_would_lose_sound_or_views_is_refused(rng):
+    sample = rng.normal(size=10).astype(np.float32)
+    lay = functools.partial(LAYOUT, sounds=Frames(rate=100, hop=4))
+    documents = [Document("talk", (Audio(10, 100, sample), Text("a")))]
+    plan = index.once(documents, lay, tokens=64, rows=1)
+    for hop in (0, 3, 5):
+        with pytest.raises(InputError, match=r"'talk', span 0: 10 samples were laid out as 3 frames"):
+            Source(documents, lay, plan, VOCAB, PATCH, sound=hop)[0]
+    lay = functools.partial(LAYOUT, resolution=AnyRes(PATCH, 8, newline=False))
+    documents = [Document("views", (Image(8, 8, noise(1, 8, 8)), Text("a")))]
+    plan = index.once(documents, lay, tokens=64, rows=1)
+    made = Source(documents, lay, plan, VOCAB, PATCH, interleave.Config(position="sequential"), holes=Holes(5))
+    with pytest.raises(InputError, match="'views': pictures in several views"):
+        made[0]

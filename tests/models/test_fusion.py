@@ -226,6 +226,16 @@ def test_merged_squares_lie_together_and_m_rope_counts_them():
     np.testing.assert_array_equal(x.slot[x.slot >= 0], [0, 1, 4, 2, 3, 5])
 
 
+def test_a_connector_that_keeps_every_patch_shows_merged_squares_row_by_row():
+    model, *_ = functions("causal")
+    document = Document("d", (Image(16, 24, b""),))
+    merged, plain = (make([[document]], Bucket(1, 40, 24, 1), model, c) for c in (Config(merge=2), Config()))
+    assert not np.array_equal(merged.patches, plain.patches)
+    slots = np.array(merged.slot[0])[np.array(merged.slot[0]) >= 0]
+    np.testing.assert_array_equal(merged.patches[0, slots], plain.patches[0])
+    np.testing.assert_array_equal(merged.patch_position[0, slots], plain.patch_position[0])
+
+
 @pytest.mark.parametrize(
     ("name", "cfg", "says"),
     [

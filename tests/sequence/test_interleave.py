@@ -132,3 +132,10 @@ def test_frames_of_a_video_see_each_other_only_if_asked():
     np.testing.assert_array_equal(apart.patch_hi, [3] * 4 + [7] * 4 + [11] * 4 + [13] * 2)
     np.testing.assert_array_equal(together.patch_hi, [11] * 12 + [13] * 2)
     np.testing.assert_array_equal(apart.grid, [(3, 2, 2), (1, 1, 2)])
+
+
+def test_views_and_squares_do_not_go_together():
+    views = dataclasses.replace(image(2, 2), tiles=((1, 2, 2),), slots=tuple(range(8)), length=8)
+    with pytest.raises(InputError, match="'d7': a picture in several views"):
+        interleave(laid(views), VOCAB, Config(merge=2, position="sequential"))
+    assert interleave(laid(views), VOCAB, Config(position="sequential")).media == 8
