@@ -147,8 +147,8 @@ class Source:
             raise InputError(f"declared as {clip.samples} samples but is {samples.shape}; make the index again.")
         if not (frames - 1) * self.sound < len(samples) <= frames * self.sound:
             raise InputError(
-                f"{len(samples)} samples were laid out as {frames} frames, which does not go with frames of {self.sound} "
-                f"samples; give the source the policy's own `hop`."
+                f"{len(samples)} samples were laid out as {frames} frames, but frames have {self.sound} samples here; "
+                f"give the source the policy's own `hop`."
             )
         out = np.zeros(frames * self.sound, np.float32)
         out[: len(samples)] = samples
