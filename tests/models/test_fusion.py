@@ -255,3 +255,27 @@ def test_sound_is_refused_by_a_model_without_an_encoder_for_it():
     batch = make([[documents()[2]]], ALONE, model, cfg)
     with pytest.raises(InputError, match="no encoder for sound"):
         vlm.logits(params, batch.replace(frames=jnp.zeros((1, 2, 4))), model)
+
+
+def test_loss_ignores_padding_and_prompt():
+    model, cfg, logits, _, params = functions("causal")
+    batch = make([documents()[:2]], PACKED, model, cfg)
+    found = np.array(logits(params, batch), np.float64)
+    log_p = found - np.log(np.exp(found).sum(-1, keepdims=True))
+    trained = np.array(batch.weight) > 0
+    assert trained.sum() == len("cat") + len("no") + 2
+    expected = -log_p[trained][np.arange(trained.sum()), np.array(batch.target)[trained]]
+    mean, sums = jax.jit(functools.partial(loss_fn, cfg=model))(params, batch)
+    np.testing.assert_allclose(sums["loss"], expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(mean, expected.mean(), rtol=1e-5)
+    right = found[trained].argmax(-1) == np.array(batch.target)[trained]
+    np.testing.assert_allclose(sums["correct"], right.sum())
+
+
+@pytest.mark.parametrize("name", ["causal", "resampled, last image"])
+def test_an_empty_batch_teaches_nothing_and_breaks_nothing(name):
+    model, cfg, _, gradient, params = functions(name)
+    batch = make([], PACKED, model, cfg)
+    assert loss_fn(params, batch, model)[0] == 0
+    assert all(not np.any(g) and np.isfinite(g).all() for g in jax.tree.leaves(gradient(params, batch)))
+    assert not np.any(invariants.violations(batch, 40, VOCAB.image, vlm.present(batch, model)))
