@@ -82,7 +82,7 @@ def pixels(x, piece, salt):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(DOCUMENTS)
 def test_every_document_arrives_whole(name, given):
     resolution, cfg, connector = POLICIES[name]
@@ -99,7 +99,7 @@ def test_every_document_arrives_whole(name, given):
     documents = [Document(f"d{i}", tuple(spans)) for i, spans in enumerate(given)]
     laid = [lay(d) for d in documents]
     sizes = np.array([x.size for x in laid])
-    shape = np.maximum(sizes.max(0), [64, 64, 4, 6])
+    shape = np.maximum(sizes.max(0), [240, 240, 24, 40])  # mostly one shape: compiling is what it costs
     shape[1] += -shape[1] % 4
     packed, left = pack_shapes(sizes, [tuple(shape.tolist())])
     assert not left
@@ -107,7 +107,7 @@ def test_every_document_arrives_whole(name, given):
     for _, row in packed:
         media = [[pixels(None, p, 10 * i + k) for k, p in enumerate(laid[i].pieces) if p.grid] for i in row]
         rows.append([(interleave(laid[i], VOCAB, cfg), m) for i, m in zip(row, media, strict=True)])
-    bucket = Bucket(len(rows), *map(int, shape))
+    bucket = Bucket(5, *map(int, shape))
     batch = batches.build(rows, bucket, VALUES, VOCAB, cfg)
     exists = present(name, batch)
     invariants.check(batch, VOCAB, media=exists)
