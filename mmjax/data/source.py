@@ -2,15 +2,18 @@
 
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 
 from mmjax.core.errors import InputError
 from mmjax.data.index import LayoutOf, Plan
+from mmjax.data.memory import Memory
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave, invariants
 from mmjax.sequence.batch import Batch, Values
@@ -18,6 +21,8 @@ from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
 from mmjax.tokenizers import image as images
+from mmjax.tokenizers.image import Pixels
+from mmjax.tokenizers.view import View, needed, render
 from mmjax.tokenizers.vocab import Vocab
 
 log = logging.getLogger("mmjax")
@@ -63,9 +68,13 @@ class Source:
     vocab: Vocab
     patch: int
     cfg: interleave.Config = interleave.PLAIN
-    latents: int = 0  # media tokens per picture; 0: one per patch
+    latents: int = 0  # media tokens per picture; 0: one per patch, or per square of `merge` × `merge` patches
     sound: int = 0  # samples in a frame of sound
+    merge: int = 1
     holes: Holes = field(default_factory=Holes, compare=False)
+    limits: images.Limits = images.LIMITS  # of a picture
+    memory: Memory = field(default_factory=Memory, compare=False)  # that all threads together decode in
+    reduced: bool = False  # decode large JPEG at a lower scale, no lower than what they are resized to
     host: int = 0
     hosts: int = 1
     checks: bool = True  # of every batch, before it leaves (0.1 ms; the train step counts again)
@@ -84,15 +93,26 @@ class Source:
         if share * self.hosts != whole.rows:
             raise InputError(f"{self.hosts} hosts cannot share {whole.rows} rows evenly; use a multiple of them.")
         mine = planned.rows[self.host * share : (self.host + 1) * share]
-        rows = [[self.example(self.plan.document(self.documents, n)) for n in row] for row in mine]
+        ids: list[list[str]] = []
+        rows = [self._row(row, ids) for row in mine]
         bucket = dataclasses.replace(whole, rows=share)
         batch = batches.build(rows, bucket, self.values, self.vocab, self.cfg)
         if self.checks:
             media = np.repeat(batch.grid.prod(-1) > 0, self.latents, axis=1) if self.latents else None
-            invariants.check(batch, self.vocab, [[x.id for x, _ in row] for row in rows], media)
+            if self.merge > 1:
+                media = batch.patch_kind[:, :: self.merge**2] == interleave.PIXEL
+            invariants.check(batch, self.vocab, ids, media)
         return batch
 
-    def example(self, document: Document) -> tuple[Example, list[np.ndarray]]:
+    def _row(self, numbers: Sequence[int], ids: list[list[str]]) -> Iterator[tuple[Example, list[np.ndarray | Pixels]]]:
+        """A row's documents, each read when it is asked for and cut into the batch before the next is read."""
+        ids.append([])
+        for number in numbers:
+            x, media = self.example(self.plan.document(self.documents, number))
+            ids[-1].append(x.id)
+            yield x, media
+
+    def example(self, document: Document) -> tuple[Example, list[np.ndarray | Pixels]]:
         """One document's descriptor, and its media in reading order.
 
         Raises:
@@ -101,10 +121,6 @@ class Source:
         layout = self.layout(document)
         x = interleave.interleave(layout, self.vocab, self.cfg)
         media = [p for p in layout.pieces if p.grid is not None]
-        if any(p.tiles for p in media):
-            raise InputError(
-                f"Document {document.id!r}: pictures in several views cannot be read yet; use a policy of one view."
-            )
         try:
             return x, [self._read(document, p) for p in media]
         except InputError as error:
@@ -117,29 +133,50 @@ class Source:
             return np.zeros((piece.grid[0], self.sound), np.float32)
         return np.zeros((sum(int(np.prod(v)) for v in piece.views), self.values.patch), np.uint8)
 
-    def _read(self, document: Document, piece: Piece) -> np.ndarray:
+    def _read(self, document: Document, piece: Piece) -> np.ndarray | Pixels:
         medium = document.spans[piece.span]
         where = f"Document {document.id!r}, span {piece.span}"
         try:
             if isinstance(medium, Audio):
                 return self._sound(medium, piece.grid[0])
-            pixels = load(medium)
+            return self._frames(medium, piece) if isinstance(medium, Video) else self._picture(medium, piece)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         except Exception as error:  # a dataset's own function: whatever it raises, the example's name is wanted
             raise InputError(f"{where}: could not be read ({type(error).__name__}: {error}).") from error
-        declared = (medium.height, medium.width)
-        declared = (medium.frames, *declared) if isinstance(medium, Video) else declared
-        if pixels.shape != (*declared, 3):
+
+    def _picture(self, picture: Image, piece: Piece) -> Pixels:
+        views = _views(piece, picture)
+        if isinstance(picture.source, bytes | Path | np.ndarray):
+            found = images.find(picture.source, self.limits)
+            _refuse_shape((*found.size, 3), (picture.height, picture.width))
+            least = needed(views) if self.reduced else None
+            with self.memory.hold(found.memory):
+                return self._rendered(found.load(least=least), views, piece)
+        with self.memory.hold(images.ARRAY_BYTES * picture.height * picture.width):
+            pixels = picture.source()
+            _refuse_shape(pixels.shape, (picture.height, picture.width))
+            return self._rendered(pixels, views, piece)
+
+    def _frames(self, video: Video, piece: Piece) -> Pixels:
+        views = _views(piece, video)
+        declared = (video.frames, video.height, video.width)
+        with self.memory.hold(images.ARRAY_BYTES * math.prod(declared)):
+            frames = load(video)
+            _refuse_shape(frames.shape, declared)
+            # Frames are taken evenly.
+            chosen = np.round(np.linspace(0, len(frames) - 1, piece.grid[0])).astype(int)
+            return Pixels([view for f in chosen for view in render(frames[f], views)], self.patch)
+
+    def _rendered(self, picture: PIL.Image.Image | np.ndarray, views: Sequence[View], piece: Piece) -> Pixels:
+        rendered = render(picture, views)
+        sizes = [(view[1] * self.patch, view[2] * self.patch) for view in piece.views]
+        if [pixels.shape[:2] for pixels in rendered] != sizes:
             raise InputError(
-                f"{where}: declared as {'x'.join(map(str, declared))} but is {'x'.join(map(str, pixels.shape[:-1]))} "
-                f"pixels; make the index again."
+                f"{piece.policy} made views of {[pixels.shape[:2] for pixels in rendered]} pixels, but with patches of "
+                f"{self.patch} they were laid out as {sizes}; give the source the policy's own `patch`."
             )
-        # Frames of a video are taken evenly.
-        frames = pixels[None] if pixels.ndim == 3 else pixels
-        chosen = np.round(np.linspace(0, len(frames) - 1, piece.grid[0])).astype(int)
-        size = piece.grid[1] * self.patch, piece.grid[2] * self.patch
-        return np.concatenate([images.patchify(images.resize(frames[f], *size), self.patch) for f in chosen])
+        return Pixels(rendered, self.patch)
 
     def _sound(self, clip: Audio, frames: int) -> np.ndarray:
         samples = clip.source if isinstance(clip.source, np.ndarray) else clip.source()
@@ -157,6 +194,22 @@ class Source:
     def ids(self, step: int, row: int) -> list[str]:
         """The documents of one row, for messages."""
         return [self.plan.document(self.documents, n).id for n in self.plan.steps[step].rows[row]]
+
+
+def _views(piece: Piece, medium: Image | Video) -> tuple[View, ...]:
+    if not hasattr(piece.policy, "views"):
+        raise InputError(f"{piece.policy} does not say what is done to pixels; give a policy that has `views`.")
+    return piece.policy.views(medium.height, medium.width)
+
+
+def _refuse_shape(found: tuple[int, ...], declared: tuple[int, ...]) -> None:
+    """`declared`: all sizes but the three channels."""
+    if found != (*declared, 3):
+        shown = found[:-1] if found[-1:] == (3,) else found
+        raise InputError(
+            f"declared as {'x'.join(map(str, declared))} but is {'x'.join(map(str, shown))} pixels; make the index "
+            f"again."
+        )
 
 
 def load(picture: Image | Video) -> np.ndarray:

@@ -85,10 +85,7 @@ def apply(params: dict, patches: Num[Array, "b p c"], cfg: Config) -> Float[Arra
     C runs over (row, column, channel) of a patch. Bytes mean 0…255; floats are taken as normalised already. A matrix
     product: on every backend faster than the convolution it equals.
     """
-    if jnp.issubdtype(patches.dtype, jnp.integer):
-        pixels = cfg.patch * cfg.patch
-        mean, deviation = (np.tile(np.asarray(v, np.float32), pixels)[None, None] for v in (cfg.mean, cfg.deviation))
-        patches = (patches.astype(jnp.float32) / 255.0 - mean) / deviation
+    patches = normalise(patches, cfg)
     if cfg.patch_norm:
         patches = norm.apply(params["norm"], patches, norm.Config(cfg.values, "layer", SMOOTH))
     *stem, last = cfg.stages
@@ -104,6 +101,15 @@ def apply(params: dict, patches: Num[Array, "b p c"], cfg: Config) -> Float[Arra
         x = jax.nn.gelu(norm.apply(params[f"stem_{i}"]["norm"], x, norm.Config(stage.outputs, "layer", 1e-5)))
         x = x.reshape(b, p, count, -1).reshape(b, p, -1)
     return linear.apply(params, x, last)
+
+
+def normalise(patches: Num[Array, "b p c"], cfg: Config) -> Num[Array, "b p c"]:
+    """Bytes 0…255 as (value / 255 − mean) / deviation, per colour channel; floats are left as they are."""
+    if not jnp.issubdtype(patches.dtype, jnp.integer):
+        return patches
+    pixels = cfg.patch * cfg.patch
+    mean, deviation = (np.tile(np.asarray(v, np.float32), pixels)[None, None] for v in (cfg.mean, cfg.deviation))
+    return (patches.astype(jnp.float32) / 255.0 - mean) / deviation
 
 
 def _by_squares(cfg: Config) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The batch: rows of packed documents in one static shape, one descriptor per token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from mmjax.core.errors import InputError
 from mmjax.sequence.interleave import PLAIN, Config, Example
 from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY
+from mmjax.tokenizers.image import Pixels
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -130,7 +131,7 @@ def abstract(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = P
 
 
 def build(
-    rows: Sequence[Sequence[tuple[Example, Sequence[np.ndarray]]]],
+    rows: Sequence[Iterable[tuple[Example, Sequence[np.ndarray | Pixels]]]],
     bucket: Bucket,
     values: int | Values,
     vocab: Vocab,
@@ -140,8 +141,8 @@ def build(
 
     Args:
       rows: for every row, its documents: (example, its media in reading order). A picture or video is
-        u8[patches, C], row by row, view after view; sound is f32[frames, S]. Fewer rows than the bucket's leave the
-        rest empty.
+        u8[patches, C], row by row, view after view, or Pixels, which are cut straight into their place; sound is
+        f32[frames, S]. Documents are asked for one after the other. Fewer rows than the bucket's leave the rest empty.
       bucket: the sizes to fill.
       values: C (and S).
       vocab: for padding and ranges.
@@ -170,13 +171,24 @@ def build(
                 )
             pictures, clips = _checked(x, given, values)
             _place(batch, r, d, x, at.tolist(), (media, sounds))
-            if pictures:
-                batch.patches[r, at[1] : at[1] + x.size[1]] = np.concatenate(pictures)[x.patch_raster]
+            _cut(pictures, batch.patches[r, at[1] : at[1] + x.size[1]], x.patch_raster, cfg)
             if clips:
                 batch.frames[r, at[3] : at[3] + x.size[3]] = np.concatenate(clips)
             at += x.size
             media, sounds = media + x.media, sounds + x.sounds
     return batch
+
+
+def _cut(pictures: Sequence[np.ndarray | Pixels], out: np.ndarray, raster: np.ndarray, cfg: Config) -> None:
+    """Writes a document's pictures into its share of the row's patches."""
+    at = 0
+    for picture in pictures:
+        n = len(picture)
+        if isinstance(picture, Pixels):
+            picture.write(out[at : at + n], cfg.merge, cfg.window)
+        else:
+            out[at : at + n] = picture[raster[at : at + n] - at]
+        at += n
 
 
 def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[int, int]) -> None:
@@ -206,7 +218,9 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
         batch.frame_lo[r, f], batch.frame_hi[r, f] = x.frame_lo + frame, x.frame_hi + frame
 
 
-def _checked(x: Example, given: Sequence[np.ndarray], values: Values) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _checked(
+    x: Example, given: Sequence[np.ndarray | Pixels], values: Values
+) -> tuple[list[np.ndarray | Pixels], list[np.ndarray]]:
     """Pictures and sounds, if they are what the layout promised."""
     pictures = [m for m in given if m.dtype == np.uint8 and m.ndim == 2]
     sounds = [m for m in given if m.dtype == np.float32 and m.ndim == 2]

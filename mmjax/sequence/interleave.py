@@ -151,8 +151,11 @@ def _slots(piece: Piece, cfg: Config) -> np.ndarray:
     """Which of its own media tokens stands at each of a medium's places, -1 for a newline."""
     reordered = cfg.merge > 1 or cfg.window > 0
     if piece.slots is not None:
-        if reordered:
-            raise InputError("a picture in several views has patches row by row; use merge 1 and no windows.")
+        if cfg.window or piece.merge != cfg.merge:
+            raise InputError(
+                f"a picture whose tokens are {piece.merge}×{piece.merge} patches in an order of its own needs "
+                f"sequence.merge {piece.merge} and no windows."
+            )
         return np.asarray(piece.slots, np.int32)
     if reordered and piece.views and piece.length:
         # Patches lie square by square and window by window, the sequence shows their tokens row by row.
@@ -173,14 +176,15 @@ def _patches(layout: Layout, cfg: Config) -> dict[str, np.ndarray | None]:
         if not piece.length:
             shown[:] = False
         elif piece.slots is not None:
-            shown = np.isin(np.arange(len(shown)), piece.slots)
+            square = piece.merge**2
+            shown = np.isin(np.arange(len(shown) // square), piece.slots).repeat(square)  # as patches lie
         for view in piece.views:
             patches, _, cut = windows.order(view, cfg.merge, cfg.window)
             n = len(patches)
             raster.append(at + patches)
             position.append(positions.grid_positions(view)[patches, 1:])
             image.append(np.full(n, len(grids)))
-            kind.append(np.where(shown[:n], PIXEL, HIDDEN)[patches])
+            kind.append(np.where(shown[:n], PIXEL, HIDDEN))
             shown = shown[n:]
             apart += [n] if cfg.frames == "together" else [n // view[0]] * view[0]
             inside += cut

@@ -29,7 +29,8 @@ class Tokenizer(Protocol):
 class Resolution(Protocol):
     """What a layout needs of a resolution policy (tokenizers.resolution): rows and columns of patches.
 
-    A policy that cuts a picture into several views has `picture` as well (see `tokenizers.resolution.Picture`).
+    A policy that cuts a picture into several views has `picture` as well (see `tokenizers.resolution.Picture`). Where
+    pixels are read too (data.source) it says with `views` what is done to them (tokenizers.view).
     """
 
     def grid(self, height: int, width: int) -> tuple[int, int]: ...
@@ -37,7 +38,10 @@ class Resolution(Protocol):
 
 @runtime_checkable
 class Clips(Protocol):
-    """What a layout needs of a policy for videos: the grid, and the seconds from one of its frames to the next."""
+    """What a layout needs of a policy for videos: the grid, and the seconds from one of its frames to the next.
+
+    Where pixels are read too, its `resolution` is that of a frame.
+    """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
 
@@ -61,6 +65,8 @@ class Piece:
     interval: float = 1.0  # numbers of the time position per frame
     tiles: tuple[Grid, ...] = ()  # of a picture in several views, those after the first
     slots: tuple[int, ...] | None = None  # which of its media tokens stands at each place, -1 a newline; None: in order
+    merge: int = 1  # patches a side that make one of the tokens counted by `slots`
+    policy: Resolution | None = None  # by which a picture (or a frame) becomes patches
     media: int | None = None  # media tokens its connector makes; None: as many as places
     span: int = -1  # of the document, -1 for what the convention adds
     fill: bool = False  # empty places for the model to fill
@@ -205,15 +211,16 @@ def _image(
 ) -> Piece:
     if not hasattr(resolution, "picture"):
         grid = (1, *resolution.grid(span.height, span.width))
-        return Piece(IMAGE, _counted(grid, media_tokens), (), grid, span=number)
+        return Piece(IMAGE, _counted(grid, media_tokens), (), grid, span=number, policy=resolution)
     picture: Picture = resolution.picture(span.height, span.width)
     grids = tuple((1, *view) for view in picture.views)
     media = sum(_counted(grid, media_tokens) for grid in grids)
     slots = picture.slots
-    if slots is not None and media != sum(map(patches_of, grids)):
+    ordered = sum(map(patches_of, grids)) // picture.merge**2
+    if slots is not None and media != ordered:
         raise InputError(
-            f"{resolution} orders media tokens by patch, but the connector makes {media} of "
-            f"{sum(map(patches_of, grids))} patches; use one that keeps them all."
+            f"{resolution} orders {ordered} media tokens, but the connector makes {media} of "
+            f"{sum(map(patches_of, grids))} patches; use one that makes as many, or another policy."
         )
     if slots is not None and -1 in slots and vocab.image_newline is None:
         raise InputError(f"{resolution} ends rows with newline tokens, but the tokenizer has none; give it one.")
@@ -226,6 +233,8 @@ def _image(
         slots=slots,
         media=media,
         span=number,
+        merge=picture.merge,
+        policy=resolution,
     )
 
 
@@ -233,7 +242,8 @@ def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int]
     if clips is None:
         raise InputError("there is no policy for videos; give one (`clips`).")
     grid, interval = clips.clip(span.frames, span.height, span.width, span.fps)
-    return Piece(VIDEO, _counted(grid, media_tokens), (), grid, interval=interval, span=number)
+    length, frame = _counted(grid, media_tokens), getattr(clips, "resolution", None)
+    return Piece(VIDEO, length, (), grid, interval=interval, span=number, policy=frame)
 
 
 def _audio(span: Audio, sounds: Sounds | None, sound_tokens: Callable[[int], int], number: int) -> Piece:

@@ -3,7 +3,7 @@
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImag
 
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.image_header import Header, Unfit, pixels_only, scan
+from mmjax.tokenizers.view import Color
 
 Source = str | os.PathLike | bytes | np.ndarray
 
@@ -23,6 +24,10 @@ READERS = {
     "WEBP": WebPImagePlugin.WebPImageFile,
     "GIF": GifImagePlugin.GifImageFile,
 }
+# Bytes per pixel that decoding takes at most, from the file's bytes to the resized picture, measured (tests/tokenizers/
+# test_memory.py): a progressive JPEG's coefficients, the canvases of WebP's and GIF's decoders, transparency.
+PEAK_BYTES = {"JPEG": 12, "PNG": 12, "WEBP": 16, "GIF": 12}
+ARRAY_BYTES = 8
 # How to set a picture of each EXIF orientation upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,20 +63,62 @@ class Limits:
 LIMITS = Limits()
 
 
+@dataclass(frozen=True)
+class Found:
+    """A picture whose header is within the limits and whose pixels are not decoded yet.
+
+    size: height and width in pixels, upright.
+    memory: bytes that decoding it takes at most, the file and the pixels included.
+    """
+
+    source: Source
+    size: tuple[int, int]
+    memory: int
+    limits: Limits
+    header: Header | None
+
+    def load(self, background: Color = (255, 255, 255), *, least: tuple[int, int] | None = None) -> Image.Image:
+        """The picture in RGB, upright, on `background` where it is transparent; errors as for `decode`.
+
+        least: height and width that are enough: of a JPEG, only the lowest frequencies that leave no less than that are
+          decoded (libjpeg's 1/2, 1/4 or 1/8 scale), so the picture may come back smaller. None: all of it.
+        """
+        with _errors(self.source):
+            if isinstance(self.source, np.ndarray):
+                return _flatten(Image.fromarray(np.ascontiguousarray(self.source)), background)
+            with _opened(self.source, self.limits) as file:
+                data = file.read(self.limits.max_bytes)
+            turned = self.header.orientation > 4
+            least = least[::-1] if least and turned else least
+            picture = _flatten(_load(self.header, pixels_only(data, self.header), least), background)
+            if self.header.orientation in TURNS:
+                picture = picture.transpose(TURNS[self.header.orientation])
+            return picture
+
+
+def find(source: Source, limits: Limits = LIMITS) -> Found:
+    """Reads a picture's header and checks it against the limits; errors as for `decode`, as far as a header shows."""
+    with _errors(source):
+        if isinstance(source, np.ndarray):
+            size = _check_size(_check_array(source).shape[0], source.shape[1], limits)
+            return Found(source, size, ARRAY_BYTES * size[0] * size[1], limits, None)
+        with _opened(source, limits) as file:
+            header = scan(file)
+            size = _check_size(*header.size, limits)
+            length = file.seek(0, io.SEEK_END)
+        return Found(source, size, 2 * length + PEAK_BYTES[header.kind] * size[0] * size[1], limits, header)
+
+
 def read_size(source: Source, limits: Limits = LIMITS) -> tuple[int, int]:
     """Height and width that `decode` would give, after EXIF orientation, from the header alone: no pixel is decoded.
 
     `source` is a path, the bytes of a file, or a uint8 array. ImageError as for `decode`, as far as a header shows it.
     """
-    with _errors(source):
-        if isinstance(source, np.ndarray):
-            return _check_size(_check_array(source).shape[0], source.shape[1], limits)
-        with _opened(source, limits) as file:
-            return _check_size(*scan(file).size, limits)
+    return find(source, limits).size
 
 
 def decode(
-    source: Source, limits: Limits = LIMITS, *, background: tuple[int, int, int] = (255, 255, 255)
+    source: Source, limits: Limits = LIMITS, *, background: Color = (255, 255, 255)
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The pixels of an image as RGB bytes, upright, on `background` where it is transparent.
 
@@ -82,19 +129,7 @@ def decode(
     """
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise InputError(f"background {background} is not a colour; give three numbers from 0 to 255")
-    with _errors(source):
-        if isinstance(source, np.ndarray):
-            _check_size(_check_array(source).shape[0], source.shape[1], limits)
-            return np.array(_flatten(Image.fromarray(np.ascontiguousarray(source)), background))
-        with _opened(source, limits) as file:
-            header = scan(file)
-            _check_size(*header.size, limits)
-            file.seek(0)
-            data = file.read(limits.max_bytes)
-        picture = _flatten(_load(header, pixels_only(data, header)), background)
-        if header.orientation in TURNS:
-            picture = picture.transpose(TURNS[header.orientation])
-        return np.array(picture)
+    return np.array(find(source, limits).load(background))
 
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
@@ -104,29 +139,85 @@ def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def patchify(image: UInt8[np.ndarray, "height width 3"], patch: int) -> UInt8[np.ndarray, "patches values"]:
-    """Cut an image into square patches of `patch` pixels, row by row: [rows * columns, patch * patch * 3].
+def patchify(
+    image: UInt8[np.ndarray, "height width 3"],
+    patch: int,
+    *,
+    merge: int = 1,
+    window: int = 0,
+    out: UInt8[np.ndarray, "patches values"] | None = None,
+) -> UInt8[np.ndarray, "patches values"]:
+    """Cut an image into square patches of `patch` pixels: [rows * columns, patch * patch * 3].
 
-    A patch is flattened as (row in it, column in it, channel). InputError if a side is not a multiple of `patch`.
+    A patch is flattened as (row in it, column in it, channel). They lie row by row, or as sequence.windows draws it:
+    `merge` × `merge` of them together, and windows of `window` such squares a side together. `out` is filled if it is
+    given: part of a row's buffer, so that nothing is copied twice. InputError if a side is no multiple, or `out` of
+    another shape.
     """
     height, width, _ = image.shape
-    if patch < 1 or height % patch or width % patch or not image.size:
-        raise InputError(f"an image of {height}x{width} is not a grid of {patch}-pixel patches; resize it to one first")
-    rows, columns = height // patch, width // patch
-    cut = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
-    return cut.reshape(rows * columns, patch * patch * 3)
+    unit = patch * merge
+    if patch < 1 or merge < 1 or height % unit or width % unit or not image.size:
+        raise InputError(
+            f"an image of {height}x{width} is not a grid of {patch}-pixel patches"
+            + (f", {merge}x{merge} together" if merge > 1 else "")
+            + "; resize it to one first"
+        )
+    shape = (height * width // patch**2, patch * patch * 3)
+    out = np.empty(shape, np.uint8) if out is None else out
+    if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise InputError(f"out of shape {out.shape} and type {out.dtype} does not hold the patches; give u8{shape}")
+    side = window * unit or max(height, width)
+    at = 0
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            block = image[top : top + side, left : left + side]
+            rows, columns = block.shape[0] // unit, block.shape[1] // unit
+            cut = block.reshape(rows, merge, patch, columns, merge, patch * 3).transpose(0, 3, 1, 4, 2, 5)
+            n = rows * columns * merge * merge
+            out[at : at + n].reshape(cut.shape)[:] = cut
+            at += n
+    return out
 
 
 def unpatchify(
     patches: UInt8[np.ndarray, "patches values"], rows: int, columns: int, patch: int
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The inverse of `patchify`: the image of `rows` by `columns` patches. InputError if the shape is another."""
+    """The inverse of `patchify`, row by row: the image of `rows` by `columns` patches. InputError for another shape."""
     if min(rows, columns, patch) < 1 or patches.shape != (rows * columns, patch * patch * 3):
         raise InputError(
             f"an array of shape {patches.shape} is not {rows}x{columns} patches of {patch}x{patch}x3 values; "
             "give the grid and the patch size that it was cut with"
         )
     return patches.reshape(rows, columns, patch, patch, 3).swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures on their way into a row's buffer: views (of one picture, or frames) u8[height, width, 3].
+
+    Seen from outside an array u8[patches, values] that is not there yet.
+    """
+
+    views: Sequence[np.ndarray]
+    patch: int
+
+    dtype = np.dtype(np.uint8)
+    ndim = 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(v.shape[0] * v.shape[1] for v in self.views) // self.patch**2, self.patch**2 * 3
+
+    def write(self, out: UInt8[np.ndarray, "patches values"], merge: int = 1, window: int = 0) -> None:
+        """Cuts the views into patches, one view after the other, into `out`."""
+        at = 0
+        for view in self.views:
+            n = view.shape[0] * view.shape[1] // self.patch**2
+            patchify(view, self.patch, merge=merge, window=window, out=out[at : at + n])
+            at += n
 
 
 @contextmanager
@@ -190,11 +281,13 @@ def _check_array(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _load(header: Header, data: bytes) -> Image.Image:
-    """Decode, as stored: neither turned nor flattened."""
+def _load(header: Header, data: bytes, least: tuple[int, int] | None = None) -> Image.Image:
+    """Decode, as stored: neither turned nor flattened; no smaller than `least`, as stored."""
     picture = READERS[header.kind](io.BytesIO(data))
     if picture.size != (header.width, header.height):
         raise Unfit(f"tells two sizes, {header.height}x{header.width} and another; fetch the file again")
+    if least and header.kind == "JPEG":
+        picture.draft(None, (max(least[1], 1), max(least[0], 1)))
     # Pillow scales samples to 8 bits, but not the one that is transparent; levels of 16-bit grey stay as they are.
     if header.clear and picture.mode != "I;16":
         scaled = [value >> 8 if header.depth == 16 else value * 255 // (2**header.depth - 1) for value in header.clear]
@@ -203,7 +296,7 @@ def _load(header: Header, data: bytes) -> Image.Image:
     return picture
 
 
-def _flatten(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _flatten(picture: Image.Image, background: Color) -> Image.Image:
     """As RGB, transparent parts over the background."""
     if picture.mode == "I;16":
         # Pillow's own conversion would clip: all but the darkest 256 of 65,536 levels would be white.

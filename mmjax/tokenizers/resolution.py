@@ -1,13 +1,54 @@
-"""At which size a picture enters the model: functions of its height and width alone, no pixel needed."""
+"""At which size a picture enters the model: functions of its height and width alone, no pixel needed.
+
+A policy has `grid` (rows and columns of patches) and `views`, what is done to the pixels (tokenizers.view); one that
+shows a picture several times, or marks its rows, has `picture` as well. Here are those that show it once, as a whole;
+those that cut it into tiles are in tokenizers.tiles.
+"""
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from mmjax.core.errors import InputError
+from mmjax.tokenizers.view import Color, Filter, Resize, View, Window
 
 
 @dataclass(frozen=True)
-class Native:
+class Picture:
+    """A picture as a model gets it.
+
+    views: rows and columns of patches of each view the encoder sees, in the order it sees them.
+    slots: which media token stands at each place of the sequence, counted through all views, -1 a newline; None: all
+      of them in order.
+    merge: merge × merge patches make one of the media tokens that `slots` counts.
+    """
+
+    views: tuple[tuple[int, int], ...]
+    slots: tuple[int, ...] | None = None
+    merge: int = 1
+
+
+class Whole:
+    """A policy that shows the whole picture once, at `size`."""
+
+    patch: int
+    filter: Filter
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches; InputError as for `size`."""
+        height, width = self.size(height, width)
+        return height // self.patch, width // self.patch
+
+    def views(self, height: int, width: int) -> tuple[View, ...]:
+        """What is done to the pixels; InputError as for `size`."""
+        return ((Resize(*self.size(height, width), self.filter),),)
+
+
+@dataclass(frozen=True)
+class Native(Whole):
     """About the picture's own size and shape: sides in multiples of `patch * merge`, area in [min_pixels, max_pixels].
 
     Qwen2-VL's smart_resize (arXiv:2409.12191; transformers 4.50 to 5, models/qwen2_vl/image_processing_qwen2_vl.py),
@@ -21,6 +62,7 @@ class Native:
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
     max_ratio: float = 200.0
+    filter: Filter = "bicubic"
 
     def __post_init__(self):
         if self.patch < 1 or self.merge < 1 or not self.max_ratio >= 1:
@@ -32,7 +74,7 @@ class Native:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels to resize a picture to; InputError if it is empty or too long a strip."""
-        _check(height, width)
+        check(height, width)
         if max(height, width) / min(height, width) > self.max_ratio:
             raise InputError(
                 f"a picture of {height}x{width} has one side over {self.max_ratio:g} times the other; "
@@ -54,37 +96,72 @@ class Native:
         least = max(self.min_pixels, (self.patch * self.merge) ** 2)
         return replace(self, max_pixels=max(least, int(self.max_pixels * share)))
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches, both multiples of `merge`; InputError as for `size`."""
-        height, width = self.size(height, width)
-        return height // self.patch, width // self.patch
-
 
 @dataclass(frozen=True)
-class Fixed:
-    """One size for every picture, whatever its shape: `height` by `width` pixels, multiples of `patch`."""
+class Fixed(Whole):
+    """One size for every picture: `height` by `width` pixels, multiples of `patch`.
+
+    fit: "stretch", whatever its shape (ViT, SigLIP); "crop", its middle, at the scale where its shorter side is `short`
+      (CLIP; 0: where it just covers the size); "pad", all of it, on a canvas of the right shape (LLaVA-1.5).
+    fill: of the canvas; LLaVA's is CLIP's mean colour.
+    drop: the size need not be whole patches: what is left over at the right and the bottom is not looked at, as by a
+      convolution without padding (SigLIP so400m sees 384 pixels as 27 patches of 14).
+    To the pixel what transformers 5.23 does (models/{vit,siglip,clip,llava}/image_processing_pil_*.py).
+    """
 
     patch: int = 14
     height: int = 224
     width: int = 224
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    short: int = 0
+    fill: Color = (122, 116, 104)
+    filter: Filter = "bicubic"
+    drop: bool = False
 
     def __post_init__(self):
-        if min(self.patch, self.height, self.width) < 1 or self.height % self.patch or self.width % self.patch:
+        if min(self.patch, self.height, self.width) < 1 or not self._whole():
             raise InputError(f"{self} is not a grid of patches; give a height and a width that are multiples of patch")
+        if self.fit not in ("stretch", "crop", "pad") or (self.short and self.fit != "crop") or self.short < 0:
+            raise InputError(f"{self} fits nothing; give 'stretch', 'crop' or 'pad', and `short` with 'crop' alone")
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels to resize a picture to; InputError if it is empty."""
-        _check(height, width)
+        """Height and width in pixels to bring a picture to; InputError if it is empty."""
+        check(height, width)
         return self.height, self.width
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches; InputError if the picture is empty."""
-        height, width = self.size(height, width)
-        return height // self.patch, width // self.patch
+    def views(self, height: int, width: int) -> tuple[View, ...]:
+        """What is done to the pixels; InputError if the picture is empty."""
+        check(height, width)
+        return (whole_patches(self._fitted(height, width), self.patch),)
+
+    def _whole(self) -> bool:
+        if self.drop:
+            return min(self.height, self.width) >= self.patch
+        return not (self.height % self.patch or self.width % self.patch)
+
+    def _fitted(self, height: int, width: int) -> View:
+        resize = Resize(self.height, self.width, self.filter)
+        if self.fit == "stretch":
+            return (resize,)
+        if self.fit == "pad":
+            tall = max(height, -(-width * self.height // self.width))
+            wide = max(width, -(-height * self.width // self.height))
+            window = Window(-((tall - height) // 2), -((wide - width) // 2), tall, wide, self.fill)
+            return (window, resize) if (tall, wide) != (height, width) else (resize,)
+        # The operations in the order they are published in, for another order rounds otherwise.
+        short = self.short or min(self.height, self.width)
+        tall = short if height <= width else int(short * height / width)
+        wide = short if width <= height else int(short * width / height)
+        if not self.short and (tall < self.height or wide < self.width):
+            grow = max(self.height / height, self.width / width)
+            tall, wide = max(self.height, round(height * grow)), max(self.width, round(width * grow))
+        window = Window((tall - self.height) // 2, (wide - self.width) // 2, self.height, self.width)
+        whole = Resize(tall, wide, self.filter)
+        return (whole,) if (tall, wide) == (self.height, self.width) else (whole, window)
 
 
 @dataclass(frozen=True)
-class NaFlex:
+class NaFlex(Whole):
     """About the picture's own shape, with at most so many patches: SigLIP 2's NaFlex (Tschannen et al. 2025, 2.4.2).
 
     The largest scale, found by bisection, at which both sides rounded up to whole patches make no more than
@@ -94,6 +171,7 @@ class NaFlex:
 
     patch: int = 16
     max_patches: int = 256
+    filter: Filter = "bilinear"
 
     def __post_init__(self):
         if self.patch < 1 or self.max_patches < 1:
@@ -110,7 +188,7 @@ class NaFlex:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches; InputError if the picture is empty."""
-        _check(height, width)
+        check(height, width)
         epsilon = 1e-5
         low, high = epsilon / 10, 100.0
         rows, columns = 1, 1
@@ -125,82 +203,53 @@ class NaFlex:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as a model gets it.
+class Pixtral(Whole):
+    """About the picture's own size: no side over `longest`, both rounded up to multiples of `patch * merge`.
 
-    views: rows and columns of patches of each view the encoder sees (the whole, then the tiles).
-    slots: which media token stands at each place of the sequence, counted through all views, -1 a newline; None: all
-      of them in order.
+    Agrawal et al. 2024, "Pixtral 12B", section 2; to the pixel what transformers 5.23 does (models/pixtral; merge 2 as
+    Mistral 3 calls it). With `breaks`, a newline token stands between the rows of the picture's (merged) patches.
     """
 
-    views: tuple[tuple[int, int], ...]
-    slots: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class AnyRes:
-    """The whole picture at one tile's size, then tiles of it at the best of a few larger sizes (LLaVA-NeXT).
-
-    Liu et al. 2024, "LLaVA-NeXT: improved reasoning, OCR, and world knowledge"; to the digit what transformers 5.23
-    does (models/llava_next): of `sizes` (height, width, in tiles) the one that keeps most of the picture's pixels, of
-    equals the one that wastes least; the padding that keeps the picture's shape is taken off again in whole patches;
-    with `newline`, a newline token ends every row of patches of the tiled picture.
-    """
-
-    patch: int = 14
-    tile: int = 336
-    sizes: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-    newline: bool = True
+    patch: int = 16
+    longest: int = 1024
+    merge: int = 1
+    breaks: bool = True
+    filter: Filter = "bicubic"
 
     def __post_init__(self):
-        if min(self.patch, self.tile) < 1 or self.tile % self.patch or not self.sizes or min(map(min, self.sizes)) < 1:
-            raise InputError(f"{self} is not a resolution; give a tile of whole patches and at least one size in tiles")
+        if min(self.patch, self.longest, self.merge) < 1:
+            raise InputError(f"{self} is not a resolution; give patch, longest and merge of at least 1")
 
-    def best(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles; InputError if the picture is empty."""
-        _check(height, width)
-
-        def rank(size: tuple[int, int]) -> tuple[int, int]:
-            tall, wide = size[0] * self.tile, size[1] * self.tile
-            scale = min(wide / width, tall / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, kept - tall * wide
-
-        return max(self.sizes, key=rank)  # of equals the first, as there
-
-    def kept(self, height: int, width: int) -> tuple[range, range]:
-        """Rows and columns of the tiled picture's patches that are not padding."""
-        side = self.tile // self.patch
-        tiles = self.best(height, width)
-        rows, columns = tiles[0] * side, tiles[1] * side
-        if width / height > columns / rows:
-            pad = (rows - int(round(height * (columns / width), 7))) // 2
-            return range(pad, rows - pad), range(columns)
-        pad = (columns - int(round(width * (rows / height), 7))) // 2
-        return range(rows), range(pad, columns - pad)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of one view."""
-        _check(height, width)
-        return self.tile // self.patch, self.tile // self.patch
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels to resize a picture to; InputError if it is empty."""
+        check(height, width)
+        ratio = max(height / self.longest, width / self.longest)
+        if ratio > 1:
+            height, width = math.floor(height / ratio), math.floor(width / ratio)
+        unit = self.patch * self.merge
+        return max(1, (height - 1) // unit + 1) * unit, max(1, (width - 1) // unit + 1) * unit
 
     def picture(self, height: int, width: int) -> Picture:
-        """All views, and the order of their tokens: the whole, then the tiles' rows from left to right across them."""
-        side = self.tile // self.patch
-        tiles = self.best(height, width)
-        rows, columns = self.kept(height, width)
-        slots = list(range(side * side))
-        for row in rows:
-            for column in columns:
-                tile = 1 + row // side * tiles[1] + column // side
-                slots.append(tile * side * side + row % side * side + column % side)
-            slots += [-1] if self.newline else []
-        return Picture(((side, side),) * (1 + tiles[0] * tiles[1]), tuple(slots))
+        """Its one view, and the breaks between the rows of its media tokens."""
+        view = self.grid(height, width)
+        rows, columns = view[0] // self.merge, view[1] // self.merge
+        if not self.breaks:
+            return Picture((view,))
+        slots = [slot for row in range(rows) for slot in (*range(row * columns, (row + 1) * columns), -1)]
+        return Picture((view,), tuple(slots[:-1]), self.merge)
 
 
-def _check(height: int, width: int) -> None:
+def check(height: int, width: int) -> None:
+    """Raises InputError for a picture without pixels."""
     if height < 1 or width < 1:
         raise InputError(f"a picture of {height}x{width} has no pixels; leave it out")
+
+
+def whole_patches(view: View, patch: int) -> View:
+    """The view without what does not fill a patch at its right and lower edge."""
+    end = view[-1]
+    tall, wide = end.height // patch * patch, end.width // patch * patch
+    return view if (tall, wide) == (end.height, end.width) else (*view, Window(0, 0, tall, wide))
 
 
 def _down(side: float, unit: int) -> int:

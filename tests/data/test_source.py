@@ -1,6 +1,9 @@
 import dataclasses
 import functools
 import io
+import math
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.data import index
+from mmjax.data.memory import Memory
 from mmjax.data.source import Holes, Source, load, read
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave
@@ -20,7 +24,9 @@ from mmjax.sequence.invariants import violations
 from mmjax.sequence.layout import AUDIO, VIDEO, layout
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.audio import Frames
-from mmjax.tokenizers.resolution import AnyRes, Native
+from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
+from mmjax.tokenizers.tiles import UHD, AnyRes, PanAndScan, Slices, Splits, Tiles
+from mmjax.tokenizers.view import render
 from mmjax.tokenizers.video import Sampled
 from mmjax.tokenizers.vocab import Vocab
 
@@ -105,7 +111,9 @@ def test_pictures_are_resized_to_their_grid():
     rows, columns = x.grid[0, 1:].tolist()
     assert (rows, columns) == Native(PATCH, 1, PATCH * PATCH, 24 * 24).grid(30, 61)
     assert rows * columns * PATCH * PATCH <= 24 * 24
-    np.testing.assert_array_equal(patches, images.patchify(images.resize(picture, 4 * rows, 4 * columns), PATCH))
+    (view,) = patches.views
+    np.testing.assert_array_equal(view, images.resize(picture, 4 * rows, 4 * columns))
+    assert patches.shape == (rows * columns, 48)
 
 
 @pytest.mark.parametrize("start", [0, 2])
@@ -289,9 +297,137 @@ def test_what_would_lose_sound_or_views_is_refused(rng):
     for hop in (0, 3, 5):
         with pytest.raises(InputError, match=r"'talk', span 0: 10 samples were laid out as 3 frames"):
             Source(documents, lay, plan, VOCAB, PATCH, sound=hop)[0]
-    lay = functools.partial(LAYOUT, resolution=AnyRes(PATCH, 8, newline=False))
-    documents = [Document("views", (Image(8, 8, noise(1, 8, 8)), Text("a")))]
+
+
+class Grid:
+    """A policy that says how many patches, not how they come about."""
+
+    def grid(self, height, width):
+        return 2, 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [(Grid(), "does not say what is done to pixels"), (Fixed(8, 16, 16), r"made views of \[\(16, 16\)\] pixels")],
+    ids=["no views", "other patch"],
+)
+def test_a_policy_that_does_not_fit_the_source_is_refused(policy, reason):
+    lay = functools.partial(LAYOUT, resolution=policy)
+    documents = [Document("x", (Image(8, 8, noise(1, 8, 8)), Text("a")))]
     plan = index.once(documents, lay, tokens=64, rows=1)
-    made = Source(documents, lay, plan, VOCAB, PATCH, interleave.Config(position="sequential"), holes=Holes(5))
-    with pytest.raises(InputError, match="'views': pictures in several views"):
-        made[0]
+    with pytest.raises(InputError, match=f"'x', span 0: .*{reason}"):
+        Source(documents, lay, plan, VOCAB, PATCH)[0]
+
+
+POLICIES = {
+    "stretch": Fixed(PATCH, 8, 12),
+    "crop": Fixed(PATCH, 8, 12, "crop"),
+    "pad": Fixed(PATCH, 8, 8, "pad"),
+    "native": Native(PATCH, 2, 64, 24 * 24),
+    "windows": Native(PATCH, 2, 64, 40 * 24),
+    "naflex": NaFlex(PATCH, 9),
+    "pixtral": Pixtral(PATCH, 16, 2),
+    "any-res": AnyRes(PATCH, 8, ((1, 2), (2, 1))),
+    "tiles": Tiles(PATCH, 8, 1, 4),
+    "splits": Splits(PATCH, 8, 24),
+    "pan and scan": PanAndScan(PATCH, 8, 4, 3),
+    "slices": Slices(PATCH, 8, 20, whole=True, restored=True),
+    "uhd": UHD(PATCH, 8, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_reaches_the_batch(name):
+    """Patch by patch: what the policy's views show lies where the layout's descriptors say it does."""
+    policy = POLICIES[name]
+    merge = getattr(policy, "merge", 1)
+    cfg = interleave.Config(position="sequential", merge=merge, window=2 if name == "windows" else 0)
+    vocab = dataclasses.replace(VOCAB, image_newline=3)
+    words = Letters()
+    words.vocab = vocab
+    squares = merge**2 if name == "pixtral" else 1
+    lay = functools.partial(LAYOUT, tokenizer=words, resolution=policy, media_tokens=lambda g: math.prod(g) // squares)
+    pictures = [noise((9, i), *shape) for i, shape in enumerate([(7, 23), (30, 17), (16, 16)])]
+    documents = [Document(f"{i}", (Image(*p.shape[:2], p), Text("a" * i))) for i, p in enumerate(pictures)]
+    plan = index.once(documents, lay, tokens=200, rows=2)
+    seen = 0
+    for step, planned in enumerate(plan.steps):
+        batch = Source(documents, lay, plan, vocab, PATCH, cfg, merge=math.isqrt(squares))[step]
+        for r, row in enumerate(planned.rows):
+            image = 0
+            for number in row:
+                for view in render(pictures[number], policy.views(*pictures[number].shape[:2])):
+                    of = batch.patch_image[r] == image
+                    assert batch.grid[r, image].tolist() == [1, view.shape[0] // PATCH, view.shape[1] // PATCH]
+                    for (y, x), patch in zip(batch.patch_position[r, of], batch.patches[r, of], strict=True):
+                        expected = view[y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH]
+                        np.testing.assert_array_equal(patch, expected.reshape(-1))
+                        seen += 1
+                    image += 1
+    assert seen == sum(lay(d).patches for d in documents)
+
+
+def test_pictures_wait_for_their_memory():
+    """Two threads, room for one picture: never two at a time; one that is larger than the room is refused by name."""
+    open_now, most, lock = 0, 0, threading.Lock()
+
+    def draw():
+        nonlocal open_now, most
+        with lock:
+            open_now += 1
+            most = max(most, open_now)
+        time.sleep(0.02)
+        with lock:
+            open_now -= 1
+        return noise(1, 8, 8)
+
+    documents = [Document(f"{i}", (Image(8, 8, draw), Text("a" * 30))) for i in range(6)]
+    plan = index.once(documents, LAYOUT, tokens=48, rows=1)
+    need = images.ARRAY_BYTES * 64
+    for room, expected in ((2 * need - 1, 1), (2 * need, 2)):
+        most = 0
+        memory = Memory(room)
+        made = Source(documents, LAYOUT, plan, VOCAB, PATCH, memory=memory)
+        assert len(list(read(made, 0, threads=3, ahead=3))) == 6
+        assert (most, memory.taken) == (expected, 0)
+    with pytest.raises(InputError, match="'.', span 0: it takes 0 MiB to decode, over the budget of 0 MiB"):
+        Source(documents, LAYOUT, plan, VOCAB, PATCH, memory=Memory(need - 1))[0]
+
+
+def test_a_budget_serves_in_the_order_of_asking():
+    """A large want is not passed by small ones that came later, and all is given back after an error."""
+    memory, order = Memory(10), []
+
+    def take(size):
+        with memory.hold(size):
+            order.append(size)
+
+    with pytest.raises(ZeroDivisionError), memory.hold(4):
+        threads = []
+        for size in (9, 1, 2):
+            threads.append(threading.Thread(target=take, args=(size,)))
+            threads[-1].start()
+            while len(memory._waiting) < len(threads):
+                time.sleep(0.001)
+        assert order == []
+        raise ZeroDivisionError
+    for thread in threads:
+        thread.join()
+    assert (order[0], sorted(order), memory.taken) == (9, [1, 2, 9], 0)
+
+
+def test_reduced_decoding_keeps_to_the_size_it_is_resized_to():
+    """A smooth JPEG, four times as large as needed: nearly the same patches, from a quarter of the pixels a side."""
+    y, x = np.mgrid[0:96, 0:96]
+    pixels = np.stack([x * 2, y * 2, 255 - x - y], -1).astype(np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    documents = [Document("j", (Image(96, 96, file.getvalue()), Text("a")))]
+    plan = index.once(documents, LAYOUT, tokens=48, rows=1)
+    full, reduced = (Source(documents, LAYOUT, plan, VOCAB, PATCH, reduced=r)[0] for r in (False, True))
+    apart = np.abs(full.patches.astype(int) - reduced.patches)
+    assert 0 < apart.max() <= 6
+    found = images.find(file.getvalue())
+    assert found.load(least=(24, 24)).size == (24, 24)
+    assert found.load(least=(25, 24)).size == (48, 48)
+    assert found.load().size == found.size == (96, 96)

@@ -12,7 +12,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_s
 from transformers.vision_utils import get_vision_window_index
 
 from mmjax.sequence import windows
-from mmjax.tokenizers.resolution import AnyRes, NaFlex
+from mmjax.tokenizers.resolution import NaFlex
+from mmjax.tokenizers.tiles import AnyRes
 
 
 def sizes(n, seed=0):

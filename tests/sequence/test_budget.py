@@ -7,7 +7,8 @@ from mmjax.core.errors import InputError
 from mmjax.sequence.budget import Blocks, Budget, Costs, Limited, fit, report
 from mmjax.sequence.document import Document, Image, Text, Video
 from mmjax.sequence.layout import layout
-from mmjax.tokenizers.resolution import AnyRes, Fixed, Native
+from mmjax.tokenizers.resolution import Fixed, Native
+from mmjax.tokenizers.tiles import AnyRes
 from mmjax.tokenizers.video import Sampled
 from mmjax.tokenizers.vocab import Vocab
 

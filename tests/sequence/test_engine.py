@@ -19,7 +19,8 @@ from mmjax.sequence.layout import AUDIO, EMPTY, IMAGE, TEXT, VIDEO, layout
 from mmjax.sequence.pack import pack_shapes
 from mmjax.sequence.positions import MRope, mrope_ids
 from mmjax.tokenizers.audio import Frames
-from mmjax.tokenizers.resolution import AnyRes, NaFlex, Native
+from mmjax.tokenizers.resolution import NaFlex, Native
+from mmjax.tokenizers.tiles import AnyRes
 from mmjax.tokenizers.video import Sampled
 from mmjax.tokenizers.vocab import Vocab
 

@@ -5,13 +5,14 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.sequence import intervals
-from mmjax.sequence.interleave import Config, interleave
+from mmjax.sequence.interleave import HIDDEN, PIXEL, Config, interleave
 from mmjax.sequence.layout import IMAGE, TEXT, VIDEO, Layout, Piece
 from mmjax.sequence.positions import mrope
 from mmjax.tokenizers.vocab import Vocab
 
 PICTURE = 6
 VOCAB = Vocab(0, 1, 2, 3, 4, 5, PICTURE, 7, 8, size=30)
+NEWLINE = dataclasses.replace(VOCAB, image_newline=9)
 
 
 def text(*ids, train=False):
@@ -136,6 +137,16 @@ def test_frames_of_a_video_see_each_other_only_if_asked():
 
 def test_views_and_squares_do_not_go_together():
     views = dataclasses.replace(image(2, 2), tiles=((1, 2, 2),), slots=tuple(range(8)), length=8)
-    with pytest.raises(InputError, match="'d7': a picture in several views"):
-        interleave(laid(views), VOCAB, Config(merge=2, position="sequential"))
+    for wrong in (Config(merge=2, position="sequential"), Config(window=2, position="sequential")):
+        with pytest.raises(InputError, match="'d7': a picture whose tokens are 1×1 patches"):
+            interleave(laid(views), VOCAB, wrong)
     assert interleave(laid(views), VOCAB, Config(position="sequential")).media == 8
+
+
+def test_an_order_of_merged_squares():
+    """Pixtral's rows of 2 × 2 patches, the upper left square left out: its four patches lie first, and are hidden."""
+    piece = dataclasses.replace(image(4, 4), slots=(1, -1, 2, 3), length=4, media=4, merge=2)
+    x = interleave(laid(piece), NEWLINE, Config(merge=2, position="sequential"))
+    assert x.slot[x.modality == IMAGE].tolist() == [1, -1, 2, 3]
+    assert x.patch_kind.tolist() == [HIDDEN] * 4 + [PIXEL] * 12
+    assert x.patch_raster[:6].tolist() == [0, 1, 4, 5, 2, 3]

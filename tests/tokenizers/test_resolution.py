@@ -5,7 +5,8 @@ from fractions import Fraction
 import pytest
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import AnyRes, Fixed, NaFlex, Native
+from mmjax.tokenizers.resolution import Fixed, NaFlex, Native
+from mmjax.tokenizers.tiles import AnyRes
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
