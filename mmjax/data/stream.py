@@ -11,7 +11,6 @@ import numpy as np
 from mmjax.core.errors import InputError
 from mmjax.data.index import LayoutOf, Plan, Step
 from mmjax.data.source import Holes, Source
-from mmjax.sequence import interleave
 from mmjax.sequence.batch import Batch, Bucket
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import DIMENSIONS
@@ -25,11 +24,9 @@ def stream(
     vocab: Vocab,
     patch: int,
     *,
-    cfg: interleave.Config = interleave.PLAIN,
     look_ahead: int = 64,
-    latents: int = 0,
-    sound: int = 0,
     holes: Holes | None = None,
+    **of: Any,
 ) -> Any:
     """A Grain dataset of batches, all of one bucket; its iterator's `get_state` and `set_state` resume it exactly.
 
@@ -39,8 +36,10 @@ def stream(
       documents: a `grain.IterDataset` of documents.
       layout: counts a document.
       bucket: the shape of every batch; the rows of the last one may be empty.
-      vocab, patch, cfg, latents, sound, holes: as of data.source.Source.
+      vocab, patch: as of data.source.Source.
       look_ahead: how many rows are open at a time: a document waits for a fitting neighbour until so many are full.
+      holes: documents that may be unreadable; none by default.
+      of: other fields of data.source.Source (cfg, latents, sound, limits, memory …).
 
     Raises:
       InputError: a document that does not fit a row, by name, when it is met.
@@ -68,7 +67,7 @@ def stream(
         step = Step(0, tuple(tuple(range(a, a + len(row))) for a, row in zip(first, found, strict=False)))
         plan = Plan((bucket,), (step,), ((0,) * len(DIMENSIONS),))
         every = [document for row in found for document in row]
-        return Source(every, layout, plan, vocab, patch, cfg, latents, sound, holes)[0]
+        return Source(every, layout, plan, vocab, patch, holes=holes, **of)[0]
 
     packed = grain.experimental.BestFitPackIterDataset(
         documents.map(measured),

@@ -24,10 +24,9 @@ READERS = {
     "WEBP": WebPImagePlugin.WebPImageFile,
     "GIF": GifImagePlugin.GifImageFile,
 }
-# Bytes per pixel that decoding takes at most, from the file's bytes to the resized picture, measured (tests/tokenizers/
-# test_memory.py): a progressive JPEG's coefficients, the canvases of WebP's and GIF's decoders, transparency.
-PEAK_BYTES = {"JPEG": 12, "PNG": 12, "WEBP": 16, "GIF": 12}
-ARRAY_BYTES = 8
+MOST = 4  # times the bytes of the largest picture allowed as an array: what decoding may take
+ARRAY_BYTES = 8  # per pixel that a picture given as an array takes at most
+STRIP = 2**16  # pixels that are flattened or handed over at a time, so that no second picture is ever in memory
 # How to set a picture of each EXIF orientation upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +47,8 @@ class ImageError(InputError):
 class Limits:
     """What is decoded at most: bytes of the file, pixels, and the ratio of the longer side to the shorter.
 
-    The defaults admit a 50-megapixel photograph, which takes 150 MB as an array.
+    The defaults admit a 50-megapixel photograph, which takes 150 MB as an array. Decoding takes no more than four times
+    that: kinds of files that would, as WebP of over 34 megapixels, are refused.
     """
 
     max_bytes: int = 64 * 2**20
@@ -106,7 +106,14 @@ def find(source: Source, limits: Limits = LIMITS) -> Found:
             header = scan(file)
             size = _check_size(*header.size, limits)
             length = file.seek(0, io.SEEK_END)
-        return Found(source, size, 2 * length + PEAK_BYTES[header.kind] * size[0] * size[1], limits, header)
+        memory = int(header.weight * size[0] * size[1]) + 2 * length
+        if memory > MOST * 3 * limits.max_pixels + 2 * 2**20:
+            raise Unfit(
+                f"is {size[0]}x{size[1]} pixels of a kind of {header.kind} that takes {memory / 2**20:,.0f} MiB to "
+                f"decode, over {MOST} times what the limit of {limits.max_pixels:,} pixels is as an array; save it as "
+                f"a plain JPEG or PNG, shrink it, or raise Limits.max_pixels"
+            )
+        return Found(source, size, memory, limits, header)
 
 
 def read_size(source: Source, limits: Limits = LIMITS) -> tuple[int, int]:
@@ -129,7 +136,11 @@ def decode(
     """
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise InputError(f"background {background} is not a colour; give three numbers from 0 to 255")
-    return np.array(find(source, limits).load(background))
+    picture = find(source, limits).load(background)
+    out = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top, part in _strips(picture):
+        out[top : top + part.height] = np.asarray(part)
+    return out
 
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
@@ -298,14 +309,33 @@ def _load(header: Header, data: bytes, least: tuple[int, int] | None = None) -> 
 
 def _flatten(picture: Image.Image, background: Color) -> Image.Image:
     """As RGB, transparent parts over the background."""
-    if picture.mode == "I;16":
-        # Pillow's own conversion would clip: all but the darkest 256 of 65,536 levels would be white.
-        levels = np.asarray(picture)
-        clear = picture.info.get("transparency")
-        picture = Image.fromarray(((levels.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8))
-        if clear is not None:
-            picture.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
-    return picture.convert("RGB")
+    if picture.mode == "RGB" and not picture.has_transparency_data:
+        return picture
+    if picture.mode != "I;16" and not picture.has_transparency_data:
+        return picture.convert("RGB")
+    out = Image.new("RGB", picture.size)
+    for top, part in _strips(picture):
+        if part.mode == "I;16":
+            part = _bytes(part)
+        if part.has_transparency_data:
+            part = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", part.size, (*background, 255)), part)
+        out.paste(part.convert("RGB"), (0, top))
+    return out
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture from top to bottom, a few rows at a time, with the first of them."""
+    rows = max(1, STRIP // picture.width)
+    for top in range(0, picture.height, rows):
+        yield top, picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+
+
+def _bytes(picture: Image.Image) -> Image.Image:
+    """16-bit grey in 8 bits. Pillow's own conversion would clip: all but the darkest 256 levels would be white."""
+    levels = np.asarray(picture)
+    clear = picture.info.get("transparency")
+    picture = Image.fromarray(((levels.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8))
+    if clear is not None:
+        picture.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    return picture

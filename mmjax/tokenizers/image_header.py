@@ -37,6 +37,7 @@ class Header:
     depth: int = 8  # bits of a sample
     clear: tuple[int, ...] = ()  # the grey sample, or red, green and blue, that a PNG declares transparent
     keep: tuple[tuple[int, int | None], ...] = ((0, None),)  # from which byte to which the picture is kept
+    weight: float = 8.0  # bytes per pixel that decoding takes at most, the picture in RGB included, the file not
 
     @property
     def size(self) -> tuple[int, int]:
@@ -116,6 +117,7 @@ def _jpeg(file: io.BufferedIOBase) -> Header:
     """Markers up to the first scan (ITU-T T.81, annex B)."""
     height = width = None
     orientation, keep = None, [(0, 2)]
+    progressive, frame = False, b""
     file.seek(2)
     for number in count():
         _too_many(number)
@@ -131,6 +133,7 @@ def _jpeg(file: io.BufferedIOBase) -> Header:
         code = marker[1]
         if code == 0xDA:
             keep.append((at, None))
+            many_scans = progressive or file.read(3)[2:] < bytes([len(frame)])
             break
         if code == 0xD9:
             raise Unfit("holds no picture; fetch the file again")
@@ -142,6 +145,7 @@ def _jpeg(file: io.BufferedIOBase) -> Header:
         end = file.tell() + length
         if code in FRAME_SIZE and height is None:
             _, height, width = struct.unpack(">BHH", _take(file, 5))
+            progressive, frame = code & 3 == 2, file.read(length - 5)[1:][1::3]
         elif code == 0xE1 and orientation is None and (exif := file.read(length)).startswith(b"Exif\0\0"):
             orientation = _orientation(exif)
         if code not in DROPPED:
@@ -149,7 +153,18 @@ def _jpeg(file: io.BufferedIOBase) -> Header:
         file.seek(end)
     if height is None or width is None:
         raise Unfit("does not tell its size; fetch the file again")
-    return Header("JPEG", height, width, orientation or 1, keep=tuple(keep))
+    return Header("JPEG", height, width, orientation or 1, keep=tuple(keep), weight=_coefficients(frame, many_scans))
+
+
+def _coefficients(frame: bytes, many_scans: bool) -> float:
+    """Bytes per pixel that a JPEG takes: 16 bits for every coefficient are kept where there is more than one scan.
+
+    `frame` has, for every component, its horizontal and vertical samples in the two halves of a byte.
+    """
+    samples = [(byte >> 4) * (byte & 15) for byte in frame]
+    kept = 2 * sum(samples) / max(1, *samples, 1) if many_scans else 0
+    # As decoded, and as RGB; once more where it is turned.
+    return max(8.0, 4 + kept)
 
 
 def _count_scans(data: bytes) -> None:
@@ -238,7 +253,7 @@ def _webp(file: io.BufferedIOBase) -> Header:
                 orientation = _orientation(file.read(min(size, MAX_EXIF)))
                 break
             at += 8 + size + size % 2
-    return Header("WEBP", height, width, orientation)
+    return Header("WEBP", height, width, orientation, weight=17.5)  # libwebp's animation decoder has three canvases
 
 
 def _gif(file: io.BufferedIOBase) -> Header:

@@ -26,8 +26,8 @@ from mmjax.tokenizers import image as images
 from mmjax.tokenizers.audio import Frames
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
 from mmjax.tokenizers.tiles import UHD, AnyRes, PanAndScan, Slices, Splits, Tiles
-from mmjax.tokenizers.view import render
 from mmjax.tokenizers.video import Sampled
+from mmjax.tokenizers.view import render
 from mmjax.tokenizers.vocab import Vocab
 
 PATCH = 4
@@ -390,27 +390,30 @@ def test_pictures_wait_for_their_memory():
         made = Source(documents, LAYOUT, plan, VOCAB, PATCH, memory=memory)
         assert len(list(read(made, 0, threads=3, ahead=3))) == 6
         assert (most, memory.taken) == (expected, 0)
-    with pytest.raises(InputError, match="'.', span 0: it takes 0 MiB to decode, over the budget of 0 MiB"):
+    with pytest.raises(InputError, match=r"'.', span 0: it takes 0 MiB to decode, over the budget of 0 MiB"):
         Source(documents, LAYOUT, plan, VOCAB, PATCH, memory=Memory(need - 1))[0]
 
 
 def test_a_budget_serves_in_the_order_of_asking():
     """A large want is not passed by small ones that came later, and all is given back after an error."""
-    memory, order = Memory(10), []
+    memory, order, threads = Memory(10), [], []
 
     def take(size):
         with memory.hold(size):
             order.append(size)
 
-    with pytest.raises(ZeroDivisionError), memory.hold(4):
-        threads = []
-        for size in (9, 1, 2):
-            threads.append(threading.Thread(target=take, args=(size,)))
-            threads[-1].start()
-            while len(memory._waiting) < len(threads):
-                time.sleep(0.001)
-        assert order == []
-        raise ZeroDivisionError
+    def fail():
+        with memory.hold(4):
+            for size in (9, 1, 2):
+                threads.append(threading.Thread(target=take, args=(size,)))
+                threads[-1].start()
+                while len(memory._waiting) < len(threads):
+                    time.sleep(0.001)
+            assert order == []
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     for thread in threads:
         thread.join()
     assert (order[0], sorted(order), memory.taken) == (9, [1, 2, 9], 0)

@@ -134,18 +134,18 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_unreadable_picture_is_refused_by_name(tmp_path, monkeypatch):
-    real = source.load
+    real = source.render
 
-    def broken(picture):
+    def broken(picture, views):
         if broken.left == 0:
             from mmjax.tokenizers import image
 
             return image.decode(b"<html>not a picture</html>")
         broken.left -= 1
-        return real(picture)
+        return real(picture, views)
 
     broken.left = 30
-    monkeypatch.setattr(source, "load", broken)
+    monkeypatch.setattr(source, "render", broken)
     with pytest.raises(InputError, match=r"Document 'drawings/0/\d+', span \d"):
         loop.run(tiny_run(tmp_path))
     assert not (tmp_path / loop.RESULT).exists()
