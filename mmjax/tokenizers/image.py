@@ -95,6 +95,17 @@ class Found:
                 picture = picture.transpose(TURNS[self.header.orientation])
             return picture
 
+    def decode(
+        self, out: UInt8[np.ndarray, "_ _ 3"], background: Color = (255, 255, 255)
+    ) -> UInt8[np.ndarray, "_ _ 3"]:
+        """The same, written into the upper left corner of `out`, which is returned. InputError if it is too small."""
+        height, width = self.size
+        if out.shape[0] < height or out.shape[1] < width:
+            raise InputError(f"a picture of {height}x{width} does not fit an array of {out.shape}; give a larger one")
+        for top, part in _strips(self.load(background)):
+            out[top : top + part.height, :width] = np.asarray(part)
+        return out
+
 
 def find(source: Source, limits: Limits = LIMITS) -> Found:
     """Reads a picture's header and checks it against the limits; errors as for `decode`, as far as a header shows."""
@@ -136,11 +147,8 @@ def decode(
     """
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise InputError(f"background {background} is not a colour; give three numbers from 0 to 255")
-    picture = find(source, limits).load(background)
-    out = np.empty((picture.height, picture.width, 3), np.uint8)
-    for top, part in _strips(picture):
-        out[top : top + part.height] = np.asarray(part)
-    return out
+    found = find(source, limits)
+    return found.decode(np.empty((*found.size, 3), np.uint8), background)
 
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
