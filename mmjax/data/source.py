@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 
 from mmjax.core.errors import InputError
+from mmjax.data import device
 from mmjax.data.index import LayoutOf, Plan
 from mmjax.data.memory import Memory
 from mmjax.sequence import batch as batches
@@ -22,8 +23,10 @@ from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.image import Pixels
-from mmjax.tokenizers.view import View, needed, render
+from mmjax.tokenizers.view import View, needed, render, size
 from mmjax.tokenizers.vocab import Vocab
+
+Medium = np.ndarray | Pixels | device.OnDevice
 
 log = logging.getLogger("mmjax")
 
@@ -75,6 +78,7 @@ class Source:
     limits: images.Limits = images.LIMITS  # of a picture
     memory: Memory = field(default_factory=Memory, compare=False)  # that all threads together decode in
     reduced: bool = False  # decode large JPEG at a lower scale, no lower than what they are resized to
+    canvases: device.Canvases | None = None  # resize on device: `patches` is then an array there
     host: int = 0
     hosts: int = 1
     checks: bool = True  # of every batch, before it leaves (0.1 ms; the train step counts again)
@@ -94,7 +98,8 @@ class Source:
             raise InputError(f"{self.hosts} hosts cannot share {whole.rows} rows evenly; use a multiple of them.")
         mine = planned.rows[self.host * share : (self.host + 1) * share]
         ids: list[list[str]] = []
-        rows = [self._row(row, ids) for row in mine]
+        parts: list[tuple[int, int, device.OnDevice]] = []
+        rows = [self._row(r, row, ids, parts) for r, row in enumerate(mine)]
         bucket = dataclasses.replace(whole, rows=share)
         batch = batches.build(rows, bucket, self.values, self.vocab, self.cfg)
         if self.checks:
@@ -102,17 +107,29 @@ class Source:
             if self.merge > 1:
                 media = batch.patch_kind[:, :: self.merge**2] == interleave.PIXEL
             invariants.check(batch, self.vocab, ids, media)
+        if self.canvases:
+            batch = batch.replace(patches=device.finish(batch.patches, parts, self.cfg.merge, self.cfg.window))
         return batch
 
-    def _row(self, numbers: Sequence[int], ids: list[list[str]]) -> Iterator[tuple[Example, list[np.ndarray | Pixels]]]:
-        """A row's documents, each read when it is asked for and cut into the batch before the next is read."""
+    def _row(
+        self, row: int, numbers: Sequence[int], ids: list[list[str]], parts: list[tuple[int, int, device.OnDevice]]
+    ) -> Iterator[tuple[Example, list[Medium]]]:
+        """A row's documents, each read when it is asked for and cut into the batch before the next is read.
+
+        Fills `ids` with their names, and `parts` with what is on device already and its place.
+        """
         ids.append([])
+        at = 0
         for number in numbers:
             x, media = self.example(self.plan.document(self.documents, number))
             ids[-1].append(x.id)
+            for medium in media:
+                if isinstance(medium, device.OnDevice):
+                    parts.append((row, at, medium))
+                at += len(medium) if medium.dtype == np.uint8 else 0
             yield x, media
 
-    def example(self, document: Document) -> tuple[Example, list[np.ndarray | Pixels]]:
+    def example(self, document: Document) -> tuple[Example, list[Medium]]:
         """One document's descriptor, and its media in reading order.
 
         Raises:
@@ -133,7 +150,7 @@ class Source:
             return np.zeros((piece.grid[0], self.sound), np.float32)
         return np.zeros((sum(int(np.prod(v)) for v in piece.views), self.values.patch), np.uint8)
 
-    def _read(self, document: Document, piece: Piece) -> np.ndarray | Pixels:
+    def _read(self, document: Document, piece: Piece) -> Medium:
         medium = document.spans[piece.span]
         where = f"Document {document.id!r}, span {piece.span}"
         try:
@@ -145,11 +162,16 @@ class Source:
         except Exception as error:  # a dataset's own function: whatever it raises, the example's name is wanted
             raise InputError(f"{where}: could not be read ({type(error).__name__}: {error}).") from error
 
-    def _picture(self, picture: Image, piece: Piece) -> Pixels:
+    def _picture(self, picture: Image, piece: Piece) -> Pixels | device.OnDevice:
         views = _views(piece, picture)
         if isinstance(picture.source, bytes | Path | np.ndarray):
             found = images.find(picture.source, self.limits)
             _refuse_shape((*found.size, 3), (picture.height, picture.width))
+            canvas = self.canvases and self.canvases.of(found.size)
+            if canvas and device.possible(views):
+                _refuse_sizes([size(view, *found.size) for view in views], piece, self.patch)
+                with self.memory.hold(found.memory + 3 * math.prod(canvas)):
+                    return device.cut(found, views, self.patch, self.canvases)
             least = needed(views) if self.reduced else None
             with self.memory.hold(found.memory):
                 return self._rendered(found.load(least=least), views, piece)
@@ -170,12 +192,7 @@ class Source:
 
     def _rendered(self, picture: PIL.Image.Image | np.ndarray, views: Sequence[View], piece: Piece) -> Pixels:
         rendered = render(picture, views)
-        sizes = [(view[1] * self.patch, view[2] * self.patch) for view in piece.views]
-        if [pixels.shape[:2] for pixels in rendered] != sizes:
-            raise InputError(
-                f"{piece.policy} made views of {[pixels.shape[:2] for pixels in rendered]} pixels, but with patches of "
-                f"{self.patch} they were laid out as {sizes}; give the source the policy's own `patch`."
-            )
+        _refuse_sizes([pixels.shape[:2] for pixels in rendered], piece, self.patch)
         return Pixels(rendered, self.patch)
 
     def _sound(self, clip: Audio, frames: int) -> np.ndarray:
@@ -200,6 +217,15 @@ def _views(piece: Piece, medium: Image | Video) -> tuple[View, ...]:
     if not hasattr(piece.policy, "views"):
         raise InputError(f"{piece.policy} does not say what is done to pixels; give a policy that has `views`.")
     return piece.policy.views(medium.height, medium.width)
+
+
+def _refuse_sizes(made: Sequence[tuple[int, ...]], piece: Piece, patch: int) -> None:
+    sizes = [(view[1] * patch, view[2] * patch) for view in piece.views]
+    if list(made) != sizes:
+        raise InputError(
+            f"{piece.policy} made views of {made} pixels, but with patches of {patch} they were laid out as {sizes}; "
+            f"give the source the policy's own `patch`."
+        )
 
 
 def _refuse_shape(found: tuple[int, ...], declared: tuple[int, ...]) -> None:

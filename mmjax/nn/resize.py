@@ -1,11 +1,9 @@
 """Resizing pictures on device, as Pillow does it, for hosts whose CPUs are the bottleneck.
 
 A picture lies in the upper left corner of a larger canvas, so that pictures of all sizes share a few compiled programs.
-Each direction is one matrix product with the filter's weights, which are made from the sizes on device. Like Pillow's,
-columns come first, and both results are rounded to bytes.
+Each direction is one matrix product with the filter's weights, which are made from the sizes on device. Both results
+are rounded to bytes, as Pillow's are, so it matters which direction comes first.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +12,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from mmjax.core.errors import InputError
 
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # source pixels on each side, when nothing shrinks
-Filter = Literal["bilinear", "bicubic", "lanczos"]
 
 
-def _filter(x: Float[Array, "..."], name: Filter) -> Float[Array, "..."]:
+def _filter(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
     """The filter's value at a distance in source pixels (Pillow 13, src/libImaging/Resample.c)."""
     x = jnp.abs(x)
     if name == "bilinear":
@@ -34,7 +31,7 @@ def weights(
     after: Int[Array, ""] | int,
     start: Int[Array, ""] | int,
     shape: tuple[int, int],
-    filter: Filter = "bicubic",
+    filter: str = "bicubic",
 ) -> Float[Array, "outputs inputs"]:
     """How much each source pixel of a line counts for each output pixel: f32[outputs, inputs].
 
@@ -58,6 +55,15 @@ def weights(
     return out / jnp.where(seen.any(1), out.sum(1), 1.0)[:, None]
 
 
+def rows_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Whether Pillow 13 resizes a picture's columns of pixels before its lines.
+
+    It does where the height shrinks by more than twice as many pixels as the width (pull request 9549; found by trying
+    4,000 sizes). Pillow 12 and older never do: such pictures differ between them by a grey level or two.
+    """
+    return before[0] - after[0] > 2 * max(0, before[1] - after[1])
+
+
 def resize(
     images: UInt8[Array, "b height width c"],
     before: Int[Array, "b 2"],
@@ -65,7 +71,8 @@ def resize(
     shape: tuple[int, int],
     *,
     start: Int[Array, "b 2"] | None = None,
-    filter: Filter = "bicubic",
+    filter: str = "bicubic",
+    rows_first: bool = False,
 ) -> UInt8[Array, "b rows columns c"]:
     """Pictures in the upper left corners of their canvases → pictures in the upper left corners of others.
 
@@ -79,6 +86,7 @@ def resize(
       start: the first row and column of the resized picture that is wanted, for a window of it (a tile); beyond the
         picture there is 0.
       filter: "bilinear", "bicubic" or "lanczos".
+      rows_first: the order, for all pictures: static; see the function of that name.
 
     Raises:
       InputError: an unknown filter.
@@ -90,8 +98,9 @@ def resize(
     def one(image: Array, before: Array, after: Array, start: Array) -> Array:
         across = weights(before[1], after[1], start[1], (shape[1], image.shape[1]), filter)
         down = weights(before[0], after[0], start[0], (shape[0], image.shape[0]), filter)
-        lines = _product("ow,hwc->hoc", across, image)
-        return _product("ph,hoc->poc", down, lines)
+        if rows_first:
+            return _product("ow,pwc->poc", across, _product("ph,hwc->pwc", down, image))
+        return _product("ph,hoc->poc", down, _product("ow,hwc->hoc", across, image))
 
     return jax.vmap(one)(images, before, after, start)
 
