@@ -105,3 +105,28 @@ def test_attention_compiles_for_v5e_in_linear_memory():
         assert not row["square"], row
     assert long["temporaries"] < 10 * short["temporaries"]  # 8 is linear
     assert long["temporaries"] < 2**30
+
+
+RESIZE = """
+import json
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from mmjax.data.device import _cells
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1]).devices
+of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices[0]))
+pair = of((2,), jnp.int32)
+for first in (False, True):
+    static = {"size": (72, 72), "patch": 14, "filter": "bicubic", "rows_first": first}
+    program = _cells.lower(of((4096, 4096, 3), jnp.uint8), pair, pair, pair, **static).compile()
+    memory = program.memory_analysis()
+    print(json.dumps({"temporaries": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes}))
+"""
+
+
+def test_resizing_compiles_for_v5e_without_a_copy_of_the_picture():
+    """A canvas of 16 megapixels, 50 MB of bytes: as floats it would be 200 MB."""
+    for row in compiled(RESIZE):
+        assert row["arguments"] < 51 * 2**20
+        assert row["temporaries"] < 100 * 2**20, row
