@@ -14,7 +14,7 @@ def picture(seed, height, width):
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([x * 120 // width, y * 90 // height, (x + y) % 200], -1)
     noise = rng.integers(0, 120, (height, width, 3)) * (np.sin(x / 9 + seed) * np.sin(y / 13) > 0.2)[..., None]
-    flat = ((x // 64 + y // 64) % 2 == seed % 2)[..., None]
+    flat = (((x // 64 + y // 64) % 2 == seed % 2) | ((x // 32 + y // 32) % 5 == 0))[..., None]
     return np.where(flat, 77, base + noise).clip(0, 255).astype(np.uint8)
 
 
