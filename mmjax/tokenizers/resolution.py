@@ -220,6 +220,10 @@ class Pixtral(Whole):
         if min(self.patch, self.longest, self.merge) < 1:
             raise InputError(f"{self} is not a resolution; give patch, longest and merge of at least 1")
 
+    def lowered(self, share: float) -> "Pixtral":
+        """The same with about this share of its largest picture's patches."""
+        return replace(self, longest=max(self.patch * self.merge, int(self.longest * math.sqrt(share))))
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels to resize a picture to; InputError if it is empty."""
         check(height, width)

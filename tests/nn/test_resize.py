@@ -12,11 +12,7 @@ from PIL import __version__ as pillow_version
 from mmjax.core.errors import InputError
 from mmjax.nn.resize import resize, rows_first, weights
 
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 SIZES = [((61, 47), (28, 28)), ((30, 45), (64, 64)), ((96, 96), (7, 61)), ((17, 90), (60, 5)), ((64, 64), (64, 64))]
 SIZES += [((5, 7), (63, 62)), ((96, 3), (4, 4)), ((1, 1), (9, 2)), ((96, 95), (1, 1))]
 run = functools.partial(jax.jit, static_argnames=("shape", "filter", "rows_first"))(resize)
