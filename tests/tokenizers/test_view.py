@@ -5,11 +5,11 @@ from PIL import Image
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.view import Resize, Window, needed, render, resized, size
 
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
+WINDOWS = [
+    *(Window(3, 4, 5, 6), Window(-2, -3, 20, 20, (1, 2, 3))),
+    *(Window(8, 9, 9, 9, (4, 5, 6)), Window(-30, 0, 5, 5, (7, 7, 9))),
+]
 
 
 def of(pixels, height, width, filter="bicubic"):
