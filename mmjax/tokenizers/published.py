@@ -15,11 +15,19 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Published:
-    """policy: the resolution policy; mean, deviation: per channel, of values in [0, 1]."""
+    """A system's settings.
+
+    policy: the resolution policy.
+    mean, deviation: per channel, of values in [0, 1].
+    merge: its connector makes one token of merge × merge patches …
+    latents: … or so many of each view.
+    """
 
     policy: object
     mean: tuple[float, float, float] = CLIP_MEAN
     deviation: tuple[float, float, float] = CLIP_DEVIATION
+    merge: int = 1
+    latents: int = 0
 
 
 PUBLISHED = {
@@ -35,16 +43,16 @@ PUBLISHED = {
         HALF,
         HALF,
     ),
-    "llava-uhd": Published(UHD(14, 336, 6, 14)),
-    "minicpm-v-4.6": Published(UHD(14, 448, 9, 56), HALF, HALF),
+    "llava-uhd": Published(UHD(14, 336, 6, 14), latents=64),
+    "minicpm-v-4.6": Published(UHD(14, 448, 9, 56), HALF, HALF, 4),
     "hires-llava": Published(Slices(14, 336, 1344, whole=True, restored=True)),
     "downsample-then-slice": Published(Slices(14, 336, 672)),
-    "qwen2-vl": Published(Native(14, 2)),
-    "qwen3-vl": Published(Native(16, 2, 65_536, 16_777_216), HALF, HALF),
+    "qwen2-vl": Published(Native(14, 2), merge=2),
+    "qwen3-vl": Published(Native(16, 2, 65_536, 16_777_216), HALF, HALF, 2),
     "pixtral-12b": Published(Pixtral(16, 1024)),
-    "mistral-small-3.1": Published(Pixtral(14, 1540, 2)),
-    "internvl-3": Published(Tiles(14, 448), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "idefics3": Published(Splits(14, 364, 1456), HALF, HALF),
-    "smolvlm2": Published(Splits(16, 512, 2048), HALF, HALF),
-    "gemma-3": Published(PanAndScan(14, 896), HALF, HALF),
+    "mistral-small-3.1": Published(Pixtral(14, 1540, 2), merge=2),
+    "internvl-3": Published(Tiles(14, 448), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 2),
+    "idefics3": Published(Splits(14, 364, 1456), HALF, HALF, 2),
+    "smolvlm2": Published(Splits(16, 512, 2048), HALF, HALF, 4),
+    "gemma-3": Published(PanAndScan(14, 896), HALF, HALF, 4),
 }
