@@ -53,7 +53,7 @@ class Canvases:
 class OnDevice:
     """A picture's patches on device: for each view u8[cells, values], and where each cell goes in the picture's share.
 
-    From outside an array u8[patches, values] that is not there yet, as tokenizers.image.Pixels.
+    From outside an array u8[patches, values] that is not there yet, as tokenizers.patches.Pixels.
     """
 
     cells: Sequence[Array]

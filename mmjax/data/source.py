@@ -22,7 +22,7 @@ from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
 from mmjax.tokenizers import image as images
-from mmjax.tokenizers.image import Pixels
+from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.view import View, needed, render, size
 from mmjax.tokenizers.vocab import Vocab
 

@@ -126,16 +126,22 @@ def _by_squares(cfg: Config) -> np.ndarray:
     return np.concatenate(cut(values, [pixels for pixels, _ in reversed(cfg.stem)]))
 
 
-def patchify(images: Num[Array, "b h w c"], patch: int) -> Num[Array, "b p values"]:
-    """Whole pictures [B, height, width, channels] → [B, rows × columns, patch² × channels], raster order."""
+def patchify(images: Num[Array, "b h w c"], patch: int, merge: int = 1) -> Num[Array, "b p values"]:
+    """Whole pictures [B, height, width, channels] → [B, rows × columns, patch² × channels].
+
+    Row by row; with `merge`, merge × merge patches next to each other (Qwen2-VL's order). Both sides must be multiples.
+    """
     b, h, w, c = images.shape
-    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+    unit = patch * merge
+    x = images.reshape(b, h // unit, merge, patch, w // unit, merge, patch, c)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
-def unpatchify(patches: Num[Array, "b p values"], rows: int, columns: int) -> Num[Array, "b h w c"]:
-    """The inverse of `patchify`, for three colour channels."""
+def unpatchify(
+    patches: Num[Array, "b p values"], rows: int, columns: int, channels: int = 3, merge: int = 1
+) -> Num[Array, "b h w c"]:
+    """The inverse of `patchify`, for so many rows and columns of patches."""
     b, _, values = patches.shape
-    patch = round((values / 3) ** 0.5)
-    x = patches.reshape(b, rows, columns, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, rows * patch, columns * patch, 3)
+    patch = round((values / channels) ** 0.5)
+    x = patches.reshape(b, rows // merge, columns // merge, merge, merge, patch, patch, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, rows * patch, columns * patch, channels)

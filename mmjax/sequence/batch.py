@@ -153,9 +153,9 @@ def build(
 
     Args:
       rows: for every row, its documents: (example, its media in reading order). A picture or video is
-        u8[patches, C], row by row, view after view, or Cuttable (tokenizers.image.Pixels), which are cut straight into
-        their place; sound is f32[frames, S]. Documents are asked for one after the other. Fewer rows than the bucket's
-        leave the rest empty.
+        u8[patches, C], row by row, view after view, or Cuttable (as tokenizers.patches.Pixels), which are cut straight
+        into their place; sound is f32[frames, S]. Documents are asked for one after the other. Fewer rows than the
+        bucket's leave the rest empty.
       bucket: the sizes to fill.
       values: C (and S).
       vocab: for padding and ranges.

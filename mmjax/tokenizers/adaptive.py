@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.image import patchify
+from mmjax.tokenizers.patches import patchify
 
 BINS = 512
 GREY = (0.2989, 0.5870, 0.1140)
@@ -81,7 +81,7 @@ class Adaptive:
     def patches(
         self, image: UInt8[np.ndarray, "height width 3"], cells: Int[np.ndarray, "cells 3"]
     ) -> UInt8[np.ndarray, "cells values"]:
-        """Every square at the size of the smallest: [cells, patch * patch * 3], flattened as by `image.patchify`.
+        """Every square at the size of the smallest: [cells, patch * patch * 3], flattened as by `patches.patchify`.
 
         Larger squares are shrunk bilinearly without averaging more than 2 × 2 pixels, as published: at four times the
         patch these are the middle of 4 × 4.

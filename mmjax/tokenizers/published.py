@@ -6,8 +6,9 @@ one. Mean and deviation are `nn.patch_embed`'s to subtract and divide by, on dev
 
 from dataclasses import dataclass
 
-from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
-from mmjax.tokenizers.tiles import UHD, AnyRes, PanAndScan, Slices, Splits, Tiles
+from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral, Policy
+from mmjax.tokenizers.slices import UHD, Slices
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
 
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -23,7 +24,7 @@ class Published:
     latents: … or so many of each view.
     """
 
-    policy: object
+    policy: Policy
     mean: tuple[float, float, float] = CLIP_MEAN
     deviation: tuple[float, float, float] = CLIP_DEVIATION
     merge: int = 1

@@ -28,10 +28,23 @@ class Picture:
     merge: int = 1
 
 
-class Whole:
+class Policy:
+    """The base of every resolution policy, so that a config may hold any of them."""
+
+    patch: int  # pixels
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches (of the first view); InputError if the picture is empty."""
+        raise NotImplementedError
+
+    def views(self, height: int, width: int) -> tuple[View, ...]:
+        """What is done to the pixels; InputError if the picture is empty."""
+        raise NotImplementedError
+
+
+class Whole(Policy):
     """A policy that shows the whole picture once, at `size`."""
 
-    patch: int
     filter: Filter
 
     def size(self, height: int, width: int) -> tuple[int, int]:

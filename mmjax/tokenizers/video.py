@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
+from mmjax.tokenizers.resolution import Policy
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Sampled:
     tokens_per_second: numbers of the time position per second (Qwen2.5-VL: 2, absolute time); 0 counts frames.
     """
 
-    resolution: Native | NaFlex | Fixed | Pixtral
+    resolution: Policy
     fps: float = 2.0
     most: int = 64
     tokens_per_second: float = 0.0

@@ -9,7 +9,7 @@ from mmjax.data import drawings
 from mmjax.models import vlm
 from mmjax.sequence import interleave
 from mmjax.sequence.budget import Budget
-from mmjax.tokenizers.resolution import Native
+from mmjax.tokenizers.resolution import Native, Policy
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Packing:
     buckets: int = 2
     patches: int = 0  # of the largest document that may come; 0: as many as the first thousand have
     long: Literal["refuse", "split"] = "refuse"  # a document longer than a row: refused, or cut between its spans
+    memory: int = 1024  # MiB in which pictures are decoded, by all threads together
+    reduced: bool = False  # decode large JPEG at a lower scale: faster, not to the last bit what others train with
     holes: int = 0  # documents whose pictures may be unreadable; they are blank and nothing in them is learnt
 
 
@@ -54,7 +56,7 @@ class Config:
     data: drawings.Config
     out: Path  # where everything the run makes is kept; give the same place again to resume
     steps: int
-    resolution: Native = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
+    resolution: Policy = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
     packing: Packing = field(default_factory=Packing)
     sequence: interleave.Config = field(default_factory=interleave.Config)
     budget: Budget = field(default_factory=Budget)  # what a document may take

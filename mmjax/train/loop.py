@@ -16,6 +16,7 @@ from mmjax.core.files import lock_directory, require_space
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
 from mmjax.data import drawings, index
+from mmjax.data.memory import Memory
 from mmjax.data.source import Holes, Source, read
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
@@ -31,7 +32,7 @@ from mmjax.train.step import batch_shardings, compile_step
 from mmjax.train.watch import Compiles, StopRequest
 
 CONFIG, RESULT, CURVE, SHEET = "config.json", "result.json", "loss.png", "answers.png"
-MAY_CHANGE = ("out", "mesh.", "threads", "keep", "save_every")  # fields that resuming may change
+MAY_CHANGE = ("out", "mesh.", "threads", "keep", "save_every", "packing.memory")  # fields that resuming may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,15 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
     ask = functools.partial(plain, answer=cfg.answer)
     asked = [q.document for q in questions]
     once = index.once(asked, ask, tokens=packing.tokens, rows=packing.rows)
-    made = functools.partial(Source, vocab=tokenizer.vocab, patch=patch, cfg=cfg.sequence, latents=latents)
+    made = functools.partial(
+        Source,
+        vocab=tokenizer.vocab,
+        patch=patch,
+        cfg=cfg.sequence,
+        latents=latents,
+        memory=Memory(packing.memory * 2**20),
+        reduced=packing.reduced,
+    )
     return Data(
         tokenizer,
         made(documents, lay, plan, holes=Holes(packing.holes)),

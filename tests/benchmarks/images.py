@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.tokenizers import image as images
+from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.published import PUBLISHED
 from mmjax.tokenizers.view import needed, render
 
@@ -71,7 +72,7 @@ def worker_of(way: str, name: str):
             found = images.find(data)
             views = policy.views(*found.size)
             picture = found.load(least=needed(views) if way == "reduced" else None)
-            rendered = images.Pixels(render(picture, views), policy.patch)
+            rendered = Pixels(render(picture, views), policy.patch)
             out = np.empty(rendered.shape, np.uint8)  # here, the share of a row's buffer
             rendered.write(out, merge)
             return len(out)

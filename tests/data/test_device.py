@@ -17,7 +17,8 @@ from mmjax.sequence import interleave
 from mmjax.sequence.document import Document, Image, Text
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native
-from mmjax.tokenizers.tiles import UHD, AnyRes, PanAndScan, Splits, Tiles
+from mmjax.tokenizers.slices import UHD
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
 PATCH = 4

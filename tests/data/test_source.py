@@ -24,8 +24,10 @@ from mmjax.sequence.invariants import violations
 from mmjax.sequence.layout import AUDIO, VIDEO, layout
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.audio import Frames
+from mmjax.tokenizers.patches import patchify
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
-from mmjax.tokenizers.tiles import UHD, AnyRes, PanAndScan, Slices, Splits, Tiles
+from mmjax.tokenizers.slices import UHD, Slices
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
 from mmjax.tokenizers.video import Sampled
 from mmjax.tokenizers.view import render
 from mmjax.tokenizers.vocab import Vocab
@@ -272,7 +274,7 @@ def test_sound_and_video_reach_their_places(rng):
     np.testing.assert_array_equal(batch.frames[0, batch.slot[0, here]].ravel(), sample[:4])
     here = (batch.modality[0] == VIDEO) & (batch.document[0] == talk)
     shown = batch.patches[0, batch.slot[0, here]]
-    expected = np.concatenate([images.patchify(film[f], PATCH) for f in (0, 2, 5)])  # 3 seconds, one frame each
+    expected = np.concatenate([patchify(film[f], PATCH) for f in (0, 2, 5)])  # 3 seconds, one frame each
     np.testing.assert_array_equal(shown, expected)
     assert (batch.frame_lo <= batch.frame_hi).sum() == 4
     assert batch.grid[0].tolist() == ([[1, 2, 2], [3, 2, 3]] if look < talk else [[3, 2, 3], [1, 2, 2]])
@@ -285,7 +287,7 @@ def test_a_picture_left_out_by_the_budget_is_not_read():
     lay = functools.partial(LAYOUT, skip=(1,))
     plan = index.once(documents, lay, tokens=32, rows=1)
     batch = Source(documents, lay, plan, VOCAB, PATCH)[0]
-    expected = np.concatenate([images.patchify(pictures[i], PATCH) for i in (0, 2)])
+    expected = np.concatenate([patchify(pictures[i], PATCH) for i in (0, 2)])
     np.testing.assert_array_equal(batch.patches[0, :8], expected)
 
 

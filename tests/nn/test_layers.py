@@ -8,6 +8,7 @@ from tiny import randomised
 
 from mmjax.core.errors import InputError
 from mmjax.nn import linear, mlp, norm, patch_embed
+from mmjax.tokenizers import patches
 
 
 def test_linear_is_a_product_and_a_bias(rng):
@@ -105,3 +106,15 @@ def test_a_stem_that_does_not_tile_a_patch_is_refused():
 def test_unpatchify_undoes_patchify(rng):
     pictures = jnp.asarray(rng.integers(0, 256, (2, 8, 12, 3), dtype=np.uint8))
     np.testing.assert_array_equal(patch_embed.unpatchify(patch_embed.patchify(pictures, 4), 2, 3), pictures)
+    for merge, channels in ((1, 1), (2, 3), (3, 5)):
+        pictures = jnp.asarray(rng.normal(size=(3, 6 * 5, 12 * 5, channels)), jnp.float32)
+        cut = patch_embed.patchify(pictures, 5, merge)
+        assert cut.shape == (3, 72, 25 * channels)
+        np.testing.assert_array_equal(patch_embed.unpatchify(cut, 6, 12, channels, merge), pictures)
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_patches_on_device_are_the_hosts(merge, rng):
+    pictures = rng.integers(0, 256, (2, 24, 48, 3), np.uint8)
+    got = patch_embed.patchify(jnp.asarray(pictures), 4, merge)
+    np.testing.assert_array_equal(got, np.stack([patches.patchify(p, 4, merge=merge) for p in pictures]))

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="needs the `parity` extra")
 from transformers import image_processing_backends
 
 from mmjax.nn import patch_embed
-from mmjax.tokenizers import image as images
+from mmjax.tokenizers.patches import patchify
 from mmjax.tokenizers.published import PUBLISHED
 from mmjax.tokenizers.view import Resize, render
 
@@ -196,7 +196,7 @@ def test_normalised_on_device(name):
     ours = render(picture, entry.policy.views(*shape))
     found = theirs(name, Image.fromarray(picture), do_rescale=True, do_normalize=True)
     for mine, view in zip(ours, found, strict=True):
-        cut = images.patchify(mine, entry.policy.patch)
+        cut = patchify(mine, entry.policy.patch)
         cfg = patch_embed.Config(entry.policy.patch, 1, mean=entry.mean, deviation=entry.deviation)
         got = patch_embed.normalise(jnp.asarray(cut[None]), cfg)[0]
         rows, columns = mine.shape[0] // entry.policy.patch, mine.shape[1] // entry.policy.patch

@@ -3,7 +3,7 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.adaptive import Adaptive, entropy, shrink
-from mmjax.tokenizers.image import patchify
+from mmjax.tokenizers.patches import patchify
 
 
 def test_entropy_by_hand():

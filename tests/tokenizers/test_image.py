@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from mmjax.core.errors import InputError
 from mmjax.tokenizers import image_header
-from mmjax.tokenizers.image import ImageError, Limits, decode, patchify, read_size, resize, unpatchify
+from mmjax.tokenizers.image import ImageError, Limits, decode, read_size, resize
+from mmjax.tokenizers.patches import patchify, unpatchify
 
 ASK = "fetch|convert|leave it out|shrink|raise|crop|give|check|save"  # what to do is always said
 

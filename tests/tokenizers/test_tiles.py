@@ -12,7 +12,8 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.published import PUBLISHED
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
-from mmjax.tokenizers.tiles import UHD, AnyRes, PanAndScan, Slices, Splits, Tiles
+from mmjax.tokenizers.slices import UHD, Slices
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
 from mmjax.tokenizers.view import Resize, Window
 
 
