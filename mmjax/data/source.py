@@ -183,7 +183,8 @@ class Source:
     def _frames(self, video: Video, piece: Piece) -> Pixels:
         views = _views(piece, video)
         declared = (video.frames, video.height, video.width)
-        with self.memory.hold(images.ARRAY_BYTES * math.prod(declared)):
+        # The clip, and one frame on its way.
+        with self.memory.hold(3 * math.prod(declared) + images.ARRAY_BYTES * video.height * video.width):
             frames = load(video)
             _refuse_shape(frames.shape, declared)
             # Frames are taken evenly.
