@@ -409,7 +409,8 @@ def test_a_budget_serves_in_the_order_of_asking():
             for size in (9, 1, 2):
                 threads.append(threading.Thread(target=take, args=(size,)))
                 threads[-1].start()
-                while len(memory._waiting) < len(threads):
+                until = time.monotonic() + 5
+                while len(memory._waiting) < len(threads) and time.monotonic() < until:
                     time.sleep(0.001)
             assert order == []
             raise ZeroDivisionError
@@ -433,6 +434,13 @@ def test_reduced_decoding_keeps_to_the_size_it_is_resized_to():
     apart = np.abs(full.patches.astype(int) - reduced.patches)
     assert 0 < apart.max() <= 6
     found = images.find(file.getvalue())
+    lying = PIL.Image.Exif()
+    lying[0x0112] = 6  # stored lying, seen upright: 96 wide and 192 high
+    turned = io.BytesIO()
+    PIL.Image.fromarray(np.concatenate([pixels, pixels], 1)).save(turned, "JPEG", exif=lying)
+    assert images.find(turned.getvalue()).size == (192, 96)
+    assert images.find(turned.getvalue()).load(least=(48, 24)).size == (24, 48)
+    assert images.find(turned.getvalue()).load(least=(96, 24)).size == (48, 96)
     assert found.load(least=(24, 24)).size == (24, 24)
     assert found.load(least=(25, 24)).size == (48, 48)
     assert found.load().size == found.size == (96, 96)
