@@ -56,7 +56,7 @@ def test_patches_are_the_hosts(name, rng, monkeypatch):
     """Within one grey level, in the same places; nothing that can be done on device is done on the host."""
     policy, there = POLICIES[name]
     lay = functools.partial(layout, tokenizer=Letters(), resolution=policy)
-    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((7, 23), (30, 17), (61, 40), (16, 16))]
+    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in ((7, 23), (30, 17), (61, 40), (64, 9))]
     documents = [Document(f"{i}", (Image(*p.shape[:2], png(p)), Text("a" * i))) for i, p in enumerate(pictures)]
     cfg = interleave.Config(
         position="sequential", merge=getattr(policy, "merge", 1), window=2 if name == "windows" else 0

@@ -396,6 +396,17 @@ def test_pictures_wait_for_their_memory():
         Source(documents, LAYOUT, plan, VOCAB, PATCH, memory=Memory(need - 1))[0]
 
 
+def test_a_file_that_takes_more_than_the_memory_is_refused_by_name_or_left_out():
+    documents = [Document("f", (Image(64, 64, png(noise(1, 64, 64))), Text("a")))]
+    plan = index.once(documents, LAYOUT, tokens=48, rows=1)
+    made = Source(documents, LAYOUT, plan, VOCAB, PATCH, memory=Memory(64 * 64 * 8))
+    with pytest.raises(InputError, match="'f', span 0: it takes 0 MiB to decode"):
+        made[0]
+    left = dataclasses.replace(made, holes=Holes(1))
+    assert not left[0].patches.any()
+    assert list(left.holes.reasons) == ["f"]
+
+
 def test_a_budget_serves_in_the_order_of_asking():
     """A large want is not passed by small ones that came later, and all is given back after an error."""
     memory, order, threads = Memory(10), [], []
