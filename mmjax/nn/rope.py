@@ -108,7 +108,10 @@ def angles(
     frequency = jnp.asarray(frequencies(cfg, length))
     if frequency.ndim == 1:
         frequency = frequency[None, None, :]
-    angle = position.astype(jnp.float32)[..., axes(cfg)] * frequency
+    # A sum over the axes, of which all but one are zero, and no gather: XLA of jax 0.7 folds a gather of constants into
+    # an array of another layout and then multiplies the wrong numbers.
+    own, at = axes(cfg), position.astype(jnp.float32)
+    angle = sum(at[..., a, None] * jnp.where(own[None, None] == a, frequency, 0.0) for a in range(len(cfg.sections)))
     factor = np.float32(1.0 if cfg.scaling is None else cfg.scaling.attention)
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 

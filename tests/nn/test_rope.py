@@ -146,3 +146,14 @@ def test_what_is_refused():
         rope.frequencies(rope.Config(16, (8,), scaling=LongRope((1.0,) * 3, (1.0,) * 8, 10, 2.0)), jnp.int32(3))
     with pytest.raises(InputError, match=r"give positions of shape \[B, L, 3\]"):
         rope.angles(jnp.zeros((1, 2, 1)), rope.Config(16, (4, 2, 2)))
+
+
+@pytest.mark.parametrize("layout", ["sections", "interleaved", "alternating", "repeated"])
+def test_positions_that_are_constants_under_jit(layout):
+    """As positions that are arguments: XLA folds what it knows, and jax 0.7's folded a gather wrongly."""
+    cfg = rope.Config(16, (4, 4) if layout in ("alternating", "repeated") else (3, 3, 2), 100.0, layout)
+    position = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 7, 3)))
+    want = jax.jit(lambda p: rope.angles(p, cfg))(position)
+    got = jax.jit(lambda: rope.angles(position, cfg))()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
