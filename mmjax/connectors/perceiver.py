@@ -115,7 +115,9 @@ def apply(
     """
     keys, lo, hi = labels(image, order, grid, cfg.latents)
     start = jnp.tile(params["latents"], (grid.shape[1], 1))[None]
-    x = sharding.constrain(jnp.repeat(start, grid.shape[0], axis=0).astype(features.dtype), ("batch", None, None))
+    start = jnp.repeat(start, grid.shape[0], axis=0).astype(features.dtype)
+    # Inside a shard_map the loop's state varies from device to device, as the features do, and must from the start.
+    x = sharding.constrain(sharding.vary(start, features), ("batch", None, None))
     split = ("batch", None, "heads", None)
 
     def layer(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
