@@ -81,7 +81,9 @@ class Found:
         """The picture in RGB, upright, on `background` where it is transparent; errors as for `decode`.
 
         least: height and width that are enough: of a JPEG, only the lowest frequencies that leave no less than that are
-          decoded (libjpeg's 1/2, 1/4 or 1/8 scale), so the picture may come back smaller. None: all of it.
+          decoded (libjpeg's 1/2, 1/4 or 1/8 scale), so the picture may come back smaller. None: all of it. Resized,
+          photographs are then 1.6 grey levels from the whole in the mean at CLIP's size (36 dB), 0.8 at Qwen2-VL's (43
+          dB), measured by tests.benchmarks.images; single pixels at sharp edges may differ by a hundred.
         """
         with _errors(self.source):
             if isinstance(self.source, np.ndarray):
