@@ -1,7 +1,8 @@
 """The resolution policies of published systems, by name, with the settings they were trained with.
 
 Each equals the named image processor of `transformers` 5.23 to the pixel (tests/parity/test_images.py), where there is
-one. Mean and deviation are `nn.patch_embed`'s to subtract and divide by, on device.
+one. Mean and deviation are `nn.patch_embed`'s to subtract and divide by, on device. Where a processor's defaults and a
+published repository differ (Qwen2-VL's allows 12,845,056 pixels), these are the defaults: `dataclasses.replace` them.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ PUBLISHED = {
     "hires-llava": Published(Slices(14, 336, 1344, whole=True, restored=True)),
     "downsample-then-slice": Published(Slices(14, 336, 672)),
     "qwen2-vl": Published(Native(14, 2), merge=2),
+    "qwen2.5-vl": Published(Native(14, 2), merge=2),
     "qwen3-vl": Published(Native(16, 2, 65_536, 16_777_216), HALF, HALF, 2),
     "pixtral-12b": Published(Pixtral(16, 1024)),
     "mistral-small-3.1": Published(Pixtral(14, 1540, 2), merge=2),

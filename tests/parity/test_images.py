@@ -36,6 +36,7 @@ PROCESSORS = {
     "llava-onevision": ("llava_onevision.LlavaOnevision", {"image_grid_pinpoints": PINPOINTS, **HALF}),
     "minicpm-v-4.6": ("minicpmv4_6.MiniCPMV4_6", {}),
     "qwen2-vl": ("qwen2_vl.Qwen2VL", {}),
+    "qwen2.5-vl": ("qwen2_vl.Qwen2VL", {}),
     "qwen3-vl": (
         "qwen2_vl.Qwen2VL",
         {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}, **HALF},
