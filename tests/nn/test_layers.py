@@ -118,3 +118,14 @@ def test_patches_on_device_are_the_hosts(merge, rng):
     pictures = rng.integers(0, 256, (2, 24, 48, 3), np.uint8)
     got = patch_embed.patchify(jnp.asarray(pictures), 4, merge)
     np.testing.assert_array_equal(got, np.stack([patches.patchify(p, 4, merge=merge) for p in pictures]))
+
+
+def test_gelu_and_its_derivatives_are_jaxs():
+    """Two derivatives, far into both tails, and in bfloat16."""
+    gelu, want = mlp.ACTIVATIONS["gelu"], lambda x: jax.nn.gelu(x, approximate=False)
+    x = jnp.linspace(-12, 12, 501)
+    for _ in range(3):
+        np.testing.assert_allclose(jax.vmap(gelu)(x), jax.vmap(want)(x), rtol=1e-5, atol=1e-7)
+        gelu, want = jax.grad(gelu), jax.grad(want)
+    gelu = mlp.ACTIVATIONS["gelu"]
+    assert gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
