@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core.errors import InputError
+from mmjax.nn.resize import kernel
 
 Part = tuple[Literal["sin", "cos"], int]  # which function of which axis of the position
 
@@ -99,29 +100,19 @@ def _weights(
         centre, support = (at + 0.5) * step, wide * (1.0 if method == "bilinear" else 2.0)
         first = jnp.maximum(jnp.floor(centre - support + 0.5), 0.0)
         last = jnp.minimum(jnp.floor(centre + support + 0.5), float(table))
-        kernel = _kernel((place - centre + 0.5) / wide, method, -0.5)
-        kernel = jnp.where((place >= first) & (place < last), kernel, 0.0)
-        return kernel / kernel.sum(-1, keepdims=True)
+        out = kernel((place - centre + 0.5) / wide, method, -0.5)
+        out = jnp.where((place >= first) & (place < last), out, 0.0)
+        return out / out.sum(-1, keepdims=True)
     if align_corners:
         source = at * jnp.where(size > 1, (table - 1) / jnp.maximum(size - 1, 1), 0.0)
     else:
         source = (at + 0.5) * (table / size) - 0.5
     if method == "bilinear":
-        return _kernel(jnp.clip(source, 0.0, table - 1.0) - place, method, 0.0)
+        return kernel(jnp.clip(source, 0.0, table - 1.0) - place, method, 0.0)
     # Taps beyond the edge read the edge.
     floor = jnp.floor(source)
     out = jnp.zeros_like(place * source)
     for tap in (-1, 0, 1, 2):
-        weight = _kernel(source - (floor + tap), method, -0.75)
+        weight = kernel(source - (floor + tap), method, -0.75)
         out = out + jnp.where(jnp.clip(floor + tap, 0.0, table - 1.0) == place, weight, 0.0)
     return out
-
-
-def _kernel(x: jax.Array, method: str, a: float) -> jax.Array:
-    """The triangle, or Keys's cubic (1981, equation 4) with parameter a."""
-    x = jnp.abs(x)
-    if method == "bilinear":
-        return jnp.maximum(1.0 - x, 0.0)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = a * (((x - 5) * x + 8) * x - 4)
-    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))

@@ -14,15 +14,18 @@ from mmjax.core.errors import InputError
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # source pixels on each side, when nothing shrinks
 
 
-def _filter(x: Float[Array, "..."], name: str) -> Float[Array, "..."]:
-    """The filter's value at a distance in source pixels (Pillow 13, src/libImaging/Resample.c)."""
+def kernel(x: Float[Array, "..."], filter: str, a: float = -0.5) -> Float[Array, "..."]:
+    """A filter's value at a distance in source pixels: the triangle, Keys's cubic with parameter a, or Lanczos's of 3.
+
+    Keys 1981, equation 4; Pillow's cubic has a = -0.5, torch's without antialiasing -0.75.
+    """
     x = jnp.abs(x)
-    if name == "bilinear":
+    if filter == "bilinear":
         return jnp.maximum(1.0 - x, 0.0)
-    if name == "bicubic":  # Keys 1981, a = -0.5
-        near = (1.5 * x - 2.5) * x * x + 1.0
-        far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-        return jnp.where(x < 1.0, near, jnp.where(x < 2.0, far, 0.0))
+    if filter == "bicubic":
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = a * (((x - 5) * x + 8) * x - 4)
+        return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))
     return jnp.where(x < 3.0, jnp.sinc(x) * jnp.sinc(x / 3.0), 0.0)
 
 
@@ -47,7 +50,7 @@ def weights(
     # The distance of two pixels' centres is a fraction of integers: exact, where floats of 32 bits would not be.
     distance = ((2 * i + 1) * before - (2 * x + 1) * after).astype(jnp.float32) / (2 * after).astype(jnp.float32)
     scale = jnp.maximum(before.astype(jnp.float32) / after.astype(jnp.float32), 1.0)
-    out = _filter(distance / scale, filter)
+    out = kernel(distance / scale, filter)
     # The first and the last source pixel that Pillow looks at: it takes none that is only touched beyond its centre.
     reach = SUPPORT[filter] * scale
     seen = (jnp.abs(distance) < reach) & (x < before) & (i >= 0) & (i < after)
