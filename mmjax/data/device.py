@@ -22,6 +22,7 @@ from mmjax.core.errors import InputError
 from mmjax.nn.resize import resize, rows_first
 from mmjax.sequence import windows
 from mmjax.tokenizers.image import Found
+from mmjax.tokenizers.patches import Deferred
 from mmjax.tokenizers.view import Resize, View, Window
 
 ROWS_MAY_BE_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # so that the host's bytes are met, with any Pillow
@@ -50,21 +51,12 @@ class Canvases:
 
 
 @dataclass(frozen=True)
-class OnDevice:
-    """A picture's patches on device: for each view u8[cells, values], and where each cell goes in the picture's share.
-
-    From outside an array u8[patches, values] that is not there yet, as tokenizers.patches.Pixels.
-    """
+class OnDevice(Deferred):
+    """Patches on device: for each view u8[cells, values], a grid of cells of which the view fills a corner."""
 
     cells: Sequence[Array]
     grids: Sequence[tuple[int, int]]
     sizes: Sequence[tuple[int, int]]  # rows and columns of cells, of which a view fills the upper left corner
-
-    dtype = np.dtype(np.uint8)
-    ndim = 2
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -22,11 +22,11 @@ from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
 from mmjax.tokenizers import image as images
-from mmjax.tokenizers.patches import Pixels
+from mmjax.tokenizers.patches import Deferred, Pixels
 from mmjax.tokenizers.view import View, needed, render, size
 from mmjax.tokenizers.vocab import Vocab
 
-Medium = np.ndarray | Pixels | device.OnDevice
+Medium = np.ndarray | Deferred
 
 log = logging.getLogger("mmjax")
 
@@ -73,7 +73,7 @@ class Source:
     cfg: interleave.Config = interleave.PLAIN
     latents: int = 0  # media tokens per picture; 0: one per patch, or per square of `merge` × `merge` patches
     sound: int = 0  # samples in a frame of sound
-    merge: int = 1
+    merge: int = 1  # patches a side of what the connector makes one media token of
     holes: Holes = field(default_factory=Holes, compare=False)
     limits: images.Limits = images.LIMITS  # of a picture
     memory: Memory = field(default_factory=Memory, compare=False)  # that all threads together decode in
@@ -162,7 +162,7 @@ class Source:
         except Exception as error:  # a dataset's own function: whatever it raises, the example's name is wanted
             raise InputError(f"{where}: could not be read ({type(error).__name__}: {error}).") from error
 
-    def _picture(self, picture: Image, piece: Piece) -> Pixels | device.OnDevice:
+    def _picture(self, picture: Image, piece: Piece) -> Deferred:
         views = _views(piece, picture)
         if isinstance(picture.source, bytes | Path | np.ndarray):
             found = images.find(picture.source, self.limits)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.struct
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from mmjax.core.errors import InputError
 from mmjax.sequence.interleave import PLAIN, Config, Example
 from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY
+from mmjax.tokenizers.patches import Deferred
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -67,19 +68,6 @@ class Batch:
     frame_order: Field  # i32[B, F]
     frame_lo: Field  # i32[B, F]
     frame_hi: Field  # i32[B, F]
-
-
-@runtime_checkable
-class Cuttable(Protocol):
-    """A picture or video that looks like an array u8[patches, C] and is only cut into patches where they belong."""
-
-    dtype: np.dtype
-    ndim: int
-    shape: tuple[int, int]
-
-    def __len__(self) -> int: ...
-
-    def write(self, out: np.ndarray, merge: int, window: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -143,7 +131,7 @@ def abstract(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = P
 
 
 def build(
-    rows: Sequence[Iterable[tuple[Example, Sequence[np.ndarray | Cuttable]]]],
+    rows: Sequence[Iterable[tuple[Example, Sequence[np.ndarray | Deferred]]]],
     bucket: Bucket,
     values: int | Values,
     vocab: Vocab,
@@ -153,7 +141,7 @@ def build(
 
     Args:
       rows: for every row, its documents: (example, its media in reading order). A picture or video is
-        u8[patches, C], row by row, view after view, or Cuttable (as tokenizers.patches.Pixels), which are cut straight
+        u8[patches, C], row by row, view after view, or Deferred (as tokenizers.patches.Pixels), which are cut straight
         into their place; sound is f32[frames, S]. Documents are asked for one after the other. Fewer rows than the
         bucket's leave the rest empty.
       bucket: the sizes to fill.
@@ -192,12 +180,12 @@ def build(
     return batch
 
 
-def _cut(pictures: Sequence[np.ndarray | Cuttable], out: np.ndarray, raster: np.ndarray, cfg: Config) -> None:
+def _cut(pictures: Sequence[np.ndarray | Deferred], out: np.ndarray, raster: np.ndarray, cfg: Config) -> None:
     """Writes a document's pictures into its share of the row's patches."""
     at = 0
     for picture in pictures:
         n = len(picture)
-        if isinstance(picture, Cuttable):
+        if isinstance(picture, Deferred):
             picture.write(out[at : at + n], cfg.merge, cfg.window)
         else:
             out[at : at + n] = picture[raster[at : at + n] - at]
@@ -232,8 +220,8 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
 
 
 def _checked(
-    x: Example, given: Sequence[np.ndarray | Cuttable], values: Values
-) -> tuple[list[np.ndarray | Cuttable], list[np.ndarray]]:
+    x: Example, given: Sequence[np.ndarray | Deferred], values: Values
+) -> tuple[list[np.ndarray | Deferred], list[np.ndarray]]:
     """Pictures and sounds, if they are what the layout promised."""
     pictures = [m for m in given if m.dtype == np.uint8 and m.ndim == 2]
     sounds = [m for m in given if m.dtype == np.float32 and m.ndim == 2]

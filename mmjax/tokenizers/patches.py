@@ -1,5 +1,6 @@
 """Arrays of pixels to patches and back, on the host; nn.patch_embed has the same for whole pictures on device."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,21 +62,34 @@ def unpatchify(
     return patches.reshape(rows, columns, patch, patch, 3).swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """Pictures on their way into a row's buffer: views (of one picture, or frames) u8[height, width, 3].
+class Deferred(ABC):
+    """A picture or video that is cut into patches only where they belong.
 
     Seen from outside an array u8[patches, values] that is not there yet.
     """
-
-    views: Sequence[np.ndarray]
-    patch: int
 
     dtype = np.dtype(np.uint8)
     ndim = 2
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Patches, and values of each."""
+
+    @abstractmethod
+    def write(self, out: UInt8[np.ndarray, "patches values"], merge: int = 1, window: int = 0) -> None:
+        """Fills `out` with the patches, in the order that sequence.windows draws."""
+
+
+@dataclass(frozen=True)
+class Pixels(Deferred):
+    """Views of one picture, or frames, u8[height, width, 3], on their way into a row's buffer."""
+
+    views: Sequence[np.ndarray]
+    patch: int
 
     @property
     def shape(self) -> tuple[int, int]:
