@@ -1,10 +1,12 @@
 """Any module of mmjax as an Equinox module.
 
-class Mine(eqx.Module):
-    resample: Module
+    class Mine(eqx.Module):
+        resample: Module
 
-    def __init__(self, key):
-        self.resample = Module(perceiver, cfg, key=key)
+        def __init__(self, key):
+            self.resample = Module(perceiver, cfg, key=key)
+
+`params` carries parameters in and out.
 """
 
 from types import ModuleType

@@ -1,9 +1,11 @@
 """Any module of mmjax as a Flax Linen module.
 
-class Mine(nn.Module):
-    @nn.compact
-    def __call__(self, features, **see):
-        return linen.Module(perceiver, cfg)(features, **see)
+    class Mine(nn.Module):
+        @nn.compact
+        def __call__(self, features, **see):
+            return linen.Module(perceiver, cfg)(features, **see)
+
+`variables` and `params` carry parameters in and out.
 """
 
 from types import ModuleType

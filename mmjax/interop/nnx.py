@@ -1,8 +1,10 @@
 """Any module of mmjax as a Flax NNX module.
 
-class Mine(nnx.Module):
-    def __init__(self, rngs):
-        self.resample = Module(perceiver, cfg, rngs=rngs)
+    class Mine(nnx.Module):
+        def __init__(self, rngs):
+            self.resample = Module(perceiver, cfg, rngs=rngs)
+
+`params` carries parameters in and out.
 """
 
 from types import ModuleType

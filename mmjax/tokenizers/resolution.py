@@ -6,6 +6,7 @@ those that cut it into tiles are in tokenizers.tiles.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,18 +29,18 @@ class Picture:
     merge: int = 1
 
 
-class Policy:
+class Policy(ABC):
     """The base of every resolution policy, so that a config may hold any of them."""
 
     patch: int  # pixels
 
+    @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches (of the first view); InputError if the picture is empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def views(self, height: int, width: int) -> tuple[View, ...]:
         """What is done to the pixels; InputError if the picture is empty."""
-        raise NotImplementedError
 
 
 class Whole(Policy):
@@ -47,8 +48,9 @@ class Whole(Policy):
 
     filter: Filter
 
+    @abstractmethod
     def size(self, height: int, width: int) -> tuple[int, int]:
-        raise NotImplementedError
+        """Height and width in pixels to bring a picture to; InputError if it is empty."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches; InputError as for `size`."""
