@@ -23,10 +23,14 @@ def normal_cdf(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 normal_cdf.defjvps(lambda tangent, _, x: tangent * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)))
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+
 ACTIVATIONS = {
     "gelu": lambda x: x * normal_cdf(x),  # Hendrycks & Gimpel 2016
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # ibid., section 2; CLIP
     "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
 
 
@@ -35,7 +39,7 @@ class Config:
     width: int
     hidden: int
     outputs: int | None = None  # None: as wide as the input
-    activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
+    activation: Activation = "gelu"
     gated: bool = False
     bias: bool = True
 

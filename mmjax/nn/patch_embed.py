@@ -24,6 +24,8 @@ class Config:
     """Sizes and variants.
 
     mean, deviation: per colour channel, of values in [0, 1].
+    frames: a matrix for so many frames of a clip, one after the other in the patch (Qwen2-VL: 2). A patch of a single
+      frame is that of a clip that stands still: the frames' matrices are added up and its pixels are not sent twice.
     patch_norm: LayerNorm of a patch's pixel values first (Kumar et al. 2023, Dual PatchNorm): what matters is how they
       differ, not how bright they are.
     stem: hierarchical MLP stem (Touvron et al. 2022, "Three things …", section 5): stages (pixels, width), each
@@ -36,10 +38,13 @@ class Config:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
     bias: bool = True
+    frames: int = 1
     patch_norm: bool = False
     stem: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
+        if self.frames > 1 and (self.patch_norm or self.stem):
+            raise InputError("Patches of several frames go through one matrix; leave patch_norm and the stem out.")
         sides = [1, *(pixels for pixels, _ in self.stem), self.patch]
         if any(big % small for small, big in pairwise(sides)):
             raise InputError(
@@ -49,6 +54,7 @@ class Config:
 
     @property
     def values(self) -> int:
+        """Numbers in a patch of one frame."""
         return self.patch * self.patch * self.channels
 
     @property
@@ -58,7 +64,8 @@ class Config:
         for pixels, wide in self.stem:
             out.append(linear.Config((pixels // side) ** 2 * width, wide, True, (None, None)))
             side, width = pixels, wide
-        return (*out, linear.Config((self.patch // side) ** 2 * width, self.width, self.bias, (None, "embed")))
+        inputs = (self.patch // side) ** 2 * width * self.frames
+        return (*out, linear.Config(inputs, self.width, self.bias, (None, "embed")))
 
 
 def spec(cfg: Config) -> Spec:
@@ -82,14 +89,18 @@ def _linear(stage: linear.Config, cfg: Config) -> Spec:
 def apply(params: dict, patches: Num[Array, "b p c"], cfg: Config) -> Float[Array, "b p d"]:
     """u8 or f32[B, P, C] → f32[B, P, D].
 
-    C runs over (row, column, channel) of a patch. Bytes mean 0…255; floats are taken as normalised already. A matrix
-    product: on every backend faster than the convolution it equals.
+    C runs over (row, column, channel) of a patch, or over (frame, row, column, channel) where cfg has several frames.
+    Bytes mean 0…255; floats are taken as normalised already. A matrix product: on every backend faster than the
+    convolution it equals.
     """
     patches = normalise(patches, cfg)
     if cfg.patch_norm:
         patches = norm.apply(params["norm"], patches, norm.Config(cfg.values, "layer", SMOOTH))
     *stem, last = cfg.stages
     if not stem:
+        if patches.shape[-1] < last.inputs:
+            kernel = params["kernel"].reshape(cfg.frames, cfg.values, cfg.width).sum(0)
+            params, last = params | {"kernel": kernel}, dataclasses.replace(last, inputs=cfg.values)
         return linear.apply(params, patches, last)
     b, p, _ = patches.shape
     x = patches[..., _by_squares(cfg)]
@@ -107,7 +118,7 @@ def normalise(patches: Num[Array, "b p c"], cfg: Config) -> Num[Array, "b p c"]:
     """Bytes 0…255 as (value / 255 − mean) / deviation, per colour channel; floats are left as they are."""
     if not jnp.issubdtype(patches.dtype, jnp.integer):
         return patches
-    pixels = cfg.patch * cfg.patch
+    pixels = patches.shape[-1] // cfg.channels
     mean, deviation = (np.tile(np.asarray(v, np.float32), pixels)[None, None] for v in (cfg.mean, cfg.deviation))
     return (patches.astype(jnp.float32) / 255.0 - mean) / deviation
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.nn.resize import kernel
 
@@ -58,6 +59,57 @@ def sinusoidal(
     return jnp.concatenate(out, -1)
 
 
+def fourier(
+    position: Num[Array | np.ndarray, "... axes"],
+    bands: int,
+    resolution: tuple[int, ...],
+    *,
+    concat_pos: bool = True,
+    sine_only: bool = False,
+) -> Float[Array, "... width"]:
+    """Sines and cosines of a position at evenly spaced frequencies (Jaegle et al. 2021, Perceiver, section 3.2).
+
+    sin(π f_k x_d) for the bands of the first axis, of the second …, then the cosines.
+
+    Args:
+      position: [..., axes], from -1 to 1 (see `centred`).
+      bands: frequencies of each axis, from 1 to half its resolution.
+      resolution: how many places each axis was learned with; grids may have fewer or more.
+      concat_pos: the position itself goes in front.
+      sine_only: no cosines.
+
+    Returns:
+      f32[..., axes (if concat_pos) + axes × bands × (1 or 2)].
+
+    Raises:
+      InputError: as many resolutions as axes are needed.
+    """
+    axes = position.shape[-1]
+    if len(resolution) != axes:
+        raise InputError(f"{len(resolution)} resolutions do not fit {axes} axes of positions; give one for each.")
+    frequency = np.stack([np.linspace(1.0, r / 2, bands) for r in resolution]).astype(np.float32)
+    at = jnp.asarray(position, jnp.float32)
+    turns = at[..., None] * frequency.reshape((1,) * (at.ndim - 1) + frequency.shape)
+    # Whole turns go before π comes in: a phase of hundreds has no digits left for the sine.
+    phase = jnp.pi * (turns - 2.0 * jnp.round(turns / 2.0)).reshape(*at.shape[:-1], axes * bands)
+    out = [at] * concat_pos + [jnp.sin(phase)] + [jnp.cos(phase)] * (not sine_only)
+    return jnp.concatenate(out, -1)
+
+
+def centred(index: Int[Array, "... axes"], grid: Int[Array, "... axes"]) -> Float[Array, "... axes"]:
+    """Places of a grid as reals: the first of each axis is -1, the last 1 (the only one -1)."""
+    last = grid - 1
+    return jnp.where(last > 0, (2 * index - last) / jnp.maximum(last, 1), -1.0).astype(jnp.float32)
+
+
+def learned(table: Float[Array, "n d"], index: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+    """Rows of a learned table; zeros where the index is negative, NaN past the end: nothing was learned there."""
+    rows = table.shape[0]
+    out = sharding.take(table, jnp.clip(index, 0, rows - 1), ("batch", None, None))
+    out = jnp.where((index >= 0)[..., None], out, 0.0)
+    return jnp.where((index < rows)[..., None], out, jnp.nan)
+
+
 def interpolate(
     table: Float[Array, "rows columns d"],
     position: Int[Array, "b p 2"],
@@ -84,7 +136,7 @@ def interpolate(
     )
     both = down[..., :, None] * across[..., None, :]
     flat = both.reshape(*both.shape[:2], -1).astype(table.dtype)
-    return jnp.einsum("bpn,nd->bpd", flat, table.reshape(-1, table.shape[-1]))
+    return sharding.dense(flat, table.reshape(-1, table.shape[-1]), ("batch", None, None))
 
 
 def _weights(

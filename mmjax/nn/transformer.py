@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, stack
 from mmjax.nn import mlp, norm
 from mmjax.nn import rope as rotary
 from mmjax.nn.attention import attend
@@ -25,6 +25,10 @@ REMAT = {
 class Config:
     """Sizes and variants of every block.
 
+    qkv_bias, out_bias: where attention's projections differ from `bias`, which is then the MLP's alone.
+    qk_norm: RMSNorm of queries and keys, of each head (Qwen3) or of all heads as one vector (InternViT-6B).
+    qk_epsilon: its epsilon, where it is not `epsilon`.
+    layer_scale: both branches times a vector that starts at this value (Touvron et al. 2021, CaiT, eq. 4; DINOv2).
     rope: the rotary embedding of queries and keys, if any.
     windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention).
     remat: what the backward pass recomputes: nothing, all but matrix products, everything.
@@ -37,12 +41,16 @@ class Config:
     kv_heads: int
     head: int
     hidden: int
-    activation: Literal["gelu", "gelu_tanh", "silu"] = "silu"
+    activation: mlp.Activation = "silu"
     gated: bool = True
     bias: bool = False
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
     norm_kind: Literal["layer", "rms"] = "rms"
     epsilon: float = 1e-6
-    qk_norm: bool = False
+    qk_norm: Literal["none", "head", "width"] = "none"
+    qk_epsilon: float | None = None
+    layer_scale: float | None = None
     rope: rotary.Config | None = None
     windowed: tuple[int, ...] = ()
     remat: Literal["none", "dots", "full"] = "none"
@@ -60,9 +68,15 @@ class Config:
     def norm_config(self) -> norm.Config:
         return norm.Config(self.width, self.norm_kind, self.epsilon)
 
-    @property
-    def head_norm(self) -> norm.Config:
-        return norm.Config(self.head, "rms", self.epsilon)
+    def head_norm(self, heads: int) -> norm.Config:
+        """The norm of queries or keys that have so many heads."""
+        width = self.head * (heads if self.qk_norm == "width" else 1)
+        return norm.Config(width, "rms", self.epsilon if self.qk_epsilon is None else self.qk_epsilon)
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the projection q, k, v or out has one."""
+        own = self.out_bias if name == "out" else self.qkv_bias
+        return self.bias if own is None else own
 
     @property
     def mlp(self) -> mlp.Config:
@@ -74,7 +88,7 @@ def spec(cfg: Config) -> Spec:
 
     def project(heads: int) -> Spec:
         out = {"kernel": ParamSpec((cfg.width, heads, cfg.head), ("embed", "heads", None), fan_in(cfg.width))}
-        return out | ({"bias": ParamSpec((heads, cfg.head), ("heads", None))} if cfg.bias else {})
+        return out | ({"bias": ParamSpec((heads, cfg.head), ("heads", None))} if cfg.has_bias("q") else {})
 
     # Residual branches start smaller the deeper the stack (GPT-2): the sum of 2 × layers of them keeps its size.
     back = Normal((cfg.heads * cfg.head) ** -0.5 * (2 * cfg.layers) ** -0.5)
@@ -83,16 +97,19 @@ def spec(cfg: Config) -> Spec:
         "k": project(cfg.kv_heads),
         "v": project(cfg.kv_heads),
         "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), back)}
-        | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.bias else {}),
+        | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.has_bias("out") else {}),
     }
-    if cfg.qk_norm:
-        attention |= {"q_norm": norm.spec(cfg.head_norm), "k_norm": norm.spec(cfg.head_norm)}
+    if cfg.qk_norm != "none":
+        attention |= {"q_norm": norm.spec(cfg.head_norm(cfg.heads)), "k_norm": norm.spec(cfg.head_norm(cfg.kv_heads))}
     block = {
         "attention_norm": norm.spec(cfg.norm_config),
         "attention": attention,
         "mlp_norm": norm.spec(cfg.norm_config),
         "mlp": mlp.spec(cfg.mlp),
     }
+    if cfg.layer_scale is not None:
+        scale = ParamSpec((cfg.width,), (None,), Constant(cfg.layer_scale))
+        block |= {"attention_scale": scale, "mlp_scale": scale}
     return stack(block, cfg.layers)
 
 
@@ -118,22 +135,66 @@ def apply(
       length: [B, L], needed where its scaling depends on the document's length (see nn.rope).
       window: lo and hi of the blocks that cfg.windowed names.
     """
+    see = {"order": order, "lo": lo, "hi": hi, "position": position, "length": length, "window": window}
+    return apply_with_taps(params, x, cfg, (), **see)[0]
+
+
+def apply_with_taps(
+    params: dict,
+    x: Float[Array, "b l d"],
+    cfg: Config,
+    taps: tuple[int, ...],
+    *,
+    order: Int[Array, "b l"],
+    lo: Int[Array, "b l"],
+    hi: Int[Array, "b l"],
+    position: Num[Array, "b l axes"] | None = None,
+    length: Num[Array, "b l"] | None = None,
+    window: tuple[Int[Array, "b l"], Int[Array, "b l"]] | None = None,
+) -> tuple[Float[Array, "b l d"], Float[Array, "taps b l d"]]:
+    """The same, and what the blocks named in `taps` put out, in rising order: block 0 is the first.
+
+    Memory for the named ones alone: they are written down as the scan passes.
+
+    Raises:
+      InputError: taps that do not rise, or that name no block.
+    """
     if (window is None) != (not cfg.windowed):
         raise InputError("Windowed blocks and window intervals go together; give both or neither.")
+    if list(taps) != sorted(set(taps)) or not all(0 <= i < cfg.layers for i in taps):
+        raise InputError(f"Taps {taps} must rise and name blocks from 0 to {cfg.layers - 1}.")
     turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
 
-    def block(x: jax.Array, of: tuple[dict, Any]) -> tuple[jax.Array, None]:
-        layer, inside = of
+    def block(x: jax.Array, layer: dict, inside: Any) -> jax.Array:
         h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
         sees = (lo, hi) if window is None else [jnp.where(inside, w, a) for w, a in zip(window, (lo, hi), strict=True)]
-        x = x + _attention(layer["attention"], h, cfg, order, *sees, turn)
-        h = norm.apply(layer["mlp_norm"], x, cfg.norm_config)
-        return sharding.constrain(x + mlp.apply(layer["mlp"], h, cfg.mlp), ("batch", None, None)), None
+        h = _attention(layer["attention"], h, cfg, order, *sees, turn)
+        x = x + _scaled(h, layer.get("attention_scale"))
+        h = mlp.apply(layer["mlp"], norm.apply(layer["mlp_norm"], x, cfg.norm_config), cfg.mlp)
+        return sharding.constrain(x + _scaled(h, layer.get("mlp_scale")), ("batch", None, None))
 
     if cfg.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
+
+    def step(carry: tuple[jax.Array, Any], of: tuple[dict, Any, Any]) -> tuple[tuple[jax.Array, Any], None]:
+        (x, kept), (layer, inside, place) = carry, of
+        x = block(x, layer, inside)
+        # Blocks that nobody asked for write to one more place, past the end.
+        kept = None if kept is None else jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
+        return (x, kept), None
+
     inside = jnp.array([i in cfg.windowed for i in range(cfg.layers)]) if cfg.windowed else None
-    return jax.lax.scan(block, x, (params, inside), unroll=min(cfg.unroll, cfg.layers))[0]
+    kept = place = None
+    if taps:
+        place = jnp.array([taps.index(i) if i in taps else len(taps) for i in range(cfg.layers)], jnp.int32)
+        kept = jnp.repeat(jnp.zeros_like(x)[None], len(taps) + 1, axis=0)
+        kept = sharding.constrain(sharding.vary(kept, x), (None, "batch", None, None))
+    (x, kept), _ = jax.lax.scan(step, (x, kept), (params, inside, place), unroll=min(cfg.unroll, cfg.layers))
+    return x, jnp.zeros((0, *x.shape), x.dtype) if kept is None else kept[:-1]
+
+
+def _scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return x if scale is None else x * scale.astype(x.dtype)[None, None]
 
 
 def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> jax.Array:
@@ -141,14 +202,18 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
 
     def project(name: str) -> jax.Array:
         y = sharding.dense(x, params[name]["kernel"], split)
-        return y + params[name]["bias"][None, None] if cfg.bias else y
+        return y + params[name]["bias"][None, None] if cfg.has_bias(name) else y
+
+    def normed(name: str, y: jax.Array) -> jax.Array:
+        heads = y.shape[2]
+        flat = y.reshape(*y.shape[:2], -1) if cfg.qk_norm == "width" else y
+        return norm.apply(params[f"{name}_norm"], flat, cfg.head_norm(heads)).reshape(y.shape)
 
     q, k, v = project("q"), project("k"), project("v")
-    if cfg.qk_norm:
-        q = norm.apply(params["q_norm"], q, cfg.head_norm)
-        k = norm.apply(params["k_norm"], k, cfg.head_norm)
+    if cfg.qk_norm != "none":
+        q, k = normed("q", q), normed("k", k)
     if turn is not None:
         q, k = (rotary.rotate(x, *turn, cfg.rope.pairs) for x in (q, k))
     out, _ = attend(q, k, v, order, lo, hi)
     y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
-    return y + params["out"]["bias"][None, None] if cfg.bias else y
+    return y + params["out"]["bias"][None, None] if cfg.has_bias("out") else y

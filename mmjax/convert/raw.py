@@ -1,0 +1,94 @@
+"""Reading config.json: values that must be there, and the ones of which we know only some."""
+
+import math
+from typing import Any
+
+from mmjax.core.errors import InputError
+from mmjax.nn import mlp
+
+ACTIVATIONS: dict[str, mlp.Activation] = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+# Means and deviations of colours, of values in [0, 1], as the families' image processors have them.
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def get(raw: dict, key: str, default: Any = None) -> Any:
+    """raw[key], or the default that the family's own config has.
+
+    Raises:
+      InputError: it is not there and has no default.
+    """
+    value = raw.get(key, default)
+    if value is None:
+        raise InputError(f"config.json has no {key!r}; use the config.json that belongs to the weights.")
+    return value
+
+
+def size(raw: dict, key: str, default: int | None = None) -> int:
+    """A positive whole number.
+
+    Raises:
+      InputError: it is something else.
+    """
+    value = get(raw, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise InputError(
+            f"config.json says {key!r} is {value!r}, which is no size; it must be a positive whole number."
+        )
+    return value
+
+
+def square(raw: dict, key: str, default: int) -> int:
+    """A size given as one number or as two equal ones.
+
+    Raises:
+      InputError: it is something else.
+    """
+    value = get(raw, key, default)
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return size({key: value}, key)
+
+
+def activation(raw: dict, key: str = "hidden_act", default: str = "gelu") -> mlp.Activation:
+    """The activation function.
+
+    Raises:
+      InputError: it is none of those we have.
+    """
+    value = get(raw, key, default)
+    if value not in ACTIVATIONS:
+        raise InputError(f"config.json says {key!r} is {value!r}; mmjax has {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[value]
+
+
+def heads(width: int, count: int) -> int:
+    """Values per head.
+
+    Raises:
+      InputError: the width does not divide.
+    """
+    if width % count:
+        raise InputError(f"config.json has a width of {width} and {count} heads, which do not divide it evenly.")
+    return width // count
+
+
+def side(patches: int) -> int:
+    """The side of a square of so many patches.
+
+    Raises:
+      InputError: it is no square.
+    """
+    out = math.isqrt(patches)
+    if out * out != patches:
+        raise InputError(f"config.json has a position table of {patches} patches, which is no square.")
+    return out
