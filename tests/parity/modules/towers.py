@@ -87,6 +87,8 @@ def outputs(model: torch.nn.Module, tower: Tower, watch: dict[str, str], picture
     kind = next(model.parameters()).dtype
     caught: dict[str, torch.Tensor] = {}
     out = run(model, watch, lambda m: caught.update(tower.call(m, torch.tensor(picture, dtype=kind))))
+    # What a convolution puts out has its channels in front.
+    out = {k: np.moveaxis(v, 1, -1) if v.ndim == 4 else v for k, v in out.items()}
     return out | {k: v.detach().numpy() for k, v in caught.items()}
 
 
