@@ -5,7 +5,7 @@ encoders.published): they differ in what is added to the patches, in norms and a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -66,13 +66,13 @@ class Config:
 
 @flax.struct.dataclass
 class Features:
-    """What an encoder sees in a row."""
+    """What an encoder sees in a row; None where its config makes no such thing."""
 
-    patches: jax.Array  # [B, P, D]
-    prefix: jax.Array | None  # [B, N, K, D], class and register tokens of each picture
-    pooled: jax.Array | None  # [B, N, E], one vector per picture
-    taps: jax.Array  # [T, B, P, D], what chosen blocks put out
-    prefix_taps: jax.Array | None  # [T, B, N, K, D]
+    patches: Any  # [B, P, D]
+    prefix: Any  # [B, N, K, D], class and register tokens of each picture
+    pooled: Any  # [B, N, E], one vector per picture
+    taps: Any  # [T, B, P, D], what chosen blocks put out
+    prefix_taps: Any  # [T, B, N, K, D]
 
 
 def spec(cfg: Config) -> Spec:

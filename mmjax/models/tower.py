@@ -1,6 +1,7 @@
 """A vision tower and what makes media tokens of it: Qwen-VL's, which has its merger inside, and DeepStack's taps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -33,9 +34,9 @@ class Config:
 class Media:
     """What the language model gets."""
 
-    tokens: jax.Array  # [B, M, E]
-    deep: jax.Array  # [T, B, M, E], added to the media tokens after its first T layers
-    features: vit.Features  # what the tower saw; its taps are those of DeepStack
+    tokens: Any  # [B, M, E]
+    deep: Any  # [T, B, M, E], added to the media tokens after its first T layers
+    features: Any  # vit.Features, what the tower saw; its taps are those of DeepStack
 
 
 def spec(cfg: Config) -> Spec:

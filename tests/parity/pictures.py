@@ -78,5 +78,5 @@ def images(grids: list[tuple[int, int, int]], patch: int, seed: int = 3) -> list
 
 def cut(picture: np.ndarray, patch: int) -> np.ndarray:
     """Its patches in raster order, [frames × rows × columns, patch² × 3]."""
-    whole = patch_embed.patchify(picture.transpose(0, 2, 3, 1), patch)
+    whole = patch_embed.patchify(jnp.asarray(picture.transpose(0, 2, 3, 1)), patch)
     return np.asarray(whole).reshape(-1, whole.shape[-1])
