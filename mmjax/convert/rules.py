@@ -228,7 +228,15 @@ def load(
     refuse(made, source, drop)
     refuse_formats(made, source, dtype)
     flat = {} if shardings is None else tree.flatten(shardings)
-    return tree.unflatten({path: _leaf(made, path, source, flat.get(path), dtype) for path in made.leaves})
+    formats = source.dtypes()
+
+    def one(path: str, of: ParamSpec) -> jax.Array:
+        kind = formats[made.pieces[path][0].key] if made.pieces[path] else of.dtype  # a stack may have no layers
+        if dtype is not None and jnp.issubdtype(of.dtype, jnp.floating):
+            kind = dtype
+        return _leaf(made, path, source, flat.get(path), kind)
+
+    return tree.unflatten({path: one(path, of) for path, of in made.leaves.items()})
 
 
 def refuse(made: Plan, source: Source, drop: Mapping[str, str]) -> None:
@@ -286,16 +294,10 @@ def _leaf(made: Plan, path: str, source: Source, sharding: Any, dtype: Any) -> j
     """One leaf: every tensor is read once, and goes into the parts of all of this process's devices that hold it."""
     of, pieces, stacked = made.leaves[path], made.pieces[path], path in made.stacked
     inner = of.shape[1:] if stacked else of.shape
-    if dtype is None or not jnp.issubdtype(of.dtype, jnp.floating):
-        dtype = source.dtypes()[pieces[0].key]
-
-    def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-        return tuple(s.indices(size)[:2] for s, size in zip(index, of.shape, strict=True))
-
     if sharding is None:
-        wanted = {bounds((slice(None),) * len(of.shape))}
+        wanted = {tuple((0, size) for size in of.shape)}
     else:
-        wanted = set(map(bounds, sharding.addressable_devices_indices_map(of.shape).values()))
+        wanted = {_bounds(index, of.shape) for index in sharding.addressable_devices_indices_map(of.shape).values()}
     parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in wanted}
     for i, piece in enumerate(pieces):
         takers = [b for b in wanted if not stacked or b[0][0] <= i < b[0][1]]
@@ -307,7 +309,11 @@ def _leaf(made: Plan, path: str, source: Source, sharding: Any, dtype: Any) -> j
                 parts[b][...] = tensor[tuple(slice(*edge) for edge in b)]
     if sharding is None:
         return jnp.asarray(*parts.values())
-    return jax.make_array_from_callback(of.shape, sharding, lambda index: parts[bounds(index)])
+    return jax.make_array_from_callback(of.shape, sharding, lambda index: parts[_bounds(index, of.shape)])
+
+
+def _bounds(index: tuple[slice, ...], shape: Shape) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def stream(
@@ -337,7 +343,8 @@ def stream(
             continue
         if not getattr(flat[path], "is_fully_addressable", True):
             raise InputError(f"The parameter {path} is spread over several processes; gather it on one before saving.")
-        leaf = np.asarray(flat[path])
+        # A copy, because an array keeps what NumPy was once given of it, and the host would hold all of them.
+        leaf = np.asarray(jnp.copy(flat[path]) if isinstance(flat[path], jax.Array) else flat[path])
         for i, piece in enumerate(pieces):
             if piece.key not in wanted:
                 continue
@@ -355,6 +362,7 @@ def stream(
             whole[(slice(None),) * piece.axis + (slice(piece.start, stop),)] = theirs
             if not left[piece.key]:
                 yield piece.key, joined.pop(piece.key)
+        del leaf, theirs  # before the next
 
 
 def save(spec: Spec, rules: Iterable[Rule], params: dict, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
