@@ -1,6 +1,7 @@
 """The Perceiver resampler (Alayrac et al. 2022, Flamingo, listing 1): any number of features to so many tokens."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.connectors import Connector
 from mmjax.core import sharding
+from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
-from mmjax.nn import mlp, norm
+from mmjax.nn import mlp, norm, position_embed
 from mmjax.nn.attention import attend
 
 
 @dataclass(frozen=True)
 class Config(Connector):
-    """inputs: width of the features. width: of the latents. latents: media tokens made of each picture or video."""
+    """Latents look at their picture's features and at each other, through one projection of both to keys and values.
+
+    inputs: width of the features. width: of the latents, and of what comes out. latents: media tokens made of each
+      picture or video. head: values in a head. hidden: of the MLPs.
+    kv_heads: of keys and values, `heads` if left out (Idefics2: fewer).
+    norm_kind: "layer" (Flamingo, Idefics), "rms" (Idefics2).
+    qk_norm: LayerNorm of each head's queries and keys (Idefics).
+    activation, gated: of the MLPs: gelu (Flamingo), relu (Idefics), gated silu (Idefics2).
+    projection: an MLP that brings features to the latents' width first (Idefics2's modality projection).
+    frames: rows of the table added by frame; videos have at most so many (Flamingo, section 2.1; OpenFlamingo).
+    media: rows of the table added by the picture's number in its document (flamingo-pytorch).
+    """
 
     inputs: int
     width: int
@@ -25,45 +38,78 @@ class Config(Connector):
     head: int
     hidden: int
     epsilon: float = 1e-5
+    kv_heads: int | None = None
+    norm_kind: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    activation: mlp.Activation = "gelu"
+    gated: bool = False
+    projection: mlp.Config | None = None
+    frames: int = 0
+    media: int = 0
+
+    def __post_init__(self):
+        into, out = self.inputs, self.inputs
+        if self.projection is not None:
+            into, out = self.projection.width, self.projection.outputs or self.projection.width
+        if (into, out) != (self.inputs, self.width):
+            raise InputError(
+                f"Features of width {self.inputs} must come to the latents' width {self.width} (one projection makes "
+                f"keys of both); give an MLP from the one to the other (projection)."
+            )
 
     @property
-    def feature_norm(self) -> norm.Config:
-        return norm.Config(self.inputs, "layer", self.epsilon)
+    def head_norm(self) -> norm.Config:
+        return norm.Config(self.head, "layer", self.epsilon)
 
     @property
     def norm(self) -> norm.Config:
-        return norm.Config(self.width, "layer", self.epsilon)
+        return norm.Config(self.width, self.norm_kind, self.epsilon)
 
     @property
     def mlp(self) -> mlp.Config:
-        return mlp.Config(self.width, self.hidden, None, "gelu", False, False)
+        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, False)
+
+    @property
+    def per_picture(self) -> int:
+        return self.latents
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
+        if self.frames and grid[0] > self.frames:
+            raise InputError(
+                f"A video of {grid[0]} frames is too long for this resampler; sample at most {self.frames}."
+            )
         return self.latents
 
 
 def spec(cfg: Config) -> Spec:
-    def project(width: int, name: str) -> Spec:
-        return {name: {"kernel": ParamSpec((width, cfg.heads, cfg.head), ("embed", "heads", None), fan_in(width))}}
+    def project(heads: int) -> Spec:
+        kernel = ParamSpec((cfg.width, heads, cfg.head), ("embed", "heads", None), fan_in(cfg.width))
+        return {"kernel": kernel}
 
     inner = cfg.heads * cfg.head
     layer = {
-        "feature_norm": norm.spec(cfg.feature_norm),
+        "feature_norm": norm.spec(cfg.norm),
         "latent_norm": norm.spec(cfg.norm),
-        **project(cfg.width, "q"),
-        **project(cfg.width, "latent_k"),
-        **project(cfg.width, "latent_v"),
-        **project(cfg.inputs, "feature_k"),
-        **project(cfg.inputs, "feature_v"),
+        "q": project(cfg.heads),
+        "k": project(cfg.kv_heads or cfg.heads),
+        "v": project(cfg.kv_heads or cfg.heads),
         "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), fan_in(inner))},
         "mlp_norm": norm.spec(cfg.norm),
         "mlp": mlp.spec(cfg.mlp),
     }
-    return {
+    if cfg.qk_norm:
+        layer |= {"q_norm": norm.spec(cfg.head_norm), "k_norm": norm.spec(cfg.head_norm)}
+    out = {
         "latents": ParamSpec((cfg.latents, cfg.width), (None, "embed"), Normal(1.0)),
         "layers": stack(layer, cfg.layers),
         "norm": norm.spec(cfg.norm),
     }
+    if cfg.projection is not None:
+        out["projection"] = mlp.spec(cfg.projection)
+    for name, rows in (("frames", cfg.frames), ("media", cfg.media)):
+        if rows:
+            out[name] = ParamSpec((rows, cfg.width), (None, "embed"), Normal(1.0))
+    return out
 
 
 def labels(
@@ -95,6 +141,69 @@ def present(grid: Int[Array, "b n 3"], latents: int) -> Bool[Array, "b m"]:
     return jnp.repeat(grid.prod(-1) > 0, latents, axis=1)
 
 
+def within(image: Int[Array, "b p"], order: Int[Array, "b p"], grid: Int[Array, "b n 3"]) -> Int[Array, "b p"]:
+    """The number of each patch in its own picture, −1 in empty places."""
+    count = grid.prod(-1)
+    first = jnp.cumsum(count, axis=1) - count
+    return jnp.where(order >= 0, order - sharding.take_rows(first, image), -1)
+
+
+def start(latents: Float[Array, "m d"], x: Float[Array, "b p _"], pictures: int) -> Float[Array, "b s d"]:
+    """The learned latents once for each picture of each row, typed as x is."""
+    out = jnp.repeat(jnp.tile(latents, (pictures, 1))[None], x.shape[0], axis=0).astype(x.dtype)
+    # Inside a shard_map the loop's state varies from device to device, as the features do, and must from the start.
+    return sharding.constrain(sharding.vary(out, x), ("batch", None, None))
+
+
+def prepare(
+    params: dict,
+    features: Float[Array, "b p d"],
+    cfg: Config,
+    *,
+    image: Int[Array, "b p"],
+    order: Int[Array, "b p"],
+    grid: Int[Array, "b n 3"],
+    number: Int[Array, "b n"] | None = None,
+) -> Float[Array, "b p e"]:
+    """The features as the layers look at them: projected, with embeddings of frame and number."""
+    if cfg.projection is not None:
+        features = mlp.apply(params["projection"], features, cfg.projection)
+    if cfg.frames:
+        of_frame = sharding.take_rows(grid[..., 1] * grid[..., 2], image)
+        frame = within(image, order, grid) // jnp.maximum(of_frame, 1)
+        features = features + position_embed.learned(params["frames"], frame).astype(features.dtype)
+    if cfg.media:
+        if number is None:
+            raise InputError("This resampler adds an embedding by the picture's number in its document; give `number`.")
+        of_patch = jnp.where(order >= 0, sharding.take_rows(number, image), -1)
+        features = features + position_embed.learned(params["media"], of_patch).astype(features.dtype)
+    return features
+
+
+def layer(
+    params: dict,
+    x: Float[Array, "b m e"],
+    features: Float[Array, "b p e"],
+    cfg: Config,
+    *,
+    order: Int[Array, "b s"],
+    lo: Int[Array, "b m"],
+    hi: Int[Array, "b m"],
+) -> Float[Array, "b m e"]:
+    """One layer's latents from the last one's; order, lo, hi as `labels` gives them."""
+    split = ("batch", None, "heads", None)
+    h = norm.apply(params["latent_norm"], x, cfg.norm)
+    seen = jnp.concatenate([norm.apply(params["feature_norm"], features, cfg.norm), h], axis=1)
+    q = sharding.dense(h, params["q"]["kernel"], split)
+    k, v = (sharding.dense(seen, params[name]["kernel"], split) for name in ("k", "v"))
+    if cfg.qk_norm:
+        q, k = norm.apply(params["q_norm"], q, cfg.head_norm), norm.apply(params["k_norm"], k, cfg.head_norm)
+    out, _ = attend(q, k, v, order, lo, hi)
+    x = x + sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
+    x = x + mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm), cfg.mlp)
+    return sharding.constrain(x, ("batch", None, None))
+
+
 def apply(
     params: dict,
     features: Float[Array, "b p d"],
@@ -103,6 +212,7 @@ def apply(
     image: Int[Array, "b p"],
     order: Int[Array, "b p"],
     grid: Int[Array, "b n 3"],
+    number: Int[Array, "b n"] | None = None,
 ) -> Float[Array, "b m e"]:
     """[B, P, inputs] → [B, M = N × latents, width], picture after picture.
 
@@ -110,34 +220,21 @@ def apply(
       params: as `spec(cfg)`.
       features: of packed pictures.
       cfg: sizes.
-      image, order: i32[B, P], the picture of each patch and its label, counted through the row.
+      image, order: i32[B, P], the picture of each patch and its label, counted through the row. Where frames have
+        embeddings, a video's labels count frame after frame.
       grid: i32[B, N, 3], zeros where there is no picture (its tokens are meaningless: nothing may look at them).
+      number: i32[B, N], which picture of its document each is, where cfg.media is set. Numbers and frames past the end
+        of their tables make the row NaN (`cfg.tokens` refuses such videos beforehand).
+
+    Raises:
+      InputError: `number` is needed and left out.
     """
+    features = prepare(params, features, cfg, image=image, order=order, grid=grid, number=number)
     keys, lo, hi = labels(image, order, grid, cfg.latents)
-    start = jnp.tile(params["latents"], (grid.shape[1], 1))[None]
-    start = jnp.repeat(start, grid.shape[0], axis=0).astype(features.dtype)
-    # Inside a shard_map the loop's state varies from device to device, as the features do, and must from the start.
-    x = sharding.constrain(sharding.vary(start, features), ("batch", None, None))
-    split = ("batch", None, "heads", None)
+    x = start(params["latents"], features, grid.shape[1])
 
-    def layer(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
-        f = norm.apply(p["feature_norm"], features, cfg.feature_norm)
-        h = norm.apply(p["latent_norm"], x, cfg.norm)
-        q = sharding.dense(h, p["q"]["kernel"], split)
-        k, v = (
-            jnp.concatenate(
-                [
-                    sharding.dense(f, p[f"feature_{name}"]["kernel"], split),
-                    sharding.dense(h, p[f"latent_{name}"]["kernel"], split),
-                ],
-                axis=1,
-            )
-            for name in ("k", "v")
-        )
-        out, _ = attend(q, k, v, keys, lo, hi)
-        x = x + sharding.dense(out, p["out"]["kernel"], ("batch", None, None))
-        x = x + mlp.apply(p["mlp"], norm.apply(p["mlp_norm"], x, cfg.norm), cfg.mlp)
-        return sharding.constrain(x, ("batch", None, None)), None
+    def step(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
+        return layer(p, x, features, cfg, order=keys, lo=lo, hi=hi), None
 
-    x, _ = jax.lax.scan(layer, x, params["layers"])
+    x, _ = jax.lax.scan(step, x, params["layers"])
     return norm.apply(params["norm"], x, cfg.norm)

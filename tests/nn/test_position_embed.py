@@ -5,7 +5,17 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.nn import position_embed
-from mmjax.nn.position_embed import CONCATENATED, HEIGHT_FIRST, MAE, TIMM, interpolate, sinusoidal
+from mmjax.nn.position_embed import (
+    CONCATENATED,
+    HEIGHT_FIRST,
+    MAE,
+    TIMM,
+    centred,
+    fourier,
+    interpolate,
+    learned,
+    sinusoidal,
+)
 
 
 def test_the_paper_s_own_order():
@@ -40,6 +50,37 @@ def test_closed_series_ends_at_theta():
 def test_a_width_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match="A width of 10 does not divide into 4"):
         sinusoidal(np.zeros((1, 2)), 10, MAE)
+
+
+def test_fourier_features(rng):
+    """sin(π f x) of the row's frequencies, then the column's, then cosines: Jaegle et al. 2021, section 3.2."""
+    at = rng.random((2, 5, 2)) * 2 - 1
+    turns = [at[..., i, None] * np.linspace(1, size / 2, 3) for i, size in enumerate((224, 8))]
+    parts = [at, *(np.sin(np.pi * t) for t in turns), *(np.cos(np.pi * t) for t in turns)]
+    # 2e-5: an ulp of a position is 6e-8, and the fastest frequency makes 112 π of it.
+    np.testing.assert_allclose(fourier(at, 3, (224, 8)), np.concatenate(parts, -1), atol=2e-5)
+    np.testing.assert_allclose(
+        fourier(at, 3, (224, 8), concat_pos=False, sine_only=True), np.concatenate(parts[1:3], -1), atol=2e-5
+    )
+    with pytest.raises(InputError, match="1 resolutions do not fit 2 axes"):
+        fourier(at, 3, (224,))
+
+
+def test_centred_grids_reach_from_minus_one_to_one():
+    index = jnp.array([[0, 0], [2, 0], [4, 0]], jnp.int32)
+    np.testing.assert_array_equal(centred(index, jnp.array([[5, 1]] * 3, jnp.int32)), [[-1, -1], [0, -1], [1, -1]])
+
+
+def test_learned_rows(rng):
+    """Zeros where there is nothing, not a number past the table, and gradients of the rows that were read."""
+    table = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    index = jnp.array([[2, -1, 0], [4, 2, -5]], jnp.int32)
+    out = np.array(learned(table, index))
+    np.testing.assert_array_equal(out[0], np.stack([table[2], np.zeros(3), table[0]]))
+    assert np.isnan(out[1, 0]).all()
+    assert not out[1, 2].any()
+    gradient = jax.grad(lambda t: learned(t, index[:1]).sum())(table)
+    np.testing.assert_array_equal(gradient, np.array([1, 0, 1, 0])[:, None] * np.ones((1, 3)))
 
 
 def patches(sizes):
