@@ -1,9 +1,48 @@
 """Connectors: how many media tokens survive, and in which space."""
 
+import inspect
+import sys
+from types import ModuleType
+
+from jaxtyping import Array, Float, Int
+
 
 class Connector:
-    """The base of every connector's Config, so that a model's config may hold any of them."""
+    """The base of every connector's Config, so that a model's config may hold any of them.
+
+    per_picture: media tokens of every picture, where that number is fixed; 0: it depends on the picture.
+    square: patches a side that become one media token and lie together (sequence.windows); 1: a token for each patch.
+    alone: the module cannot stand between encoder and decoder by itself: its tokens are counted by neither, or it makes
+      none. Use it as a function.
+    """
+
+    per_picture: int = 0
+    square: int = 1
+    alone: bool = False
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """How many media tokens a picture of (frames, rows, columns) patches becomes; for `sequence.layout`."""
         raise TypeError(f"{type(self).__name__} does not say how many media tokens it makes.")
+
+
+def module(cfg: Connector) -> ModuleType:
+    """The Python module that a connector's Config stands in, with its `spec` and `apply`."""
+    return sys.modules[type(cfg).__module__]
+
+
+def connect(
+    params: dict,
+    features: Float[Array, "b p d"],
+    cfg: Connector,
+    *,
+    image: Int[Array, "b p"],
+    order: Int[Array, "b p"],
+    grid: Int[Array, "b n 3"],
+) -> Float[Array, "b m e"]:
+    """Media tokens of packed pictures, whichever connector it is: its `apply` gets those descriptors that it reads."""
+    of, at = module(cfg), {"image": image, "order": order, "grid": grid}
+    return of.apply(params, features, cfg, **{k: v for k, v in at.items() if k in _reads(of)})
+
+
+def _reads(of: ModuleType) -> frozenset[str]:
+    return frozenset(inspect.signature(of.apply).parameters)

@@ -105,7 +105,8 @@ class Source:
         if self.checks:
             media = np.repeat(batch.grid.prod(-1) > 0, self.latents, axis=1) if self.latents else None
             if self.merge > 1:
-                media = batch.patch_kind[:, :: self.merge**2] == interleave.PIXEL
+                kind = batch.patch_kind[:, :: self.merge**2]
+                media = kind == interleave.PIXEL if batch.media_lo is None else kind > 0
             invariants.check(batch, self.vocab, ids, media)
         if self.canvases:
             batch = batch.replace(patches=device.finish(batch.patches, parts, self.cfg.merge, self.cfg.window))

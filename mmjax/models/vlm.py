@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmjax.connectors import Connector, mlp, perceiver
+from mmjax.connectors import Connector, connect, module
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Spec
@@ -15,6 +15,7 @@ from mmjax.models import decoder
 from mmjax.nn import transformer
 from mmjax.sequence import budget, interleave
 from mmjax.sequence.batch import Batch
+from mmjax.sequence.interleave import PIXEL
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,21 @@ class Config:
     decoder: decoder.Config
     placeholder: int | None = None
 
+    def __post_init__(self):
+        if self.connector.alone:
+            raise InputError(
+                f"The connector {type(self.connector).__module__} does not make media tokens that can be counted per "
+                f"picture or per square of patches; call it as a function, or choose another one."
+            )
+
     def refuse(self, sequence: interleave.Config) -> None:
         """Raises InputError where batches made with this config lack what the model reads."""
+        square = 1 if self.connector.per_picture else self.connector.square
+        if square != sequence.merge:
+            raise InputError(
+                f"The connector reads squares of {square} × {square} patches, but sequence.merge is {sequence.merge}; "
+                f"set it to {square}."
+            )
         if (self.decoder.cross is not None) != (sequence.cross != "none"):
             raise InputError(
                 f"The decoder {'looks' if self.decoder.cross else 'does not look'} at media by cross-attention, but "
@@ -47,7 +61,7 @@ class Config:
 def spec(cfg: Config) -> Spec:
     return {
         "vision": vit.spec(cfg.vision),
-        "connector": _connector(cfg).spec(cfg.connector),
+        "connector": module(cfg.connector).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
 
@@ -61,13 +75,10 @@ def costs(cfg: Config) -> budget.Costs:
     return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
 
 
-def _connector(cfg: Config):
-    return perceiver if isinstance(cfg.connector, perceiver.Config) else mlp
-
-
 def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d"]:
     """The row's media tokens [B, M, D], picture after picture."""
     windowed = bool(cfg.vision.blocks.windowed)
+    at = {"image": batch.patch_image, "grid": batch.grid}
     features = vit.apply(
         params["vision"],
         batch.patches,
@@ -77,23 +88,19 @@ def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d
         hi=batch.patch_hi,
         position=batch.patch_position,
         window=(batch.window_lo, batch.window_hi) if windowed else None,
+        **at,
     )
-    if isinstance(cfg.connector, perceiver.Config):
-        return perceiver.apply(
-            params["connector"],
-            features,
-            cfg.connector,
-            image=batch.patch_image,
-            order=batch.patch_order,
-            grid=batch.grid,
-        )
-    return mlp.apply(params["connector"], features, cfg.connector)
+    return connect(params["connector"], features, cfg.connector, order=batch.patch_order, **at)
 
 
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
     """Which of the row's media tokens exist; None where there is one for each patch."""
-    if isinstance(cfg.connector, perceiver.Config):
-        return perceiver.present(batch.grid, cfg.connector.latents)
+    connector = cfg.connector
+    if connector.per_picture:
+        return jnp.repeat(batch.grid.prod(-1) > 0, connector.per_picture, axis=1)
+    if connector.square > 1:
+        kind = batch.patch_kind[:, :: connector.square**2]
+        return kind == PIXEL if batch.media_lo is None else kind > 0
     return None
 
 

@@ -120,7 +120,6 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
             f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
             f"set it to that."
         )
-    latents = getattr(cfg.model.connector, "latents", 0)
     fuse = "sequence" if cfg.model.decoder.cross is None else "cross"
     plain = lay = functools.partial(
         layout,
@@ -155,7 +154,8 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
         vocab=tokenizer.vocab,
         patch=patch,
         cfg=cfg.sequence,
-        latents=latents,
+        latents=cfg.model.connector.per_picture,
+        merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
     )

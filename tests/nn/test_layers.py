@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import randomised
 
+from mmjax.core import spec
 from mmjax.core.errors import InputError
 from mmjax.nn import linear, mlp, norm, patch_embed
 from mmjax.tokenizers import patches
@@ -129,3 +130,23 @@ def test_gelu_and_its_derivatives_are_jaxs():
         gelu, want = jax.grad(gelu), jax.grad(want)
     gelu = mlp.ACTIVATIONS["gelu"]
     assert gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [("quick_gelu", 1.0, 0.845796), ("quick_gelu", -2.0, -0.064346), ("relu", -1.0, 0.0), ("relu", 2.0, 2.0)],
+)
+def test_activations(name, at, value):
+    """By hand: 1 / (1 + e^-1.702) and −2 / (1 + e^3.404)."""
+    np.testing.assert_allclose(mlp.ACTIVATIONS[name](jnp.float32(at)), value, atol=1e-5)
+
+
+def test_a_norm_whose_scale_is_kept_as_its_distance_from_one(rng):
+    """Gemma's: the same numbers, and a start at zero."""
+    plain, offset = norm.Config(6), norm.Config(6, offset=1.0)
+    x = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    scale = jnp.asarray(rng.normal(size=6), jnp.float32)
+    np.testing.assert_allclose(
+        norm.apply({"scale": scale - 1}, x, offset), norm.apply({"scale": scale}, x, plain), rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_array_equal(spec.init(norm.spec(offset), jax.random.key(0))["scale"], 0)

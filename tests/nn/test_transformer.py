@@ -11,7 +11,15 @@ from mmjax.nn import rope, transformer
 from mmjax.sequence import intervals
 
 CFG = transformer.Config(
-    width=16, layers=3, heads=4, kv_heads=2, head=8, hidden=20, rope=rope.Config(8, (2, 1, 1)), qk_norm="head", bias=True
+    width=16,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head=8,
+    hidden=20,
+    rope=rope.Config(8, (2, 1, 1)),
+    qk_norm="head",
+    bias=True,
 )
 
 
