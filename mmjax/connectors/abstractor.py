@@ -1,4 +1,4 @@
-"""The convolutional abstractor (Cha et al. 2024, Honeybee, arXiv:2312.06742, section 3.2): local, and any token count.
+"""The convolutional abstractor (Cha et al. 2024, Honeybee, arXiv:2312.06742): local, and any token count.
 
 RegNet bottlenecks → adaptive average pooling to side × side → RegNet bottlenecks → an MLP, on packed pictures of any
 size. A bottleneck (Radosavovic et al. 2020, with squeeze-excite as timm's RegStage has it and groups of one channel):

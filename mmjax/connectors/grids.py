@@ -86,7 +86,7 @@ SIDES = ("rows", "columns", "slice_rows", "slice_columns")
 
 
 def wholes(grid: Int[Array, "b n 3"], slices: Int[Array, "b n 3"] | None = None) -> Wholes:
-    """The maps of packed pictures; all frames of a picture lie in one map, below each other.
+    """The maps of packed pictures. Frames of one picture would be one map: make each a picture of its own.
 
     Args:
       grid: frames, rows and columns of each picture; zeros where there is none.

@@ -1,4 +1,4 @@
-"""One linear map of every patch: LLaVA (Liu et al. 2023, section 4.1), PaliGemma, Fuyu. One media token per patch."""
+"""One linear map of every patch: LLaVA (Liu et al. 2023), PaliGemma. One media token per patch."""
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ class Config(Connector):
 
     depth: how many linear maps, at least 2; all after the first are outputs × outputs (mlp3x_gelu; Janus's aligner).
     activation: between them ("gelu"; Honeybee's MLP: "silu").
-    bias: without, LLaVA-Next's Mistral and Pixtral ports (`multimodal_projector_bias`).
+    bias: transformers' `multimodal_projector_bias`.
     """
 
     inputs: int

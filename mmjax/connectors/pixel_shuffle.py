@@ -14,10 +14,9 @@ from mmjax.nn import norm as norms
 class Config(Connector):
     """Features lie in squares' order; one media token per square.
 
-    side: of the square in patches (InternVL 2, Idefics3 2, SmolVLM 2 to 4).
-    norm: LayerNorm of the concatenated values (InternVL; Chen et al. 2024, arXiv:2404.16821, section 3.1).
-    layers: 2 with `activation` between (InternVL), or 1 (Idefics3 and SmolVLM, which have no bias either; Laurençon et
-      al. 2024, arXiv:2408.12637, section 4).
+    side: of the square in patches (1 / InternVL's `downsample_ratio`; Idefics3's `scale_factor`).
+    norm: LayerNorm of the concatenated values (InternVL).
+    layers: 2 with `activation` between (InternVL), or 1 (Idefics3 and SmolVLM, which have no bias either).
     channels: see grids.concatenate; "patch" in all three.
     """
 

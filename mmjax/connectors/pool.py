@@ -21,8 +21,8 @@ class Config(Connector):
     """project (LLaVA-OneVision) → pool → norm → linear (Gemma 3); what is left out is left out.
 
     side: of the square that becomes one media token (Gemma 3: image side / patch / √256 = 4; LLaVA-OneVision: 2).
-    kind: "average", "max" or "bilinear" (LLaVA-OneVision's `mm_spatial_pool_mode`; the last one published with it,
-      Li et al. 2024, arXiv:2408.03326, section 3.2). "bilinear" resizes each frame to ceil(sides / side).
+    kind: "average", "max" or "bilinear" (transformers' LLaVA-OneVision has the last alone, and the only one compared
+      with it). "bilinear" resizes each frame to ceil(sides / side).
     raster: patches lie row by row, and sides need be no multiples: what is left of a row or column is left out, or,
       bilinear, smaller squares are taken. Otherwise in squares' order.
     projector: an MLP before pooling.

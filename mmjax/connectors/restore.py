@@ -8,9 +8,10 @@ map again where it was:
 
 Here stitching is index arithmetic and no copy: features stay where they are, only their neighbours are others.
 
-The paper does not say how far the map is downsampled, or by which filters, how many heads there are, or whether norms
-and biases belong to it; it puts the adapter into layers of the encoder (of CLIP-ViT). Here: adaptive averages of side ×
-side bins, bilinear, a bias in the convolution alone, no norm. There is no reference implementation.
+Written from the abstract and from published summaries, not from the paper's full text, and no published code was
+found. They give the parts, the 3 × 3 kernel, and the place (in layers of CLIP-ViT); not how far the map is downsampled
+or by which filters, how many heads there are, or whether norms and biases belong to it. Chosen here: adaptive averages
+of side × side bins, bilinear upsampling, a bias in the convolution alone, no norm.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
 """WiCo and WiCo+ (Li et al. 2025, arXiv:2504.04024): windows of tokens concatenated, and taken apart again later.
 
-Where paper and published code (github.com/JackYFL/WiCo) differ or the paper says nothing, this is the code:
+Written from the published code (github.com/JackYFL/WiCo), its README and the abstract, not from the full text:
 
-* WiCo concatenates the tokens of each window along the channels, "channel" order, and projects once (Figure 1 says an
-  MLP: `layers=2`). It does not average: `reduce="average"` is what it is compared with.
-* The encoder's last layer (the last K_v in the paper) belongs to the projector, that is, it is trained with it, so that
-  tokens of one window become alike. No loss asks for it. Here that is a choice of what to train, not a module.
+* WiCo concatenates the tokens of each window along the channels, "channel" order, and projects once (the README's
+  Figure 1 says an MLP: `layers=2`). It does not average; `reduce="average"` is there to compare with.
+* The encoder's last layer (the last K_v in Figure 1) belongs to the projector, that is, it is trained with it, so that
+  tokens of one window become alike. The projector has no loss for it. Here it is a choice of what to train.
 * Windows adapt to the wanted size: stride = before // after, window = before - (after - 1) · stride, so they overlap
   where sizes do not divide (`adaptive`).
 * WiCo+ stretches each picture's tokens before the decoder's last layers (the code: before layer 30 of 32, from 144 to

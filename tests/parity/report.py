@@ -17,7 +17,8 @@ from parity.harness import SYSTEMS, Compare
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    modules.load()
+    for family, why in modules.load().items():
+        print(f"{family}: left out, {why}")
     worst, wide = [], max(map(len, SYSTEMS))
     print(f"{'system':{wide}}  tensors  error/allowed  worst tensor")
     for name in sorted(names or SYSTEMS):
