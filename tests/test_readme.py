@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+from tiny import randomised
+
+from mmjax.convert import huggingface, siglip
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -25,6 +30,37 @@ def test_the_sequence_engine_stands_alone(capsys):
     shape, longest = run(EXAMPLES[1], capsys).rsplit("[", 1)
     assert shape.strip() == "(2, 72, 588)"
     assert sorted(map(int, longest.strip("]").split())) == [69, 95]
+
+
+def test_weights_in_and_out(capsys, tmp_path, monkeypatch):
+    """A tiny directory under the name the README has."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "siglip_vision_model", "patch_size": 4, "image_size": 8, **sizes}
+    keys = frozenset({"vision_model.embeddings.patch_embedding.bias"})
+    found = siglip.read(config, keys)
+    params = randomised(found.of.spec(found.cfg))
+    made = huggingface.Model(found.of, found.cfg, params, huggingface.Origin.of(config))
+    huggingface.save("siglip-so400m-patch14-384", made)
+    at = {
+        "image": jnp.array([[0, 0, 0, 1]]),
+        "grid": jnp.array([[[1, 1, 3], [1, 1, 1]]]),
+        "patches": jnp.ones((1, 4, 48)),
+        "see": {
+            "order": jnp.arange(4)[None],
+            "lo": jnp.array([[0, 0, 0, 3]]),
+            "hi": jnp.array([[2, 2, 2, 3]]),
+            "position": jnp.array([[[0, 0], [0, 1], [0, 2], [0, 0]]]),
+        },
+    }
+    exec(compile(EXAMPLES[2], "README.md", "exec"), at)
+    assert capsys.readouterr().out.strip() == "(1, 2, 8) (2, 1, 4, 8)"
+    for name in ("config.json", "model.safetensors"):
+        assert Path("elsewhere", name).read_bytes() == Path("siglip-so400m-patch14-384", name).read_bytes()
+
+
+def test_a_module_inside_somebodys_model(capsys):
+    assert run(EXAMPLES[3], capsys) == re.search(r"# (\(.*\))$", EXAMPLES[3].strip())[1]
 
 
 def test_every_folder_it_names_exists_and_every_folder_is_named():
