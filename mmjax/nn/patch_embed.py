@@ -144,7 +144,9 @@ def patchify(images: Num[Array, "b h w c"], patch: int, merge: int = 1) -> Num[A
     """
     b, h, w, c = images.shape
     unit = patch * merge
-    x = images.reshape(b, h // unit, merge, patch, w // unit, merge, patch, c)
+    # One axis at a time: arrays whose sharding is part of their type split no two at once.
+    x = images.reshape(b, h // unit, merge, patch, w, c)
+    x = x.reshape(b, h // unit, merge, patch, w // unit, merge, patch, c)
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
@@ -154,5 +156,6 @@ def unpatchify(
     """The inverse of `patchify`, for so many rows and columns of patches."""
     b, _, values = patches.shape
     patch = round((values / channels) ** 0.5)
-    x = patches.reshape(b, rows // merge, columns // merge, merge, merge, patch, patch, channels)
+    x = patches.reshape(b, rows // merge, columns // merge, merge, merge, values)
+    x = x.reshape(b, rows // merge, columns // merge, merge, merge, patch, patch, channels)
     return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, rows * patch, columns * patch, channels)

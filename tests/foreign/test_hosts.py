@@ -149,26 +149,26 @@ def close(got, want):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-5 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_as_their_users_write_it(name):
-    """Modules made and differentiated by each library's own functions."""
+    """Modules made and differentiated by each library's own functions; compiled, for op by op takes minutes."""
     of, cfg = CASES[name]
     params, out, gradient = reference(name)
     args, kwargs = inputs(name)
 
     module = linen.Module(of, cfg)
-    fresh = linen.params(module.init(jax.random.key(0), *args, **kwargs))
+    fresh = linen.params(jax.jit(module.init)(jax.random.key(0), *args, **kwargs))
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
     variables = linen.variables(params)
-    close(module.apply(variables, *args, **kwargs), out)
-    found = jax.grad(lambda v: total(module.apply(v, *args, **kwargs)))(variables)
+    close(jax.jit(module.apply)(variables, *args, **kwargs), out)
+    found = jax.jit(jax.grad(lambda v: total(module.apply(v, *args, **kwargs))))(variables)
     close(linen.params(found), gradient)
 
     fresh = ours.Module(of, cfg, rngs=nnx.Rngs(0))
     assert jax.tree.structure(fresh.params) == jax.tree.structure(params)
     module = ours.Module(of, cfg, params=params)
     close(nnx.jit(lambda m: m(*args, **kwargs))(module), out)
-    found = nnx.grad(lambda m: total(m(*args, **kwargs)))(module)
+    found = nnx.jit(nnx.grad(lambda m: total(m(*args, **kwargs))))(module)
     close(nnx.to_pure_dict(found)["tree"], gradient)
     close(module.params, params)
 
@@ -176,12 +176,12 @@ def test_as_their_users_write_it(name):
     assert jax.tree.structure(fresh.params) == jax.tree.structure(params)
     module = equinox.Module(of, cfg, params=params)
     close(eqx.filter_jit(module)(*args, **kwargs), out)
-    close(eqx.filter_grad(lambda m: total(m(*args, **kwargs)))(module).params, gradient)
+    close(eqx.filter_jit(eqx.filter_grad(lambda m: total(m(*args, **kwargs))))(module).params, gradient)
 
 
 def test_inside_their_models():
     """Ours as a part of theirs, next to their own layers."""
-    of, cfg, _ = CASES["perceiver"]
+    of, cfg = CASES["perceiver"]
     (features,), see = inputs("perceiver")
 
     class Linen(nn.Module):
@@ -249,7 +249,7 @@ def test_transforms(name, host):
         a, k = jax.tree.map(lambda x: x[None], row)
         return carry + 1, jax.tree.map(lambda x: x[0], call(params, *a, **k))
 
-    count, got = jax.lax.scan(step, 0, (args, kwargs))
+    count, got = jax.jit(lambda: jax.lax.scan(step, 0, (args, kwargs)))()
     assert count == B
     close(got, out)
 
