@@ -46,3 +46,14 @@ def full_precision():
     """Comparisons are made at the precision the numbers claim."""
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs go with the file that needed them.
+
+    Each takes a few memory maps of the process, of which Linux allows 65,530: all tests together would need more, and
+    XLA then crashes.
+    """
+    yield
+    jax.clear_caches()
