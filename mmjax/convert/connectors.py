@@ -2,6 +2,7 @@
 
 from mmjax.connectors import abstractor, linear, merger, mlp, pixel_shuffle, pool, wico
 from mmjax.convert import rules as layouts
+from mmjax.convert.blocks import dense, norm
 from mmjax.convert.rules import Rule, Shape
 
 
@@ -14,18 +15,6 @@ def depthwise(shape: Shape) -> tuple[Shape, tuple[int, ...]]:
 def pointwise(shape: Shape) -> tuple[Shape, tuple[int, ...]]:
     """Theirs is [out, in, 1, 1] (torch.nn.Conv2d), ours [in, out]."""
     return (shape[1], shape[0], 1, 1), (2, 3, 1, 0)
-
-
-def dense(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
-    """A torch.nn.Linear."""
-    out = [Rule(f"{ours}/kernel", f"{theirs}.weight", layouts.linear())]
-    return out + ([Rule(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
-
-
-def norm(ours: str, theirs: str, kind: str) -> list[Rule]:
-    """A norm with a weight, and a bias if it is a LayerNorm."""
-    out = [Rule(f"{ours}/scale", f"{theirs}.weight")]
-    return out + ([Rule(f"{ours}/bias", f"{theirs}.bias")] if kind == "layer" else [])
 
 
 def llava(cfg: mlp.Config, prefix: str = "multi_modal_projector.") -> list[Rule]:

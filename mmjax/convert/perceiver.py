@@ -5,7 +5,6 @@ from mmjax.convert import raw
 from mmjax.convert.blocks import dense, norm
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, Shape
-from mmjax.convert.swin import labels
 from mmjax.core.errors import InputError
 from mmjax.nn import mlp
 
@@ -206,7 +205,7 @@ def read(config: dict, keys: frozenset[str]) -> Found:
         ends |= {"queries": positions, "by_input": True}
     else:
         decoder = perceiver_layer.Config(width, width, 1, width, width, width, activation=act)
-        ends = {"fourier": fourier, "queries": 1, "outputs": labels(config)}
+        ends = {"fourier": fourier, "queries": 1, "outputs": raw.labels(config)}
     residual = bool(config.get("use_query_residual", True))
     cfg = perceiver_io.Config(
         latents=raw.size(config, "num_latents", 256),

@@ -3,7 +3,6 @@
 from mmjax.convert import blocks, raw
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, Shape, convolution, patches
-from mmjax.convert.swin import labels
 from mmjax.core.errors import InputError
 from mmjax.encoders import pyramid
 
@@ -52,7 +51,7 @@ def read(config: dict, keys: frozenset[str]) -> Found:
         activation=raw.activation(config),
         qkv_bias=bool(config.get("qkv_bias", True)),
         epsilon=float(raw.get(config, "layer_norm_eps", 1e-6)),
-        classes=labels(config) if "classifier.weight" in keys else None,
+        classes=raw.labels(config) if "classifier.weight" in keys else None,
     )
     whole = "pvt_v2." if second else "pvt."
     prefix = whole if any(key.startswith(whole) for key in keys) else ""

@@ -5,6 +5,9 @@ from typing import Any
 
 from mmjax.core.errors import InputError
 from mmjax.nn import mlp
+from mmjax.nn.patch_embed import HALF as HALF
+from mmjax.nn.patch_embed import IMAGENET as IMAGENET
+from mmjax.nn.patch_embed import OPENAI as OPENAI
 
 ACTIVATIONS: dict[str, mlp.Activation] = {
     "gelu": "gelu",
@@ -15,10 +18,6 @@ ACTIVATIONS: dict[str, mlp.Activation] = {
     "swish": "silu",
     "relu": "relu",
 }
-# Means and deviations of colours, of values in [0, 1], as the families' image processors have them.
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def get(raw: dict, key: str, default: Any = None) -> Any:
@@ -92,3 +91,8 @@ def side(patches: int) -> int:
     if out * out != patches:
         raise InputError(f"config.json has a position table of {patches} patches, which is no square.")
     return out
+
+
+def labels(raw: dict) -> int:
+    """How many a classifier has; transformers leaves its own default of 2 out of the file."""
+    return len(raw.get("id2label") or ()) or raw.get("num_labels") or 2

@@ -79,15 +79,10 @@ def read(config: dict, keys: frozenset[str]) -> Found:
         always_shift=bool(norms),
         map_norms=norms,
         final_norm=not norms,
-        classes=labels(config) if "classifier.weight" in keys else None,
+        classes=raw.labels(config) if "classifier.weight" in keys else None,
     )
     prefix = "swin." if any(key.startswith("swin.embeddings.") for key in keys) else ""
     return Found(swin, cfg, tuple(rules(cfg, prefix)), DROPPED | (UNUSED_NORM if norms else {}))
-
-
-def labels(config: dict) -> int:
-    """How many a classifier has; transformers leaves its own default of 2 out of the file."""
-    return len(config.get("id2label") or ()) or config.get("num_labels") or 2
 
 
 def _stage(number: int) -> str:

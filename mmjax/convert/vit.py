@@ -1,5 +1,7 @@
 """ViT, DeiT, DINOv2 and DINOv2 with registers."""
 
+import dataclasses
+
 from mmjax.convert import blocks, raw
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, ones, patches
@@ -29,12 +31,7 @@ DINO = blocks.Names(
     attention_scale="layer_scale1.lambda1",
     mlp_scale="layer_scale2.lambda1",
 )
-DINO_GATED = blocks.Names(
-    **{name: getattr(DINO, name) for name in DINO.__dataclass_fields__ if name not in ("up", "down", "gate_up")},
-    up="",
-    down="mlp.weights_out",
-    gate_up="mlp.weights_in",
-)
+DINO_GATED = dataclasses.replace(DINO, up="", down="mlp.weights_out", gate_up="mlp.weights_in")
 
 
 def read(config: dict, keys: frozenset[str]) -> Found:
@@ -85,7 +82,7 @@ def configure(config: dict, keys: frozenset[str], prefix: str) -> vit.Config:
 
 
 def _head(config: dict, keys: frozenset[str], prefix: str, width: int) -> head.Config:
-    labels = len(config["id2label"]) if "id2label" in config else 2
+    labels = raw.labels(config)
     if "distillation_classifier.weight" in keys:
         return head.Config(width, "distilled", outputs=labels)
     if "classifier.weight" in keys:

@@ -10,7 +10,6 @@ from mmjax.core import sharding
 from mmjax.core.spec import ParamSpec, Spec, fan_in
 from mmjax.nn import linear, patch_embed, position_embed
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
 Grid = tuple[int, int]  # rows and columns of a map
 
 

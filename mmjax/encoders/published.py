@@ -9,11 +9,7 @@ from dataclasses import replace
 
 from mmjax.encoders import head, text, vit
 from mmjax.nn import attention_pool, mlp, norm, patch_embed, rope, transformer
-
-Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
-HALF: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET: Colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI: Colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+from mmjax.nn.patch_embed import HALF, IMAGENET, OPENAI
 
 
 def _blocks(

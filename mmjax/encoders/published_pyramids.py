@@ -6,8 +6,8 @@ cfg = dataclasses.replace(published_pyramids.pvt_v2("b2"), classes=None)   # no 
 
 from mmjax.core.errors import InputError
 from mmjax.encoders import pyramid, swin
-from mmjax.encoders.hierarchy import IMAGENET
 from mmjax.nn import patch_embed
+from mmjax.nn.patch_embed import IMAGENET
 
 
 def _swin(width: int, depth: int, heads: int, classes: int | None) -> swin.Config:

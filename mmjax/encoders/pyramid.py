@@ -17,7 +17,7 @@ from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
 from mmjax.encoders import hierarchy
-from mmjax.encoders.hierarchy import IMAGENET, Features, Grid, as_map
+from mmjax.encoders.hierarchy import Features, Grid, as_map
 from mmjax.nn import linear, mlp, norm, patch_embed
 from mmjax.nn.attention import attend
 from mmjax.nn.transformer import REMAT
@@ -52,8 +52,8 @@ class Config:
     reductions: tuple[int, ...] = (8, 4, 2, 1)
     image: int = 224
     channels: int = 3
-    mean: tuple[float, ...] = IMAGENET[0]
-    deviation: tuple[float, ...] = IMAGENET[1]
+    mean: tuple[float, ...] = patch_embed.IMAGENET[0]
+    deviation: tuple[float, ...] = patch_embed.IMAGENET[1]
     activation: mlp.Activation = "gelu"
     qkv_bias: bool = True
     epsilon: float = 1e-6

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from mmjax.connectors import merger
 from mmjax.encoders import vit
-from mmjax.encoders.published import HALF, OPENAI
 from mmjax.models import tower
 from mmjax.nn import patch_embed, rope, transformer
+from mmjax.nn.patch_embed import HALF, OPENAI
 
 
 def _blocks(width: int, layers: int, hidden: int, **variant) -> transformer.Config:

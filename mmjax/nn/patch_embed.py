@@ -16,6 +16,12 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, Spec
 from mmjax.nn import linear, norm
 
+Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
+# Means and deviations of colours, of values in [0, 1], that published encoders were trained with.
+HALF: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET: Colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI: Colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
 SMOOTH = 1e-2  # variance below which `patch_norm` leaves a patch flat: one colour and some compression noise
 
 
