@@ -128,8 +128,9 @@ def test_packed_equals_alone(name):
         for number, document in enumerate(row):
             batch = make([[document]], ALONE, model, cfg)
             mine = together[r][np.array(packed.document[r]) == number]
-            # Logits of up to 4: 2e-5 is 40 units in the last place of the largest.
-            np.testing.assert_allclose(mine, np.array(logits(params, batch))[0, : len(mine)], atol=2e-5)
+            # The resampler multiplies features and latents of a row at once, so rounding depends on the row's length.
+            bound = 2e-5 if "resampled" in name else 1e-5
+            np.testing.assert_allclose(mine, np.array(logits(params, batch))[0, : len(mine)], atol=bound)
             grads = gradient(params, batch)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
 
