@@ -11,8 +11,8 @@ from tiny import randomised
 
 from mmjax.core.errors import InputError
 from mmjax.encoders import swin
-from mmjax.encoders.hierarchy import IMAGENET
 from mmjax.nn import patch_embed
+from mmjax.nn.patch_embed import IMAGENET
 
 CFG = swin.Config(patch_embed.Config(2, 8, 3, *IMAGENET), (3, 2), (2, 4), window=4, ratio=2.0, classes=5)
 forward = jax.jit(swin.apply, static_argnums=2)
