@@ -32,7 +32,8 @@ class Config:
     rope: the rotary embedding of queries and keys, if any.
     windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention).
     remat: what the backward pass recomputes: nothing, all but matrix products, everything.
-    unroll: scanned layers per loop turn (CPU gains about a tenth from unrolling all, compile time grows with it).
+    unroll: scanned layers per loop turn. On CPU small models gain about a tenth from unrolling all; wide ones lose more
+      (XLA then concatenates their gradients in one thread). Compile time grows with it.
     """
 
     width: int
