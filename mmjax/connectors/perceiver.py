@@ -5,7 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mmjax.connectors import Connector
 from mmjax.core import sharding
@@ -13,6 +13,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
 from mmjax.nn import mlp, norm, position_embed
 from mmjax.nn.attention import attend
+from mmjax.sequence import behind
 
 
 @dataclass(frozen=True)
@@ -112,49 +113,6 @@ def spec(cfg: Config) -> Spec:
     return out
 
 
-def labels(
-    image: Int[Array, "b p"], order: Int[Array, "b p"], grid: Int[Array, "b n 3"], latents: int
-) -> tuple[Int[Array, "b s"], Int[Array, "b m"], Int[Array, "b m"]]:
-    """Who sees whom: keys are the features, then all latents; queries are the latents (see intervals.perceiver).
-
-    Labels alternate, features of picture 0, its latents, features of picture 1, …, so that what a latent sees is one
-    interval: its picture's features and latents.
-
-    Returns:
-      The keys' labels, and the latents' lo and hi.
-    """
-    b, n, _ = grid.shape
-    count = grid.prod(-1)
-    some = count > 0
-    stop = jnp.cumsum(count, axis=1)
-    first = (stop - count) + jnp.arange(n, dtype=jnp.int32)[None] * latents
-    own = (first + count)[:, :, None] + jnp.arange(latents, dtype=jnp.int32)[None, None]
-    own = jnp.where(some[:, :, None], own, -1).reshape(b, n * latents)
-    features = jnp.where(order >= 0, order + image * latents, -1)
-    lo = jnp.repeat(jnp.where(some, first, 0), latents, axis=1)
-    hi = jnp.repeat(jnp.where(some, first + count + latents - 1, -1), latents, axis=1)
-    return jnp.concatenate([features, own], axis=1), lo, hi
-
-
-def present(grid: Int[Array, "b n 3"], latents: int) -> Bool[Array, "b m"]:
-    """Which media tokens exist: those of pictures that do."""
-    return jnp.repeat(grid.prod(-1) > 0, latents, axis=1)
-
-
-def within(image: Int[Array, "b p"], order: Int[Array, "b p"], grid: Int[Array, "b n 3"]) -> Int[Array, "b p"]:
-    """The number of each patch in its own picture, −1 in empty places."""
-    count = grid.prod(-1)
-    first = jnp.cumsum(count, axis=1) - count
-    return jnp.where(order >= 0, order - sharding.take_rows(first, image), -1)
-
-
-def start(latents: Float[Array, "m d"], x: Float[Array, "b p _"], pictures: int) -> Float[Array, "b s d"]:
-    """The learned latents once for each picture of each row, typed as x is."""
-    out = jnp.repeat(jnp.tile(latents, (pictures, 1))[None], x.shape[0], axis=0).astype(x.dtype)
-    # Inside a shard_map the loop's state varies from device to device, as the features do, and must from the start.
-    return sharding.constrain(sharding.vary(out, x), ("batch", None, None))
-
-
 def prepare(
     params: dict,
     features: Float[Array, "b p d"],
@@ -170,7 +128,7 @@ def prepare(
         features = mlp.apply(params["projection"], features, cfg.projection)
     if cfg.frames:
         of_frame = sharding.take_rows(grid[..., 1] * grid[..., 2], image)
-        frame = within(image, order, grid) // jnp.maximum(of_frame, 1)
+        frame = behind.within(image, order, grid) // jnp.maximum(of_frame, 1)
         features = features + position_embed.learned(params["frames"], frame).astype(features.dtype)
     if cfg.media:
         if number is None:
@@ -190,7 +148,7 @@ def layer(
     lo: Int[Array, "b m"],
     hi: Int[Array, "b m"],
 ) -> Float[Array, "b m e"]:
-    """One layer's latents from the last one's; order, lo, hi as `labels` gives them."""
+    """One layer's latents from the last one's; order, lo, hi as `behind.labels` gives them."""
     split = ("batch", None, "heads", None)
     h = norm.apply(params["latent_norm"], x, cfg.norm)
     seen = jnp.concatenate([norm.apply(params["feature_norm"], features, cfg.norm), h], axis=1)
@@ -230,8 +188,8 @@ def apply(
       InputError: `number` is needed and left out.
     """
     features = prepare(params, features, cfg, image=image, order=order, grid=grid, number=number)
-    keys, lo, hi = labels(image, order, grid, cfg.latents)
-    x = start(params["latents"], features, grid.shape[1])
+    keys, lo, hi = behind.labels(image, order, grid, cfg.latents)
+    x = behind.start(params["latents"], features, grid.shape[1])
 
     def step(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
         return layer(p, x, features, cfg, order=keys, lo=lo, hi=hi), None

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from mmjax.connectors import Connector, perceiver, perceiver_layer
+from mmjax.connectors import Connector, perceiver_layer
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, stack
 from mmjax.nn import linear, position_embed
+from mmjax.sequence import behind
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def prepare(
     grid: Int[Array, "b n 3"],
 ) -> Float[Array, "b l e"]:
     """The inputs as the encoder looks at them: token vectors, positions added, position features appended."""
-    place = perceiver.within(image, order, grid)
+    place = behind.within(image, order, grid)
     if cfg.vocab:
         x = sharding.take(params["embed"], x, ("batch", None, None))
     if cfg.positions:
@@ -160,9 +161,9 @@ def encode(
 ) -> Float[Array, "b m d"]:
     """Inputs as `apply` takes them → latents [B, M = N × latents, width], example after example."""
     x = prepare(params, x, cfg, image=image, order=order, grid=grid)
-    keys, lo, hi = perceiver.labels(image, order, grid, cfg.latents)
+    keys, lo, hi = behind.labels(image, order, grid, cfg.latents)
     of_inputs, own = keys[:, : x.shape[1]], keys[:, x.shape[1] :]
-    z = perceiver.start(params["latents"], x, grid.shape[1])
+    z = behind.start(params["latents"], x, grid.shape[1])
     z = perceiver_layer.apply(params["encoder"], z, cfg.encoder, order=of_inputs, lo=lo, hi=hi, inputs=x)
 
     def step(z: jax.Array, p: dict) -> tuple[jax.Array, None]:
@@ -193,7 +194,7 @@ def decode(
       image: i32[B, Q], the example that each query asks, -1 for none (its answer means nothing).
       grid: i32[B, N, 3].
     """
-    own = jnp.where(perceiver.present(grid, cfg.latents), jnp.arange(z.shape[1], dtype=jnp.int32)[None], -1)
+    own = jnp.where(behind.present(grid, cfg.latents), jnp.arange(z.shape[1], dtype=jnp.int32)[None], -1)
     lo = jnp.maximum(image, 0) * cfg.latents
     hi = jnp.where(image >= 0, lo + cfg.latents - 1, -1)
     y = perceiver_layer.apply(params["decoder"], queries, cfg.decoder, order=own, lo=lo, hi=hi, inputs=z)
@@ -239,9 +240,9 @@ def apply(
     if cfg.decoder is None:
         return z
     if cfg.by_input:
-        asks = position_embed.learned(params["queries"], perceiver.within(image, order, grid))
+        asks = position_embed.learned(params["queries"], behind.within(image, order, grid))
         queries = asks.astype(z.dtype), image
     elif queries is None:
         asked = jnp.where(grid.prod(-1) > 0, jnp.arange(grid.shape[1], dtype=jnp.int32)[None], -1)
-        queries = perceiver.start(params["queries"], z, grid.shape[1]), jnp.repeat(asked, cfg.queries, axis=1)
+        queries = behind.start(params["queries"], z, grid.shape[1]), jnp.repeat(asked, cfg.queries, axis=1)
     return decode(params, z, queries[0], cfg, image=queries[1], grid=grid)

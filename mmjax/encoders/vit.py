@@ -17,6 +17,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec
 from mmjax.encoders import head as heads
 from mmjax.nn import norm, patch_embed, position_embed, transformer
+from mmjax.sequence import behind
 
 
 @dataclass(frozen=True)
@@ -224,31 +225,16 @@ def _prefix(params: dict, x: jax.Array, cfg: Config, pictures: int) -> jax.Array
         parts.append(tokens)
     if cfg.registers:
         parts.append(sharding.constrain(params["registers"], whole))
-    one = jnp.tile(jnp.concatenate(parts), (pictures, 1)).astype(x.dtype)
-    rows = jnp.repeat(one[None], x.shape[0], axis=0)
-    return sharding.constrain(sharding.vary(rows, x), ("batch", None, None))
+    return behind.start(jnp.concatenate(parts), x, pictures)
 
 
 def _see(order: jax.Array, lo: jax.Array, hi: jax.Array, image: jax.Array, grid: jax.Array, prefix: int) -> dict:
-    """Labels with `prefix` more tokens behind every picture's patches, although their places are behind all patches.
-
-    patches of picture 0, its tokens, patches of picture 1, its tokens …: what a picture sees stays one interval.
-    """
-    b, n, _ = grid.shape
-    count = grid.prod(-1)
-    some = (count > 0)[..., None]
-    stop = jnp.cumsum(count, axis=1)[..., None] + (jnp.arange(n, dtype=jnp.int32) * prefix)[None, :, None]
-    own = jnp.where(some, stop + jnp.arange(prefix, dtype=jnp.int32)[None, None], -1)
-    first = jnp.where(some, jnp.broadcast_to(stop - count[..., None], own.shape), 0)
-    last = jnp.where(some, jnp.broadcast_to(stop + prefix - 1, own.shape), -1)
+    """Who sees whom with `prefix` more tokens behind every picture (see sequence.behind)."""
+    labels, first, last = behind.labels(image, order, grid, prefix)
     there, shift = order >= 0, image * prefix
-    pairs = (
-        (jnp.where(there, order + shift, -1), own),
-        (jnp.where(there, lo + shift, 0), first),
-        (jnp.where(there, hi + shift + prefix, -1), last),
-    )
-    order, lo, hi = (jnp.concatenate([a, c.reshape(b, -1).astype(a.dtype)], axis=1) for a, c in pairs)
-    return {"order": order, "lo": lo, "hi": hi}
+    lo = jnp.concatenate([jnp.where(there, lo + shift, 0), first], axis=1)
+    hi = jnp.concatenate([jnp.where(there, hi + shift + prefix, -1), last], axis=1)
+    return {"order": labels, "lo": lo, "hi": hi}
 
 
 def _split(x: jax.Array, patches: int, prefix: int) -> tuple[jax.Array, jax.Array]:

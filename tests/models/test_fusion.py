@@ -27,7 +27,7 @@ from mmjax.encoders import vit
 from mmjax.models import vlm
 from mmjax.nn import cross_attention
 from mmjax.sequence import batch as batches
-from mmjax.sequence import intervals, invariants
+from mmjax.sequence import behind, intervals, invariants
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document, Image, Text
 from mmjax.sequence.interleave import Config, interleave
@@ -200,7 +200,7 @@ def test_perceiver_labels_are_those_of_the_drawing(rng):
     grid = jnp.array([[(1, 3, 1), (1, 1, 2), (2, 2, 1), (0, 0, 0)]])
     image = jnp.array([[0] * 3 + [1] * 2 + [2] * 4 + [-1] * 2])
     order = jnp.array([[*range(9), -1, -1]])
-    keys, lo, hi = perceiver.labels(image, order, grid, 2)
+    keys, lo, hi = behind.labels(image, order, grid, 2)
     expected, (low, high) = intervals.perceiver(counts, 2)
     np.testing.assert_array_equal(keys[0, :9], expected[:9])
     np.testing.assert_array_equal(keys[0, 11:17], expected[9:])

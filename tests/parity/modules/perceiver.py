@@ -21,6 +21,7 @@ from mmjax.connectors import perceiver
 from mmjax.convert import perceiver as tables
 from mmjax.convert import rules
 from mmjax.nn import norm
+from mmjax.sequence import behind
 
 D = 24
 GRIDS = [(2, 3, 5), (1, 1, 1), (3, 4, 2)]
@@ -66,8 +67,8 @@ def compare_with(
         out = {"out": perceiver.apply(params, features, cfg, **places)}
         prepared = perceiver.prepare(params, features, cfg, **places)
         out["prepared"] = norm.apply(jax.tree.map(lambda p: p[0], params["layers"]["feature_norm"]), prepared, cfg.norm)
-        keys, lo, hi = perceiver.labels(*(places[n] for n in ("image", "order", "grid")), cfg.latents)
-        x = perceiver.start(params["latents"], prepared, places["grid"].shape[1])
+        keys, lo, hi = behind.labels(*(places[n] for n in ("image", "order", "grid")), cfg.latents)
+        x = behind.start(params["latents"], prepared, places["grid"].shape[1])
         for i in range(cfg.layers):
             p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
             after = perceiver.layer(p, x, prepared, cfg, order=keys, lo=lo, hi=hi)

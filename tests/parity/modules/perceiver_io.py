@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PerceiverConfig, PerceiverForImageClassificationFourier, PerceiverForMaskedLM
 from transformers.models.perceiver import modeling_perceiver as theirs
 
-from mmjax.connectors import perceiver, perceiver_io, perceiver_layer
+from mmjax.connectors import perceiver_io, perceiver_layer
 from mmjax.convert import huggingface, rules
 from mmjax.convert.blocks import dense, norm
 from mmjax.nn import position_embed
+from mmjax.sequence import behind
 
 
 def pack(examples: list[np.ndarray], grids: list[tuple[int, int, int]], room: int, number: int) -> dict[str, jax.Array]:
@@ -38,9 +39,9 @@ def intermediates(params: dict, batch: dict, cfg: perceiver_io.Config) -> dict[s
     queries = batch.get("queries")
     places = {name: batch[name] for name in ("image", "order", "grid")}
     prepared = perceiver_io.prepare(params, batch["x"], cfg, **places)
-    keys, lo, hi = perceiver.labels(*places.values(), cfg.latents)
+    keys, lo, hi = behind.labels(*places.values(), cfg.latents)
     of_inputs, own = keys[:, : prepared.shape[1]], keys[:, prepared.shape[1] :]
-    z = perceiver.start(params["latents"], prepared, batch["grid"].shape[1])
+    z = behind.start(params["latents"], prepared, batch["grid"].shape[1])
     z = perceiver_layer.apply(params["encoder"], z, cfg.encoder, order=of_inputs, lo=lo, hi=hi, inputs=prepared)
     out = {"prepared": prepared, "encoder": z}
     for i in range(cfg.blocks * cfg.layers):
