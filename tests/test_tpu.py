@@ -1,6 +1,7 @@
 """Programs compile for TPUs with the real TPU compiler, on a machine that has none."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -130,3 +131,20 @@ def test_resizing_compiles_for_v5e_without_a_copy_of_the_picture():
     for row in compiled(RESIZE):
         assert row["arguments"] < 51 * 2**20
         assert row["temporaries"] < 100 * 2**20, row
+
+
+PUBLISHED = """
+import sys
+from tests.benchmarks import published
+
+published.main(sys.argv[1:])
+"""
+
+
+def test_published_modules_compile_for_v5e():
+    """One of each kind at its published size; `python -m tests.benchmarks.published` is all of them."""
+    names = ["encoder siglip2-b16-naflex", "encoder swin-t", "connector honeybee-c-7b", "connector idefics2-8b"]
+    figures = compiled(PUBLISHED, *names)[-1]["figures"]
+    assert set(figures) == set(names)
+    for name, of in figures.items():
+        assert of.get("bytes", math.inf) < 15.75 * 2**30, (name, of)
