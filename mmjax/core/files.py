@@ -20,6 +20,7 @@ _DISK = {
     errno.ENOSPC: ("No space left on device", "no space is left on the disk; free some, or choose another directory"),
     errno.EDQUOT: ("Disk quota exceeded", "the disk quota is used up; free some space, or choose another directory"),
     errno.EROFS: ("Read-only file system", "the file system is read-only; choose a directory that can be written"),
+    errno.EFBIG: ("File too large", "the file is larger than the file system or `ulimit -f` allows; raise the limit"),
     errno.EACCES: ("Permission denied", "permission is denied; change the permissions, or choose another directory"),
 }
 

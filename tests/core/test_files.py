@@ -116,6 +116,7 @@ def test_require_space(tmp_path):
     ("error", "says"),
     [
         (OSError(errno.ENOSPC, "x"), "no space is left"),
+        (OSError(errno.EFBIG, "x"), "larger than the file system"),
         (OSError(errno.EDQUOT, "x"), "quota is used up"),
         (OSError(errno.EROFS, "x"), "read-only"),
         (PermissionError(errno.EACCES, "x"), "permission is denied"),
