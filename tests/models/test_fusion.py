@@ -134,8 +134,12 @@ def test_packed_equals_alone(name):
             grads = gradient(params, batch)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
 
+    # A gate's gradient sums over all tokens and channels, terms of both signs: with a resampler (see above) and jax 0.12
+    # they differ by 2.4e-5. With parameters in float64 it is less than 1e-6.
+    bound = 4e-5 if "resampled" in name else 1e-5
+
     def close(a, b):  # sums of many terms: relative to the largest of them
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=bound * max(1.0, np.abs(b).max()))
 
     jax.tree.map(close, gradient(params, packed), total)
 
