@@ -134,8 +134,8 @@ def test_packed_equals_alone(name):
             grads = gradient(params, batch)
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
 
-    # A gate's gradient sums over all tokens and channels, terms of both signs: with a resampler (see above) and jax 0.12
-    # they differ by 2.4e-5. With parameters in float64 it is less than 1e-6.
+    # A gate's gradient sums terms of both signs over all tokens and channels: with a resampler (see above) and jax 0.12
+    # it differs by 2.4e-5. With parameters in float64 it is less than 1e-6.
     bound = 4e-5 if "resampled" in name else 1e-5
 
     def close(a, b):  # sums of many terms: relative to the largest of them
