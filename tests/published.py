@@ -74,6 +74,9 @@ def case(
         places = 2048
         keys = {"image": array(places), "order": array(places), "grid": array(pictures, 3)}
         return of, cfg, functools.partial(of.apply, cfg=cfg), (array(places),), keys
+    if isinstance(cfg, perceiver_io.Config):  # every pixel of one picture is an input, as published
+        places = 224 * 224
+        keys = {"image": array(places), "order": array(places), "grid": array(1, 3)}
     features = array(places, width(cfg), dtype=jnp.float32)
     if isinstance(cfg, qformer.Config) and cfg.text:
         keys["text"] = qformer.Text(array(512), array(512), array(512))
