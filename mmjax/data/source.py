@@ -18,7 +18,7 @@ from mmjax.data.memory import Memory
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave, invariants
 from mmjax.sequence.batch import Batch, Values
-from mmjax.sequence.document import Audio, Document, Image, Video
+from mmjax.sequence.document import Audio, Document, Encoded, Image, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
 from mmjax.tokenizers import image as images
@@ -165,8 +165,9 @@ class Source:
 
     def _picture(self, picture: Image, piece: Piece) -> Deferred:
         views = _views(piece, picture)
-        if isinstance(picture.source, bytes | Path | np.ndarray):
-            found = images.find(picture.source, self.limits)
+        source = picture.source.read() if isinstance(picture.source, Encoded) else picture.source
+        if isinstance(source, bytes | Path | np.ndarray):
+            found = images.find(source, self.limits)
             _refuse_shape((*found.size, 3), (picture.height, picture.width))
             canvas = self.canvases and self.canvases.of(found.size)
             if canvas and device.possible(views):
@@ -177,7 +178,7 @@ class Source:
             with self.memory.hold(found.memory):
                 return self._rendered(found.load(least=least), views, piece)
         with self.memory.hold(images.ARRAY_BYTES * picture.height * picture.width):
-            pixels = picture.source()
+            pixels = source()
             _refuse_shape(pixels.shape, (picture.height, picture.width))
             return self._rendered(pixels, views, piece)
 
@@ -244,9 +245,8 @@ def load(picture: Image | Video) -> np.ndarray:
     """A picture's pixels u8[height, width, 3] (a video's u8[frames, …]), from whatever its source is."""
     if isinstance(picture, Video):
         return picture.source if isinstance(picture.source, np.ndarray) else picture.source()
-    if isinstance(picture.source, bytes | Path | np.ndarray):
-        return images.decode(picture.source)
-    return picture.source()
+    source = picture.source.read() if isinstance(picture.source, Encoded) else picture.source
+    return images.decode(source) if isinstance(source, bytes | Path | np.ndarray) else source()
 
 
 def read(source: Source, start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[Batch]:

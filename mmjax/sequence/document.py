@@ -9,30 +9,42 @@ import numpy as np
 
 from mmjax.core.errors import InputError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "document"]  # "document": outside of any conversation
 
 
 @dataclass(frozen=True)
 class Text:
-    """Words. `train`: whether the model learns to write them."""
+    """Words. `train`: whether the model learns to write them.
+
+    turn: of any span, whether it begins a turn of its own even where the span before has the same role.
+    """
 
     text: str
     role: Role = "user"
     train: bool = False
+    turn: bool = False
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture file's bytes, read when they are wanted: from inside an archive, say."""
+
+    read: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
 class Image:
     """A picture, by its place in the list; its size is known before its pixels are.
 
-    source: encoded bytes, a path, an array u8[height, width, 3], or a function of no arguments that gives such an
-      array (for a dataset that draws or augments).
+    source: encoded bytes, now (`bytes`) or when asked for (`Encoded`), a path, an array u8[height, width, 3], or a
+      function of no arguments that gives such an array (for a dataset that draws or augments).
     """
 
     height: int
     width: int
-    source: bytes | Path | np.ndarray | Callable[[], np.ndarray]
+    source: bytes | Path | Encoded | np.ndarray | Callable[[], np.ndarray]
     role: Role = "user"
+    turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Video:
     fps: float
     source: np.ndarray | Callable[[], np.ndarray]
     role: Role = "user"
+    turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,7 @@ class Audio:
     rate: int
     source: np.ndarray | Callable[[], np.ndarray]
     role: Role = "user"
+    turn: bool = False
 
 
 Span = Text | Image | Video | Audio
