@@ -7,7 +7,7 @@ import numpy as np
 
 from mmjax.core.errors import InputError
 from mmjax.sequence import intervals, positions, windows
-from mmjax.sequence.layout import AUDIO, EMPTY, TEXT, Layout, Piece, patches_of
+from mmjax.sequence.layout import AUDIO, EMPTY, TEXT, VIDEO, Layout, Piece, patches_of
 from mmjax.tokenizers.vocab import Vocab
 
 PIXEL, HIDDEN = 1, 2  # what `patch_kind` says of a patch: its media token stands in the sequence, or it does not
@@ -100,18 +100,19 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
                 within = _slots(piece, cfg)
             except InputError as error:
                 raise InputError(f"Document {layout.id!r}: {error}") from error
-            newline = -1 if vocab.image_newline is None else vocab.image_newline
-            tokens[span] = np.where(within >= 0, vocab.image, newline)
+            written = within == -2
+            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _no(vocab.image_newline))
+            tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
             made[table] += piece.features
             if table is None:
                 begins.append(max(at - 1, 0))  # its marker sees it already
-                spans.append((at, at + piece.length))
+                spans += _unbroken(at, written)
                 counts.append(piece.features)
         at += piece.length
     _refuse_ids(layout.id, tokens, vocab)
     if cfg.see == "bidirectional_images":
-        lo, hi = intervals.bidirectional_images(n, [s for s in spans if s[1] > s[0]])
+        lo, hi = intervals.bidirectional_images(n, spans)
     else:
         lo, hi = intervals.prefix(n, layout.prefix) if cfg.see == "prefix" else intervals.causal(n)
     media = {"media_lo": None, "media_hi": None}
@@ -147,11 +148,27 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     )
 
 
+def _no(token: int | None) -> int:
+    return -1 if token is None else token
+
+
+def _placeholder(piece: Piece, vocab: Vocab) -> int:
+    """What stands where a medium's tokens go; -1, which is refused, where the family has nothing for it."""
+    own = {VIDEO: vocab.video, AUDIO: vocab.audio}.get(piece.modality)
+    return _no(vocab.image if own is None else own)
+
+
+def _unbroken(at: int, written: np.ndarray) -> list[tuple[int, int]]:
+    """The runs of a medium's places that nothing is written between, from `at` on."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], written, [True]]).astype(np.int8)))
+    return [(at + int(a), at + int(b)) for a, b in edges.reshape(-1, 2)]
+
+
 def _slots(piece: Piece, cfg: Config) -> np.ndarray:
-    """Which of its own media tokens stands at each of a medium's places, -1 for a newline."""
+    """Which of its own media tokens stands at each of a medium's places, -1 for a newline, -2 for what is written."""
     reordered = cfg.merge > 1 or cfg.window > 0
     if piece.slots is not None:
-        if cfg.window or piece.merge != cfg.merge:
+        if piece.merge and (cfg.window or piece.merge != cfg.merge):
             raise InputError(
                 f"a picture whose tokens are {piece.merge}×{piece.merge} patches in an order of its own needs "
                 f"sequence.merge {piece.merge} and no windows."
@@ -175,7 +192,7 @@ def _patches(layout: Layout, cfg: Config) -> dict[str, np.ndarray | None]:
         shown = np.ones(sum(map(patches_of, piece.views)), bool)
         if not piece.length:
             shown[:] = False
-        elif piece.slots is not None:
+        elif piece.slots is not None and piece.merge:
             square = piece.merge**2
             shown = np.isin(np.arange(len(shown) // square), piece.slots).repeat(square)  # as patches lie
         for view in piece.views:

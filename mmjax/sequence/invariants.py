@@ -30,13 +30,16 @@ KINDS = (
 )
 
 
-def violations(batch: Batch, vocab_size: int, placeholder: int | None = None, media: Any = None) -> jax.Array:
+Placeholder = int | tuple[int, ...] | None
+
+
+def violations(batch: Batch, vocab_size: int, placeholder: Placeholder = None, media: Any = None) -> jax.Array:
     """How often every row breaks each of KINDS: i32[B, len(KINDS)], zeros in a sound batch; for the jitted step.
 
     Args:
       batch: as it came.
       vocab_size: ids must lie below it.
-      placeholder: the id that stands where media tokens go (vocab.image); None leaves that id unchecked.
+      placeholder: the ids that stand where media tokens go (vocab.placeholders); None leaves them unchecked.
       media: bool[B, M], which media tokens the connector makes; None for one per patch.
     """
     return _count(batch, vocab_size, placeholder, media, _Device)
@@ -48,7 +51,7 @@ def check(batch: Batch, vocab: Vocab, ids: Sequence[Sequence[str]] = (), media: 
     Raises:
       InputError: what is broken, in which row, and which documents (`ids`, by row) it holds.
     """
-    found = _count(batch, vocab.size, vocab.image, media, _Host)
+    found = _count(batch, vocab.size, vocab.placeholders, media, _Host)
     if found.any():
         raise InputError(describe(found, ids))
 
@@ -98,7 +101,7 @@ class _Host:
         return out
 
 
-def _count(batch: Batch, vocab_size: int, placeholder: int | None, media: Any, of: type) -> Any:
+def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type) -> Any:
     xp = of.xp
     if media is None:
         media = batch.patch_kind > 0
@@ -111,7 +114,10 @@ def _count(batch: Batch, vocab_size: int, placeholder: int | None, media: Any, o
     slot = xp.clip(batch.slot, 0, media.shape[1] - 1)
     present = xp.take_along_axis(media, slot, axis=1) & (batch.slot < media.shape[1])
     heard = _sounds(batch, sound, of)
-    is_placeholder = batch.slot >= 0 if placeholder is None else batch.tokens == placeholder
+    is_placeholder = batch.slot >= 0
+    if placeholder is not None:
+        ids = (placeholder,) if isinstance(placeholder, int) else placeholder
+        is_placeholder = sum((batch.tokens == i for i in ids), xp.zeros_like(filled))
     strange = (batch.modality < 0) | (batch.modality >= len(NAMES))
     visible = batch.lo <= batch.hi
     first, last = _ends(batch.document, batch.order, of)

@@ -1,11 +1,16 @@
 """A layout: how many tokens each span takes and which text ids stand where, before any pixel is decoded."""
 
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.document import Audio, Document, Image, Text, Video
+from mmjax.sequence import words
+from mmjax.sequence.document import Audio, Document, Image, Video
+from mmjax.tokenizers.convention import Convention, views
+from mmjax.tokenizers.conventions import GENERIC
+from mmjax.tokenizers.parts import Medium, Part
 from mmjax.tokenizers.resolution import Picture
 from mmjax.tokenizers.vocab import Vocab
 
@@ -18,7 +23,11 @@ DIMENSIONS = ("tokens", "patches", "images", "frames")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What a layout needs of a tokenizer: ordinary text to ids, and the ids of turns and media."""
+    """What a layout needs of a tokenizer: ordinary text to ids, and the ids of turns and media.
+
+    A `tokenizers.chat.Chat` has more, and the layout uses it: a `convention`, `controls` (symbol → id), and `offsets`,
+    with which neighbouring texts are tokenized as one string; without it they are tokenized one by one.
+    """
 
     vocab: Vocab
 
@@ -59,13 +68,16 @@ class Piece:
 
     modality: int
     length: int  # places in the sequence
-    ids: tuple[int, ...] = ()  # of text
+    ids: tuple[int, ...] = ()  # of text; of what is written between a picture's views
     grid: Grid | None = None  # of a picture or video, in patches; of sound (frames, 1, 1)
     train: bool = False  # whether these tokens are learnt
     interval: float = 1.0  # numbers of the time position per frame
     tiles: tuple[Grid, ...] = ()  # of a picture in several views, those after the first
-    slots: tuple[int, ...] | None = None  # which of its media tokens stands at each place, -1 a newline; None: in order
-    merge: int = 1  # patches a side that make one of the tokens counted by `slots`
+    # Which of its media tokens stands at each place, -1 a newline, -2 the next of `ids`; None: all in order.
+    slots: tuple[int, ...] | None = None
+    merge: int = (
+        1  # patches a side that make one of the tokens counted by `slots`; 0: they are in the connector's order
+    )
     policy: Resolution | None = None  # by which a picture (or a frame) becomes patches
     media: int | None = None  # media tokens its connector makes; None: as many as places
     span: int = -1  # of the document, -1 for what the convention adds
@@ -139,79 +151,112 @@ def layout(
     fuse: Literal["sequence", "cross"] = "sequence",
     skip: Collection[int] = (),
 ) -> Layout:
-    """The layout of a document in the generic convention.
+    """The layout of a document in the tokenizer's convention (tokenizers.chat), the generic one if it has none.
 
         begin  user  [image_start …image… image_end]  text…  end  assistant  text…  end
 
     Spans of one role in a row make one turn. Where a turn's last text is trained its end is too, so that the model
-    learns to stop.
+    learns to stop. A token of which any character is trained is trained.
 
     Args:
       document: its spans.
       tokenizer: turns text into ids.
       resolution: gives a picture's grid from its size.
       media_tokens: how many media tokens the connector makes of a grid.
-      answer: where above 0, the document is a question: the last turn's marker is followed by so many empty
-        places (padding ids) for the model to fill.
+      answer: where above 0, the document is a question: what opens an answer is followed by so many empty places
+        (padding ids) for the model to fill.
       clips: gives a video's grid.
       sounds: gives the frames of sound.
       sound_tokens: how many media tokens the connector makes of so many frames of sound.
-      fuse: where pictures and videos enter. "sequence": their tokens stand between image_start and image_end, as those
-        of sound always do. "cross": image_start stands alone, and text looks at them by cross-attention (Flamingo).
+      fuse: where pictures and videos enter. "sequence": their tokens stand between their markers, as those of sound
+        always do. "cross": their markers stand alone, and text looks at them by cross-attention (Flamingo).
       skip: numbers of spans to leave out.
 
     Raises:
       InputError: text that cannot be encoded, a medium the policy refuses or that there is no policy for.
     """
-    vocab = tokenizer.vocab
-    marker = {"system": vocab.system, "user": vocab.user, "assistant": vocab.assistant}
-    pieces = [_text([vocab.begin])]
-    role = None
-    train = False
-    for number, span in enumerate(document.spans):
-        if number in skip:
-            continue
-        if span.role not in marker:
-            raise InputError(
-                f"Document {document.id!r}, span {number} has the role {span.role!r}; give one of {', '.join(marker)}."
-            )
-        if span.role != role:
-            pieces += [_text([vocab.end], train)] if role else []
-            pieces.append(_text([marker[span.role]]))
-            role, train = span.role, False
+    convention = getattr(tokenizer, "convention", GENERIC)
+
+    def medium(number: int) -> tuple[Piece, int]:
+        span = document.spans[number]
         try:
-            if isinstance(span, Text):
-                pieces.append(_text(tokenizer.encode(span.text), span.train, number))
-                train = span.train
-                continue
             if isinstance(span, Image):
-                medium = _image(span, resolution, media_tokens, vocab, number)
-            elif isinstance(span, Video):
-                medium = _video(span, clips, media_tokens, number)
-            else:
-                medium = _audio(span, sounds, sound_tokens, number)
+                return _image(span, resolution, media_tokens, tokenizer.vocab, number)
+            if isinstance(span, Video):
+                return _video(span, clips, media_tokens, number), 0
+            return _audio(span, sounds, sound_tokens, number), 0
         except InputError as error:
             raise InputError(f"Document {document.id!r}, span {number}: {error}") from error
-        if fuse == "cross" and medium.views:
-            pieces += [_text([vocab.image_start]), _aside(medium)]
+
+    writer = words.Writer(tokenizer, convention, document.id)
+    pieces: dict[int, Piece] = {}
+    for part in convention.parts(document, answer=answer > 0, fuse=fuse, skip=skip):
+        if not isinstance(part, Medium):
+            writer.add(part)
+            continue
+        piece, rows = medium(part.span)
+        if fuse == "cross" and piece.views:
+            piece = _aside(piece)
+        pieces[part.span] = piece
+        written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document.id)
+        if written is None:
+            writer.view(part.span, range(piece.length))
         else:
-            pieces += [_text([vocab.image_start]), medium, _text([vocab.image_end])]
-    pieces.append(_text([vocab.end], train))
+            for item in written:
+                writer.view(part.span, item) if isinstance(item, range) else writer.add(item)
+    out = [_piece(run, pieces, tokenizer.vocab) for run in writer.runs()]
     if answer:
-        pieces += [_text([vocab.assistant]), replace(_text([vocab.pad] * answer), fill=True)]
-    return Layout.of(document.id, tuple(p for p in pieces if p.length or p.features))
+        out.append(replace(_text([tokenizer.vocab.pad] * answer), fill=True))
+    return Layout.of(document.id, tuple(p for p in out if p.length or p.features))
 
 
 def _text(ids: list[int], train: bool = False, span: int = -1) -> Piece:
     return Piece(TEXT, len(ids), tuple(ids), None, train, span=span)
 
 
+def _piece(run: words.Run, media: dict[int, Piece], vocab: Vocab) -> Piece:
+    """A run of tokens as a piece: of text, or all that belongs to one medium."""
+    if run.slots is None:
+        return _text(run.ids, run.train, run.span)
+    piece = media[run.span]
+    if not run.ids:
+        return piece
+    return replace(
+        piece, length=len(run.slots), slots=tuple(run.slots), ids=tuple(run.ids), merge=0, media=piece.length
+    )
+
+
+def _written(
+    convention: Convention, piece: Piece, rows: int, media_tokens: Callable[[Grid], int], id: str
+) -> list[Part | range] | None:
+    """What the convention writes around the views of a picture in tiles: parts, and ranges of its media tokens."""
+    if piece.modality != IMAGE:
+        return None
+    try:
+        found = views(convention, len(piece.views), rows)
+    except InputError as error:
+        raise InputError(f"Document {id!r}, span {piece.span}: {error}") from error
+    if found is None:
+        return None
+    if piece.slots is not None:
+        raise InputError(
+            f"Document {id!r}, span {piece.span}: {piece.policy} orders the tokens of all views together, but "
+            f"{convention.name} writes between them; use the family's own policy."
+        )
+    stops = list(itertools.accumulate((media_tokens(view) for view in piece.views), initial=0))
+    out: list[Part | range] = []
+    for item in found:
+        out += [range(stops[item], stops[item + 1])] if isinstance(item, int) else item
+    return out
+
+
 def _image(
     span: Image, resolution: Resolution, media_tokens: Callable[[Grid], int], vocab: Vocab, number: int
-) -> Piece:
+) -> tuple[Piece, int]:
+    """A picture's piece, and how many rows of tiles it is cut into."""
     if not hasattr(resolution, "picture"):
         grid = (1, *resolution.grid(span.height, span.width))
-        return Piece(IMAGE, _counted(grid, media_tokens), (), grid, span=number, policy=resolution)
+        return Piece(IMAGE, _counted(grid, media_tokens), (), grid, span=number, policy=resolution), 0
     picture: Picture = resolution.picture(span.height, span.width)
     grids = tuple((1, *view) for view in picture.views)
     media = sum(_counted(grid, media_tokens) for grid in grids)
@@ -224,7 +269,7 @@ def _image(
         )
     if slots is not None and -1 in slots and vocab.image_newline is None:
         raise InputError(f"{resolution} ends rows with newline tokens, but the tokenizer has none; give it one.")
-    return Piece(
+    piece = Piece(
         IMAGE,
         media if slots is None else len(slots),
         (),
@@ -236,6 +281,7 @@ def _image(
         merge=picture.merge,
         policy=resolution,
     )
+    return piece, picture.rows
 
 
 def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int], number: int) -> Piece:

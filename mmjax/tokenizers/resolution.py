@@ -22,11 +22,13 @@ class Picture:
     slots: which media token stands at each place of the sequence, counted through all views, -1 a newline; None: all
       of them in order.
     merge: merge × merge patches make one of the media tokens that `slots` counts.
+    rows: of tiles, where there are several views.
     """
 
     views: tuple[tuple[int, int], ...]
     slots: tuple[int, ...] | None = None
     merge: int = 1
+    rows: int = 1
 
 
 class Policy(ABC):

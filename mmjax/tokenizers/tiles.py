@@ -204,6 +204,11 @@ class Splits(Tiled):
         """The same with about this share of the tiles."""
         return replace(self, longest=max(self.tile, int(self.longest * math.sqrt(share))))
 
+    def picture(self, height: int, width: int) -> Picture:
+        """All views, and how many rows of tiles there are."""
+        whole = super().picture(height, width)
+        return replace(whole, rows=self._tiles(*self._longest(height, width))[0] if self.split else 1)
+
     def views(self, height: int, width: int) -> tuple[View, ...]:
         """What is done to the pixels: the tiles, then the whole."""
         check(height, width)

@@ -35,21 +35,29 @@ CONTROLS = (
 class Vocab:
     """Ids of the control tokens and the number of ids: all that the sequence code needs of a tokenizer.
 
-    Ids lie in [0, size). Roles may share an id with others (many published models pad with `end`), but `image` may
-    not: a media slot must be told from every other slot. InputError names the field that breaks either rule.
+    Ids lie in [0, size). Roles may share an id with others (many published models pad with `end`), but placeholders may
+    not: a media slot must be told from every other slot. None: the family has no such token. InputError names the field
+    that breaks a rule.
     """
 
     pad: int
-    begin: int
-    end: int
-    system: int
-    user: int
-    assistant: int
-    image: int
-    image_start: int
-    image_end: int
-    size: int
+    begin: int | None
+    end: int  # of an answer
+    system: int | None = None
+    user: int | None = None
+    assistant: int | None = None
+    image: int | None = None  # stands where media tokens of pictures go; None: they never stand in the sequence
+    image_start: int | None = None
+    image_end: int | None = None
+    size: int = 0
     image_newline: int | None = None  # ends a row of a picture's tokens, where the family does so (LLaVA-NeXT)
+    video: int | None = None  # the same for videos and sound; None: as `image`
+    audio: int | None = None
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Every id that stands where media tokens go."""
+        return tuple({i: None for i in (self.image, self.video, self.audio) if i is not None})
 
     def __post_init__(self):
         for field in fields(self):
@@ -61,7 +69,9 @@ class Vocab:
                     f"vocabulary: the id of {field.name!r} is {token}, outside 0 to {self.size - 1}; take the "
                     "ids and the size from the same tokenizer"
                 )
-            if token == self.image and field.name != "image":
+            media = ("image", "video", "audio")
+            if token in self.placeholders and field.name not in media:
+                name = next(m for m in media if getattr(self, m) == token)
                 raise InputError(
-                    f"vocabulary: 'image' and {field.name!r} share the id {token}; give the placeholder its own id"
+                    f"vocabulary: {name!r} and {field.name!r} share the id {token}; give the placeholder its own id"
                 )

@@ -1,0 +1,290 @@
+"""The conventions of published families, as data, by name; how each is compared is in tests/parity/test_conventions.py.
+
+    generic     <|begin|><|user|>{text}<|end|><|assistant|>{text}<|end|>
+    llava-v0    {system}###Human: <image>\\n{text}###Assistant: {text}###
+    llava-v1    <s>{system} USER: <image>\\n{text} ASSISTANT: {text}</s>
+    chatml      <|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{text}<|im_end|>\\n
+    flamingo    <image>{text}<|endofchunk|>
+    paligemma   <image>…<bos>{text}\\n{text}<eos>
+    segments    [CLS]{text}[SEP]{text}[SEP]
+
+Every media marker below stands for as many placeholders as the picture has media tokens.
+"""
+
+from dataclasses import replace
+
+from mmjax.tokenizers.convention import Around, Convention, Tiles
+from mmjax.tokenizers.parts import Symbol
+
+S = Symbol
+
+# What tokenizers trained here have (vocab.CONTROLS): one pair of markers for all media.
+_MEDIUM = Around((S("<|image_start|>"),), (S("<|image_end|>"),))
+GENERIC = Convention(
+    "generic",
+    begin=(S("<|begin|>"),),
+    document=Around((), (S("<|end|>"),)),
+    system=Around((S("<|system|>"),), (S("<|end|>"),)),
+    user=Around((S("<|user|>"),), (S("<|end|>"),)),
+    assistant=Around((S("<|assistant|>"),), (S("<|end|>"),)),
+    image=_MEDIUM,
+    video=_MEDIUM,
+    audio=_MEDIUM,
+    pad="<|pad|>",
+    stop="<|end|>",
+    placeholder="<|image|>",
+)
+
+# The same with a pair of markers, and a placeholder, for each modality.
+MARKERS = replace(
+    GENERIC,
+    name="markers",
+    text=Around((S("<|text_start|>"),), (S("<|text_end|>"),)),
+    video=Around((S("<|video_start|>"),), (S("<|video_end|>"),)),
+    audio=Around((S("<|audio_start|>"),), (S("<|audio_end|>"),)),
+    placeholder_video="<|video|>",
+    placeholder_audio="<|audio|>",
+)
+
+# Liu et al. 2023, "Visual instruction tuning": conv_llava_v0 of llava/conversation.py, at inference.
+LLAVA_V0 = Convention(
+    "llava-v0",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    system=Around((), ("###",)),
+    user=Around(("Human: ",), ("###",)),
+    assistant=Around(("Assistant: ",), ("###",)),
+    image=Around((), ("\n",)),
+    prompt=("Assistant:",),
+    default_system="A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions.",
+    media="first",
+    pad="<unk>",
+    stop="</s>",
+    placeholder="<image>",
+)
+
+# Liu et al. 2024, "Improved baselines with visual instruction tuning": conv_llava_v1 (Vicuna's, with LLaVA's system).
+LLAVA_V1 = replace(
+    LLAVA_V0,
+    name="llava-v1",
+    system=Around((), (" ",)),
+    user=Around(("USER: ",), (" ",)),
+    assistant=Around(("ASSISTANT: ",), (S("</s>"),)),
+    prompt=("ASSISTANT:",),
+)
+
+# The template of Hugging Face's LLaVA-1.5 directories: pictures first, a space after every text, no end of a turn.
+LLAVA_HF = Convention(
+    "llava-hf",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    user=Around(("USER: ",)),
+    assistant=Around(("ASSISTANT: ",)),
+    text=Around((), (" ",)),
+    image=Around((), ("\n",)),
+    prompt=("ASSISTANT:",),
+    media="first",
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<image>",
+)
+
+
+def _headed(role: str) -> Around:
+    """Llama 3's turn (Dubey et al. 2024, "The Llama 3 herd of models"; llama_models' chat_format)."""
+    return Around((S("<|start_header_id|>"), role, S("<|end_header_id|>"), "\n\n"), (S("<|eot_id|>"),))
+
+
+# LLaVA-NeXT with Llama 3 (conv_llava_llama_3).
+LLAVA_LLAMA_3 = Convention(
+    "llava-llama-3",
+    begin=(S("<|begin_of_text|>"),),
+    document=Around((), (S("<|end_of_text|>"),)),
+    system=_headed("system"),
+    user=_headed("user"),
+    assistant=_headed("assistant"),
+    image=Around((), ("\n",)),
+    media="first",
+    strip="turn",
+    pad="<|end_of_text|>",
+    stop="<|eot_id|>",
+    placeholder="<image>",
+)
+
+
+def _chatml(role: str) -> Around:
+    return Around((S("<|im_start|>"), f"{role}\n"), (S("<|im_end|>"), "\n"))
+
+
+CHATML = Convention(
+    "chatml",
+    document=Around((), (S("<|endoftext|>"),)),
+    system=_chatml("system"),
+    user=_chatml("user"),
+    assistant=_chatml("assistant"),
+    image=Around((S("<|vision_start|>"),), (S("<|vision_end|>"),)),
+    pad="<|endoftext|>",
+    stop="<|im_end|>",
+    placeholder="<|image_pad|>",
+)
+
+# Wang et al. 2024, Qwen2-VL; Qwen2.5-VL writes the same.
+QWEN_VL = replace(
+    CHATML,
+    name="qwen-vl",
+    video=Around((S("<|vision_start|>"),), (S("<|vision_end|>"),)),
+    default_system="You are a helpful assistant.",
+    placeholder_video="<|video_pad|>",
+)
+QWEN3_VL = replace(QWEN_VL, name="qwen3-vl", default_system=None)
+
+# Chen et al. 2024, InternVL 2.5 and 3, in Hugging Face's directories.
+INTERNVL = replace(
+    CHATML, name="internvl", image=Around((S("<img>"),), (S("</img>"), "\n")), placeholder="<IMG_CONTEXT>"
+)
+
+# Laurençon et al. 2023, OBELICS and IDEFICS: a picture is one token, looked at by cross-attention.
+_FAKE = S("<fake_token_around_image>")
+IDEFICS = Convention(
+    "idefics",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    user=Around(("User:",), (S("<end_of_utterance>"), "\n")),
+    assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
+    lead=(" ",),
+    image=Around((_FAKE,), (_FAKE,), Around((_FAKE, S("<image>")), (_FAKE,))),
+    once=(_FAKE.symbol,),
+    pad="<unk>",
+    stop="<end_of_utterance>",
+)
+# Laurençon et al. 2024, "What matters when building vision-language models?"
+IDEFICS2 = Convention(
+    "idefics2",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    user=Around(("User:",), (S("<end_of_utterance>"), "\n")),
+    assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
+    lead=(" ",),
+    image=Around((_FAKE,), (_FAKE,)),
+    once=(_FAKE.symbol,),
+    gap=(_FAKE.symbol,),
+    pad="<unk>",
+    stop="<end_of_utterance>",
+    placeholder="<image>",
+)
+# Laurençon et al. 2024, "Building and better understanding vision-language models", section 2.2.
+IDEFICS3 = Convention(
+    "idefics3",
+    begin=(S("<|begin_of_text|>"),),
+    document=Around((), (S("<|end_of_text|>"),)),
+    user=Around(("User:",), (S("<end_of_utterance>"), "\n")),
+    assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
+    lead=(" ",),
+    image=Around((_FAKE, S("<global-img>")), (_FAKE,)),
+    tiles=Tiles(
+        "whole_last",
+        tile=Around((_FAKE, S("<row_{row}_col_{column}>"))),
+        row=("\n",),
+        whole=Around(("\n", _FAKE, S("<global-img>")), (_FAKE,)),
+    ),
+    pad="<|end_of_text|>",
+    stop="<end_of_utterance>",
+    placeholder="<image>",
+)
+SMOLVLM = replace(
+    IDEFICS3,
+    name="smolvlm",
+    begin=(S("<|im_start|>"),),
+    pad="<|im_end|>",
+)
+
+# Beyer et al. 2024, PaliGemma: pictures, then <bos>; the answer is a string of its own.
+PALIGEMMA = Convention(
+    "paligemma",
+    document=Around((), (S("<eos>"),)),
+    user=Around((S("<bos>"),), ("\n",)),
+    assistant=Around((), (S("<eos>"),)),
+    prompt=(),
+    media="ahead",
+    apart=True,
+    one_turn=True,
+    pad="<pad>",
+    stop="<eos>",
+    placeholder="<image>",
+)
+
+_GEMMA_IMAGE = Around(("\n\n", S("<start_of_image>")), (S("<end_of_image>"), "\n\n"))
+# Gemma Team 2025, Gemma 3.
+GEMMA3 = Convention(
+    "gemma-3",
+    begin=(S("<bos>"),),
+    document=Around((), (S("<eos>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around((S("<start_of_turn>"), "user\n"), (S("<end_of_turn>"), "\n")),
+    assistant=Around((S("<start_of_turn>"), "model\n"), (S("<end_of_turn>"), "\n")),
+    image=_GEMMA_IMAGE,
+    strip="text",
+    system_into_user=True,
+    tiles=Tiles(
+        "whole_first",
+        tile=_GEMMA_IMAGE,
+        between=(" ",),
+        whole=Around(
+            ("Here is the original image \n\n", S("<start_of_image>")),
+            (S("<end_of_image>"), "\n\n and here are some crops to help you see better "),
+        ),
+    ),
+    pad="<pad>",
+    stop="<end_of_turn>",
+    placeholder="<image_soft_token>",
+)
+
+# Alayrac et al. 2022, Flamingo, section 3.1, as OpenFlamingo writes it: a chunk is a picture and what is said of it.
+FLAMINGO = Convention(
+    "flamingo",
+    begin=(S("<s>"),),
+    end=(S("</s>"),),
+    user=Around(("Question:",)),
+    assistant=Around((" Short answer:",)),
+    image=Around((), (), Around((S("<image>"),))),
+    media="ahead",
+    chunk=(S("<|endofchunk|>"),),
+    pad="<PAD>",
+    stop="<|endofchunk|>",
+)
+
+# Devlin et al. 2019, BERT, and Li et al. 2019, VisualBERT: texts apart by [SEP]; which is which, a learnt vector says.
+SEGMENTS = Convention(
+    "segments",
+    begin=(S("[CLS]"),),
+    text=Around((), (S("[SEP]"),)),
+    pad="[PAD]",
+    stop="[SEP]",
+    placeholder="[IMG]",
+    more=("[UNK]", "[MASK]"),
+)
+
+CONVENTIONS = {
+    convention.name: convention
+    for convention in (
+        GENERIC,
+        MARKERS,
+        LLAVA_V0,
+        LLAVA_V1,
+        LLAVA_HF,
+        LLAVA_LLAMA_3,
+        CHATML,
+        QWEN_VL,
+        QWEN3_VL,
+        INTERNVL,
+        IDEFICS,
+        IDEFICS2,
+        IDEFICS3,
+        SMOLVLM,
+        PALIGEMMA,
+        GEMMA3,
+        FLAMINGO,
+        SEGMENTS,
+    )
+}
