@@ -199,11 +199,8 @@ def layout(
             piece = _aside(piece)
         pieces[part.span] = piece
         written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document.id)
-        if written is None:
-            writer.view(part.span, range(piece.length))
-        else:
-            for item in written:
-                writer.view(part.span, item) if isinstance(item, range) else writer.add(item)
+        for item in written or [*part.before, range(piece.length), *part.after]:
+            writer.view(part.span, item) if isinstance(item, range) else writer.add(item)
     out = [_piece(run, pieces, tokenizer.vocab) for run in writer.runs()]
     if answer:
         out.append(replace(_text([tokenizer.vocab.pad] * answer), fill=True))

@@ -26,30 +26,36 @@ class Writer:
     """Collects a document's parts in order; `runs` gives what they became."""
 
     def __init__(self, tokenizer: Any, convention: Convention, document: str):
-        self.tokenizer, self.document = tokenizer, document
-        self.first = {part for part in convention.begin if isinstance(part, Symbol)}
+        self.tokenizer, self.convention, self.document = tokenizer, convention, document
+        self.first = {part for part in convention.begin if convention.opens and isinstance(part, Symbol)}
         self.offsets = getattr(tokenizer, "offsets", None)
         self.controls = controls(tokenizer)
         self.done: list[Run] = []
         self.pending: list[Words] = []
         self.begun = False  # whether anything but the tokens before every document is written
+        self.last: Symbol | None = None  # what was written just before, if it was a control token
 
     def add(self, part: Part) -> None:
         """InputError for a control token that the tokenizer does not have, or text that cannot be encoded."""
         if part is BORDER:
             self._flush()
         elif isinstance(part, Words):
-            if part.text:
-                self.pending.append(part)
-        else:
+            if not part.text:
+                return
+            gap = self.last is not None and self.last.symbol in self.convention.gap
+            if gap and not part.text[0].isspace() and part.text[0] != "<":  # as the pattern "(?=[^\\s<])" there
+                self.pending.append(Words(" "))
+            self.pending.append(part)
+            self.last = None
+        elif part != self.last or part.symbol not in self.convention.once:
             self._flush()
             self.done.append(Run([self._id(part)], part.train))
-            self.begun = self.begun or part not in self.first
+            self.begun, self.last = self.begun or part not in self.first, part
 
     def view(self, span: int, slots: range) -> None:
         """Media tokens of a medium; the first may come to the end of what is written of the ones before."""
         self._flush()
-        self.begun = True
+        self.begun, self.last = True, None
         opened = next((n for n, run in enumerate(self.done) if run.slots is not None and run.span == span), None)
         if opened is None:
             self.done.append(Run(span=span, slots=list(slots)))

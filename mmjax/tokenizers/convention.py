@@ -69,7 +69,9 @@ class Convention:
     it. Texts and words that follow each other are tokenized as one string, as they are where a template is rendered.
 
     name: for messages.
-    begin: before every document; the tokenizer writes it there, so what follows still counts as the beginning.
+    begin: before every document.
+    opens: whether what follows `begin` is still the beginning of a text, where some tokenizers write a space: where the
+      tokenizer writes `begin`, not where a template does.
     end: after every document; learnt where its last text is.
     system, user, assistant, document: around a turn, and around what is no conversation.
     text, image, video, audio: around each text and medium.
@@ -92,6 +94,7 @@ class Convention:
 
     name: str
     begin: Writing = ()
+    opens: bool = True
     end: Writing = ()
     document: Around = NOTHING
     system: Around = NOTHING
@@ -149,7 +152,7 @@ class Convention:
                     f"use one of mmjax's own conventions."
                 )
             return [*_plain(self.begin), *self.template.parts(document, answer=answer)]
-        return _tidy([*_plain(self.begin), *_Writer(self, document, fuse).write(answer, skip)], self)
+        return [*_plain(self.begin), *_Writer(self, document, fuse).write(answer, skip)]
 
 
 def _symbols(x: object) -> Iterator[str]:
@@ -241,11 +244,11 @@ class _Writer:
             if not out or out[-1][0] != span.role or span.turn:
                 out.append((span.role, []))
             out[-1][1].append((number, span))
-        return [(role, spans if role == "document" else self._stripped(role, spans)) for role, spans in out]
+        return [(role, spans if role == "document" else self._ordered(role, spans)) for role, spans in out]
 
-    def _stripped(self, role: str, spans: list[Numbered]) -> list[Numbered]:
-        """Without the white space that the family leaves out."""
-        out = list(spans)
+    def _ordered(self, role: str, spans: list[Numbered]) -> list[Numbered]:
+        """A turn's spans in the order in which they are written, without the white space that is left out."""
+        out = spans if self.of.media == "in_place" else sorted(spans, key=lambda s: isinstance(s[1], Text))
         if self.of.strip == "nothing" or (role == "system" and self.of.system_into_user):
             return out
         every = range(len(out))
@@ -296,23 +299,7 @@ class _Writer:
         self.media, self.train = self.media + 1, False
         if self.fuse == "cross" and not isinstance(span, Audio):
             around = Around(around.before) if around.cross is None else around.cross
-        return [*chunk, *_plain(around.before), Medium(number), *_plain(around.after)]
-
-
-def _tidy(parts: list[Part], of: Convention) -> list[Part]:
-    """Without doubled symbols, and with the spaces that some need after them."""
-    if not of.once and not of.gap:
-        return parts
-    out: list[Part] = []
-    for part in parts:
-        before = out[-1] if out else None
-        if isinstance(part, Symbol) and part == before and part.symbol in of.once:
-            continue
-        after_gap = isinstance(before, Symbol) and before.symbol in of.gap and isinstance(part, Words) and part.text
-        if after_gap and not part.text[0].isspace() and part.text[0] != "<":  # as the pattern "(?=[^\s<])" there
-            out.append(Words(" "))
-        out.append(part)
-    return out
+        return [*chunk, Medium(number, tuple(_plain(around.before)), tuple(_plain(around.after)))]
 
 
 def views(convention: Convention, count: int, rows: int) -> list[list[Part] | int] | None:

@@ -100,6 +100,7 @@ def _headed(role: str) -> Around:
 LLAVA_LLAMA_3 = Convention(
     "llava-llama-3",
     begin=(S("<|begin_of_text|>"),),
+    opens=False,
     document=Around((), (S("<|end_of_text|>"),)),
     system=_headed("system"),
     user=_headed("user"),
@@ -110,6 +111,7 @@ LLAVA_LLAMA_3 = Convention(
     pad="<|end_of_text|>",
     stop="<|eot_id|>",
     placeholder="<image>",
+    newline="<image_newline>",  # not in their vocabulary: a vector of the model's own, here the token table's last
 )
 
 
@@ -149,6 +151,7 @@ _FAKE = S("<fake_token_around_image>")
 IDEFICS = Convention(
     "idefics",
     begin=(S("<s>"),),
+    opens=False,
     document=Around((), (S("</s>"),)),
     user=Around(("User:",), (S("<end_of_utterance>"), "\n")),
     assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
@@ -163,6 +166,7 @@ IDEFICS2 = Convention(
     "idefics2",
     begin=(S("<s>"),),
     document=Around((), (S("</s>"),)),
+    system=Around(("System:",), (S("<end_of_utterance>"), "\n")),
     user=Around(("User:",), (S("<end_of_utterance>"), "\n")),
     assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
     lead=(" ",),
@@ -177,7 +181,9 @@ IDEFICS2 = Convention(
 IDEFICS3 = Convention(
     "idefics3",
     begin=(S("<|begin_of_text|>"),),
+    opens=False,
     document=Around((), (S("<|end_of_text|>"),)),
+    system=Around(("System:",), (S("<end_of_utterance>"), "\n")),
     user=Around(("User:",), (S("<end_of_utterance>"), "\n")),
     assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
     lead=(" ",),
@@ -219,6 +225,7 @@ _GEMMA_IMAGE = Around(("\n\n", S("<start_of_image>")), (S("<end_of_image>"), "\n
 GEMMA3 = Convention(
     "gemma-3",
     begin=(S("<bos>"),),
+    opens=False,
     document=Around((), (S("<eos>"),)),
     system=Around((), ("\n\n",)),
     user=Around((S("<start_of_turn>"), "user\n"), (S("<end_of_turn>"), "\n")),

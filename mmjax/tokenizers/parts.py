@@ -25,9 +25,14 @@ class Words(NamedTuple):
 
 
 class Medium(NamedTuple):
-    """The place of a picture, clip or sound: the document's span of this number."""
+    """The place of a picture, clip or sound: the document's span of this number.
+
+    before, after: what is written around its tokens, unless the convention writes something around each of its views.
+    """
 
     span: int
+    before: tuple[Symbol | Words, ...] = ()
+    after: tuple[Symbol | Words, ...] = ()
 
 
 Part = Symbol | Words | Medium
