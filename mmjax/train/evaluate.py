@@ -14,7 +14,7 @@ from mmjax.data.source import Source
 from mmjax.models import decoder, vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
-from mmjax.tokenizers.text import Text
+from mmjax.tokenizers.text import Tokenizer
 from mmjax.train.step import batch_shardings
 
 
@@ -53,7 +53,7 @@ class Evaluator:
     def __init__(
         self,
         source: Source,
-        tokenizer: Text,
+        tokenizer: Tokenizer,
         cfg: vlm.Config,
         answer: int,
         params: dict,

@@ -39,7 +39,7 @@ MAY_CHANGE = ("out", "mesh.", "threads", "keep", "save_every", "packing.memory")
 class Data:
     """All that is known before anything is compiled or written."""
 
-    tokenizer: text.Text
+    tokenizer: text.Tokenizer
     training: Source
     questions: list[drawings.Question]
     evaluation: Source
@@ -98,7 +98,7 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
     Raises:
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices).
     """
-    tokenizer = text.load(drawings.tokenizer_model())
+    tokenizer = text.load(drawings.tokenizer_model(), exact=True)
     if tokenizer.vocab.size != cfg.model.decoder.vocab:
         raise InputError(
             f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
