@@ -58,9 +58,8 @@ def encode(document: Document) -> bytes:
         spans.append(told)
     try:
         told = {"id": document.id, "spans": spans}
-        # `default`: sizes may be NumPy's numbers.
-        header = json.dumps(told, ensure_ascii=False, allow_nan=False, default=lambda number: number.item()).encode()
-    except (ValueError, AttributeError) as error:
+        header = json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
         raise InputError(f"Document {document.id!r} cannot be written ({error}); repair its text or numbers") from error
     if len(header) > LONGEST_HEADER:
         raise InputError(

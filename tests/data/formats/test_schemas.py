@@ -102,7 +102,7 @@ def test_llava(folder, name):
 
 def test_llava_puts_pictures_in_front_as_llava_itself_does(folder):
     data = opened(
-        folder / "d.json", LLAVA + [{"image": "2x3.png", "conversations": talk(" <image> ", "x\n")}], place="front"
+        folder / "d.json", [*LLAVA, {"image": "2x3.png", "conversations": talk(" <image> ", "x\n")}], place="front"
     )
     assert plain(data[0])[1][:2] == [picture(2, 3), asked("\nWhat?")]
     assert plain(data[1])[1][:3] == [picture(4, 5), picture(6, 7), asked("\none  two")]
