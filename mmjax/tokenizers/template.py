@@ -108,7 +108,7 @@ class Template:
         for name, value in variables.items():
             if name in GIVEN:
                 raise InputError(f"the variable {name!r} is made from the document; leave it out.")
-            if name.endswith("_token") and value is not None and value not in self.symbols:
+            if name.endswith("_token") and not (value is None or value in [*self.symbols]):
                 raise InputError(f"{name} is {value!r}, which is not one of the symbols; give one of them.")
         try:
             # Plain copies: a template gets no object that could do something.
@@ -130,11 +130,11 @@ class Template:
 
         def worn(disguise: marks.Disguise) -> dict[str, Any]:
             messages = [self._message(spans, turn, disguise) for turn in turns]
-            named = {name: value for name, value in variables.items() if name.endswith("_token")}
-            return {
-                "messages": messages,
-                "variables": _worn(variables, disguise, about.names.union(about.strings)) | named,
+            given = {
+                name: value if name.endswith("_token") else _worn(value, disguise, about.names.union(about.strings))
+                for name, value in variables.items()
             }
+            return {"messages": messages, "variables": given}
 
         whole = len(turns), answer
         asked = [] if about.generation else [n for n, turn in enumerate(turns) if conversation.train(spans, turn, any)]

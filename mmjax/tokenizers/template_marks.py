@@ -32,7 +32,8 @@ class Finder:
     def at(self, text: str, place: int) -> int:
         """The length of the longest that begins here, 0 for none."""
         lengths = self._lengths.get(text[place], ())
-        return next((n for n in lengths if text[place : place + n] in self.strings), 0)
+        here = (text[place : place + n] for n in lengths if place + n <= len(text))
+        return next((len(s) for s in here if s in self.strings), 0)
 
     def places(self, text: str) -> list[int]:
         """Where any of them begins, also within another."""
@@ -177,8 +178,10 @@ class Read:
     regions: tuple[tuple[int, int], ...]
 
 
-def read(rendered: str, codes: Codes) -> Read | None:
-    """None where marks are left without their partners."""
+def read(rendered: str | None, codes: Codes) -> Read | None:
+    """None where there is nothing, or marks are left without their partners."""
+    if rendered is None:
+        return None
     chars, owner = codes.read(rendered)
     places = [place for place, char in enumerate(rendered) if char in codes.marks] if codes.marks else []
     regions, opened = [], []

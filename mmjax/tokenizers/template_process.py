@@ -75,6 +75,8 @@ class Process:
     def render(self, sets: Sequence[dict[str, Any]], jobs: Sequence[tuple[int, int, bool, tuple[str, str]]]) -> list:
         """Renderings, one for each job: (which set of messages and variables, how many messages, prompt, marks).
 
+        None for one with marks that the template refuses.
+
         Raises:
           InputError: the template fails, or takes more than its limits; the next call works again.
         """

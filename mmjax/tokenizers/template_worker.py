@@ -106,6 +106,7 @@ def words(made, source: str) -> tuple[list[str], list[str]]:
 
     tree = made.parse(source)
     strings = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    strings = {s for s in strings if s == s.encode(errors="ignore").decode()}  # half a surrogate is in no text
     return sorted(strings), sorted({node.attr for node in tree.find_all(jinja2.nodes.Getattr)})
 
 
@@ -160,7 +161,15 @@ def render(made, template, request: dict, most: int) -> dict:
         given = request["sets"][number]
         made.marks = tuple(marks)
         context = given["variables"] | {"messages": given["messages"][:messages], "add_generation_prompt": prompt}
-        out.append("".join(_limited(template.generate(context), most)))
+        try:
+            out.append("".join(_limited(template.generate(context), most)))
+        except (MemoryError, TooLong):
+            raise
+        except Exception:
+            # It may refuse texts in disguise where it takes them plain.
+            if not any(marks):
+                raise
+            out.append(None)
     return {"texts": out}
 
 
