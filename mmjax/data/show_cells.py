@@ -11,7 +11,7 @@ from mmjax.core.errors import InputError
 from mmjax.data.source import load
 from mmjax.sequence.document import Audio, Document, Video
 from mmjax.sequence.interleave import HIDDEN, Example
-from mmjax.sequence.layout import AUDIO, IMAGE, TEXT, VIDEO, Grid, Layout, Piece, Tokenizer
+from mmjax.sequence.layout import AUDIO, IMAGE, TEXT, VIDEO, Layout, Piece, Tokenizer
 from mmjax.tokenizers.view import render
 
 COLOURS = {
@@ -74,6 +74,8 @@ def cells(laid: Layout, example: Example, tokenizer: Tokenizer) -> Iterator[Cell
     at = number = 0
     for piece in laid.pieces:
         end = at + piece.length
+        if not piece.length:
+            yield Cell("image", f"image {number}: {_grids(piece)} patches, beside the text", 0)
         while at < end:
             if kind[at] in words:
                 stop = at + int(np.argmin(np.append(np.isin(kind[at:end], words), False)))
@@ -99,16 +101,17 @@ def _medium(piece: Piece, number: int, kind: np.ndarray) -> Iterator[Cell]:
     made = len(kind) - newlines
     if made:
         name = KINDS[int(kind[kind != KINDS.index("newline")][0])]
-        sizes = [(len(list(same)), grid) for grid, same in itertools.groupby(piece.views)]
-        grids = [(f"{n} of " if n > 1 else "") + _size(grid) for n, grid in sizes]
-        what = f"{piece.grid[0]:,} frames" if piece.modality == AUDIO else f"{' + '.join(grids)} patches"
+        what = f"{piece.grid[0]:,} frames" if piece.modality == AUDIO else f"{_grids(piece)} patches"
         yield Cell(name, f"{name} {number}: {what}, {made:,} tokens", made)
     if newlines:
         yield Cell("newline", f"{newlines:,} newlines", newlines)
 
 
-def _size(grid: Grid) -> str:
-    return "×".join(map(str, grid if grid[0] > 1 else grid[1:]))
+def _grids(piece: Piece) -> str:
+    """Its grids, those that are alike counted."""
+    sizes = [(len(list(same)), grid) for grid, same in itertools.groupby(piece.views)]
+    shown = ["×".join(map(str, grid if grid[0] > 1 else grid[1:])) for _, grid in sizes]
+    return " + ".join((f"{n} of " if n > 1 else "") + size for (n, _), size in zip(sizes, shown, strict=True))
 
 
 def spelled(ids: Sequence[int], tokenizer: Tokenizer, names: dict[int, str] | None = None) -> list[str]:
@@ -151,7 +154,8 @@ def pictures(document: Document, laid: Layout, example: Example) -> Iterator[Sho
             if wrong:  # said once, not for every view
                 yield Shown(name, np.zeros((0, 0, 3), np.uint8), *parts[0], np.zeros(parts[0], bool), wrong)
             for n, (rows, columns) in enumerate(parts):
-                seen = shown[at : at + rows * columns].reshape(rows, columns)
+                # A picture beside the text (cross-attention) has no places, but all its patches are looked at.
+                seen = shown[at : at + rows * columns].reshape(rows, columns) | (piece.length == 0)
                 if rendered:
                     yield Shown(name + (f"{part}{n}" if len(parts) > 1 else ""), rendered[n], rows, columns, seen)
                 at += rows * columns

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def png(document: Document, laid: Layout, example: Example, tokenizer: Tokenizer
     height = sum(heights) + 2 * EDGE
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI)
     page = _Page(figure, height)
-    title = f"{document.id}: {len(kind):,} tokens, {len(example.patch_lo):,} patches, {len(views):,} views"
+    title = f"{document.id}: {len(kind):,} tokens, {len(example.patch_lo):,} patches, {len(example.grid):,} views"
     page.write(EDGE, EDGE, show_cells.printable(title), weight="bold")
     page.cells(legend, EDGE + LINE)
     top = EDGE + heights[0] + EDGE // 2
@@ -77,17 +78,17 @@ class _Page:
         self.paper = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
         self.paper.axis("off")
 
-    def axes(self, left: float, top: float, width: float, height: float, **kwargs: Any) -> Any:
+    def axes(self, left: float | int, top: float | int, width: float | int, height: float | int, **kwargs: Any) -> Any:
         place = (left / WIDTH, 1 - (top + height) / self.height, width / WIDTH, height / self.height)
         return self.figure.add_axes(place, **kwargs)
 
-    def write(self, left: float, top: float, text: str, **kwargs: Any) -> None:
+    def write(self, left: float | int, top: float | int, text: str, **kwargs: Any) -> None:
         # Text of strangers: dollars in it are no formulas.
         self.paper.text(
             left, top + LINE / 2, text, fontsize=SIZE, family="monospace", va="center", parse_math=False, **kwargs
         )
 
-    def cells(self, lines: Sequence[Sequence[Cell]], top: float) -> None:
+    def cells(self, lines: Sequence[Sequence[Cell]], top: float | int) -> None:
         from matplotlib.patches import Rectangle
 
         for row, line in enumerate(lines):
@@ -123,12 +124,12 @@ def _lines(cells: Sequence[Cell]) -> list[list[Cell]]:
     return out
 
 
-def _view(page: _Page, view: Shown, left: float, top: float) -> None:
+def _view(page: _Page, view: Shown, left: float | int, top: float | int) -> None:
     page.write(left, top, f"{view.name}: {view.rows}×{view.columns}")
     room = SIDE - 4
     if not view.pixels.size:
         axes = page.axes(left, top + LINE, room, room, xticks=[], yticks=[], facecolor="#eeeeee")
-        why = "\n".join(view.wrong[n : n + 26] for n in range(0, min(len(view.wrong), 156), 26))
+        why = "\n".join(textwrap.wrap(view.wrong, 26)[:8])
         axes.text(0.5, 0.5, f"a hole:\n{why or 'no pixels'}", ha="center", va="center", fontsize=SIZE, parse_math=False)
         return
     high, wide = view.pixels.shape[:2]
@@ -144,7 +145,7 @@ def _view(page: _Page, view: Shown, left: float, top: float) -> None:
     axes.plot(across + 0.5, down + 0.5, "x", color="red", markersize=min(6, 0.4 * room / max(view.rows, view.columns)))
 
 
-def _sound(page: _Page, name: str, samples: np.ndarray, wrong: str, top: float) -> None:
+def _sound(page: _Page, name: str, samples: np.ndarray, wrong: str, top: float | int) -> None:
     page.write(EDGE, top, f"{name}: {wrong}" if wrong else name)
     axes = page.axes(EDGE, top + LINE, WIDTH - 2 * EDGE, SOUND - LINE - 6, xticks=[], yticks=[])
     # The line would be as wide as the picture: of so many samples, the highest and lowest of each part.
@@ -154,7 +155,7 @@ def _sound(page: _Page, name: str, samples: np.ndarray, wrong: str, top: float) 
         axes.fill_between(np.arange(len(edges)), *ends, step="mid", color=COLOURS["audio"])
 
 
-def _mask(page: _Page, example: Example, kind: np.ndarray, top: float) -> None:
+def _mask(page: _Page, example: Example, kind: np.ndarray, top: float | int) -> None:
     from matplotlib.colors import ListedColormap
 
     n, side = len(kind), PLOTS - 3 * LINE
@@ -177,7 +178,7 @@ def _mask(page: _Page, example: Example, kind: np.ndarray, top: float) -> None:
         strip.imshow(values, cmap=colours, vmin=0, vmax=len(KINDS) - 1, aspect="auto", interpolation="nearest")
 
 
-def _positions(page: _Page, example: Example, top: float) -> None:
+def _positions(page: _Page, example: Example, top: float | int) -> None:
     left = PLOTS + 70
     page.write(left, top, "positions of the tokens", weight="bold")
     axes = page.axes(left + 30, top + LINE + 6, WIDTH - left - 30 - EDGE, PLOTS - 4 * LINE)

@@ -158,6 +158,22 @@ def test_only_what_the_template_wrote_is_a_symbol(source, text, refused):
     assert plain(parts)
 
 
+def test_random_pieces_of_symbols_change_nothing(rng):
+    """The symbols are the template's alone, whatever pieces of them the texts begin with, end with and hold."""
+    c = "{{ messages[0].content }}"
+    source = f"<|{c}|><|im_{{{{ messages[0].content | trim }}}}start|>{c}<|im_start|>{c}</s{c}>[{c}INST]<s>{c}"
+    template = raw(source, "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "|>")
+    expected = symbols(template.parts(document(Text("z"))))
+    assert expected == ["|>", "|>", "<|im_start|>", "<s>"]
+    pieces = ["<|", "|>", "im_", "start", "end", "<", ">", "/", "s", "[", "]", "INST", "I", " ", "\n", '"', "<s>", "é"]
+    for _ in range(300):
+        said = "z".join("".join(rng.choice(pieces, rng.integers(0, 6))) for _ in range(rng.integers(1, 4)))
+        said = said if said.strip() else "z"  # where nothing is between, the template has written the symbol itself
+        parts = template.parts(document(Text(said)))
+        assert symbols(parts) == expected
+        assert plain(parts) == source.replace(c, said).replace("{{ messages[0].content | trim }}", said.strip())
+
+
 def test_what_templates_look_for_they_find():
     """Upper case, JSON, comparison and cutting give what they give without any disguise."""
     for source, text, expected in (
