@@ -83,6 +83,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value, name = getattr(config, f.name), f"{prefix}{f.name}"
         if dataclasses.is_dataclass(value):
             out |= flatten(value, f"{name}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            for n, item in enumerate(value):
+                out[f"{name}.{n}"] = type(item).__name__
+                out |= flatten(item, f"{name}.{n}.")
         else:
             out[name] = _plain(value)
     return out

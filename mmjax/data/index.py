@@ -161,10 +161,16 @@ def training(
     )
 
 
-def once(documents: Sequence[Document], layout: LayoutOf, *, tokens: int, rows: int) -> Plan:
-    """Plans every document exactly once in one bucket shape; the last batch may have empty rows. For evaluation."""
+def once(
+    documents: Sequence[Document], layout: LayoutOf, *, tokens: int, rows: int, shape: Bucket | None = None
+) -> Plan:
+    """Plans every document exactly once in one bucket shape; the last batch may have empty rows. For evaluation.
+
+    shape: the bucket, where it is known already; InputError if a document does not fit it.
+    """
     sizes = measure(documents, range(len(documents)), layout)
-    shapes = buckets.choose(sizes, 1, tokens, rows)
+    shapes = (shape,) if shape else buckets.choose(sizes, 1, tokens, rows)
+    buckets.refuse_too_large(sizes, shapes, [f"number {n}" for n in range(len(sizes))])
     packed = [tuple(row) for _, row in pack_shapes(sizes, [s.row for s in shapes])[0]]
     steps = [Step(0, tuple(packed[i : i + rows])) for i in range(0, len(packed), rows)]
     return _plan(shapes, steps, dict(enumerate(sizes)))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmjax.core.sharding import MeshConfig
-from mmjax.data import drawings
+from mmjax.data import drawings, sets
 from mmjax.models import vlm
 from mmjax.sequence import interleave
 from mmjax.sequence.budget import Budget
@@ -53,7 +53,7 @@ class Config:
     """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
 
     model: vlm.Config
-    data: drawings.Config
+    data: drawings.Config | sets.Config  # the built-in questions, or a mixture of datasets
     out: Path  # where everything the run makes is kept; give the same place again to resume
     steps: int
     resolution: Policy = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))

@@ -1,6 +1,8 @@
-"""Evaluation: greedy answers to packed questions, all at once, by whole forward passes at one static shape."""
+"""Evaluation: greedy answers to packed questions, all at once, at one static shape; the loss on held-out documents."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,16 @@ from jaxtyping import Array, Int
 
 from mmjax.core import sharding
 from mmjax.core.sharding import Rules
+from mmjax.data.drawings import Question
 from mmjax.data.source import Source
 from mmjax.models import decoder, vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
-from mmjax.tokenizers.text import Tokenizer
-from mmjax.train.step import batch_shardings
+from mmjax.train import report
+from mmjax.train.config import Config, Objective
+from mmjax.train.step import batch_shardings, loss_fn
+
+SHEET = "answers.png"
 
 
 def greedy(
@@ -47,30 +53,21 @@ def greedy(
     return jax.vmap(lambda t, p: t[p])(tokens, places)
 
 
-class Evaluator:
-    """Answers the questions of a source whose layouts leave room for answers; compiled once, before training."""
+class Questions:
+    """Questions about pictures never seen, answered word for word; the layouts leave room for the answers."""
 
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: Tokenizer,
-        cfg: vlm.Config,
-        answer: int,
-        params: dict,
-        mesh: Mesh,
-        rules: Rules,
-    ):
-        """`params` may be abstract; they say where the parameters lie."""
-        self.source, self.tokenizer, self.answer, self.mesh = source, tokenizer, answer, mesh
-        self.starts = [self._starts(step) for step in range(len(source))]
-        bucket = source.plan.buckets[0]
-        shape = batches.abstract(bucket, source.values, source.vocab, source.cfg)
-        self.placed = batch_shardings(shape, mesh, rules)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, self.placed)
+    def __init__(self, questions: Sequence[Question], source: Source, tokenizer: Any, baseline: float):
+        self.questions, self.source, self.tokenizer, self.baseline = questions, source, tokenizer, baseline
+
+    def compile(self, cfg: Config, params: dict, mesh: Mesh, rules: Rules) -> None:
+        """Once, before training; `params` may be abstract: they say where the parameters lie."""
+        self.answer = cfg.answer
+        self.starts = [self._starts(step) for step in range(len(self.source))]
+        abstract, self.placed = _abstract(self.source, mesh, rules)
         self.start_placed = sharding.named(mesh, ("batch", None), rules, self.starts[0].shape)
         start = jax.ShapeDtypeStruct(self.starts[0].shape, np.int32, sharding=self.start_placed)
         with jax.set_mesh(mesh), sharding.use_rules(rules):
-            run = jax.jit(lambda p, b, s: greedy(p, b, s, cfg, answer))
+            run = jax.jit(lambda p, b, s: greedy(p, b, s, cfg.model, cfg.answer))
             self.run = run.lower(params, abstract, start).compile()
 
     def _starts(self, step: int) -> np.ndarray:
@@ -96,3 +93,59 @@ class Evaluator:
                     said = ids[r, q].tolist()
                     out[number] = self.tokenizer.decode(said[: said.index(end)] if end in said else said)
         return out
+
+    def judge(self, params: dict, out: Path) -> dict[str, Any]:
+        """How many answers are right; draws them in `out`."""
+        answers = self.answers(params)
+        right = [said == q.answer for said, q in zip(answers, self.questions, strict=True)]
+        report.draw_sheet(out, SHEET, self.questions, answers)
+        return {
+            "exact_match": float(np.mean(right)),
+            "baseline": self.baseline,
+            "questions": len(right),
+            "answers": {q.answer: said for q, said in zip(self.questions, answers, strict=True)},
+        }
+
+    def said(self, judged: dict[str, Any]) -> str:
+        """One line about the result."""
+        return (
+            f"named {judged['exact_match']:.0%} of {judged['questions']} unseen drawings (pixel nearest neighbour: "
+            f"{self.baseline:.0%}, see {SHEET})"
+        )
+
+
+class HeldOut:
+    """The loss on documents that were never trained on, by the name of their dataset; one program for all."""
+
+    def __init__(self, sources: dict[str, Source]):
+        self.sources = sources
+
+    def compile(self, cfg: Config, params: dict, mesh: Mesh, rules: Rules) -> None:
+        """As of Questions."""
+        for source in self.sources.values():
+            abstract, self.placed = _abstract(source, mesh, rules)
+            with jax.set_mesh(mesh), sharding.use_rules(rules):
+                run = jax.jit(lambda p, b: loss_fn(p, b, cfg.model, Objective(chunk=cfg.objective.chunk))[1])
+                self.run = run.lower(params, abstract).compile()
+            return
+
+    def judge(self, params: dict, out: Path) -> dict[str, Any]:
+        """The mean loss per trained token, and the share of them that is likeliest, of every dataset."""
+        found = {}
+        for name, source in self.sources.items():
+            sums = [jax.device_get(self.run(params, jax.device_put(batch, self.placed))) for batch in source]
+            weight, loss, correct = (float(sum(s[k] for s in sums)) for k in ("weight", "loss", "correct"))
+            found[name] = {"loss": loss / max(weight, 1.0), "accuracy": correct / max(weight, 1.0), "tokens": weight}
+        return {"held_out": found}
+
+    def said(self, judged: dict[str, Any]) -> str:
+        """One line about the result."""
+        losses = ", ".join(f"{name} {found['loss']:.3f}" for name, found in judged["held_out"].items())
+        return f"loss per token on documents never trained on: {losses or 'none were held out'}"
+
+
+def _abstract(source: Source, mesh: Mesh, rules: Rules) -> tuple[Batch, Batch]:
+    """The shapes of a source's batches, and where they lie."""
+    shape = batches.abstract(source.plan.buckets[0], source.values, source.vocab, source.cfg)
+    placed = batch_shardings(shape, mesh, rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shape, placed), placed

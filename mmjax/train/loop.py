@@ -1,8 +1,8 @@
 """The training loop: plan, compile, train, checkpoint, evaluate, report."""
 
 import dataclasses
-import functools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,35 +15,19 @@ from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory, require_space
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
-from mmjax.data import drawings, index
-from mmjax.data.memory import Memory
-from mmjax.data.source import Holes, Source, read
+from mmjax.data.source import read
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
-from mmjax.sequence.budget import Budget, Limited
-from mmjax.sequence.layout import layout
-from mmjax.tokenizers import text
 from mmjax.train import report, state
 from mmjax.train.config import Config
-from mmjax.train.evaluate import Evaluator
+from mmjax.train.prepare import Data, prepare_data
 from mmjax.train.state import TrainState
 from mmjax.train.step import batch_shardings, compile_step
 from mmjax.train.watch import Compiles, StopRequest
 
-CONFIG, RESULT, CURVE, SHEET = "config.json", "result.json", "loss.png", "answers.png"
+CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
 MAY_CHANGE = ("out", "mesh.", "threads", "keep", "save_every", "packing.memory")  # fields that resuming may change
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """All that is known before anything is compiled or written."""
-
-    tokenizer: text.Tokenizer
-    training: Source
-    questions: list[drawings.Question]
-    evaluation: Source
-    baseline: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +36,6 @@ class Programs:
 
     steps: list[jax.stages.Compiled]  # by bucket
     placed: list[batches.Batch]  # shardings of each bucket's batches
-    evaluator: Evaluator
     compiles: int  # of train steps
     seconds: float  # of all
 
@@ -92,82 +75,6 @@ def run(cfg: Config) -> int:
     return 0
 
 
-def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
-    """Tokenizer, documents, plans: on the host, from lengths and headers alone.
-
-    Raises:
-      InputError: a setting that does not fit another (vocabulary, patch size, rows and devices).
-    """
-    tokenizer = text.load(drawings.tokenizer_model(), exact=True)
-    if tokenizer.vocab.size != cfg.model.decoder.vocab:
-        raise InputError(
-            f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
-            f"set it to {tokenizer.vocab.size}."
-        )
-    if cfg.resolution.patch != cfg.model.vision.embed.patch:
-        raise InputError(
-            f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
-            f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
-        )
-    if cfg.packing.rows % rows_multiple:
-        raise InputError(
-            f"packing.rows is {cfg.packing.rows}, which {rows_multiple} devices of the data and fsdp axes cannot share "
-            f"evenly; set it to a multiple of {rows_multiple}."
-        )
-    cfg.model.refuse(cfg.sequence)
-    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
-        raise InputError(
-            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
-            f"set it to that."
-        )
-    fuse = "sequence" if cfg.model.decoder.cross is None else "cross"
-    plain = lay = functools.partial(
-        layout,
-        tokenizer=tokenizer,
-        resolution=cfg.resolution,
-        media_tokens=cfg.model.connector.tokens,
-        fuse=fuse,
-    )
-    if cfg.budget != Budget():
-        lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
-    packing = cfg.packing
-    # More documents than any packing could use: they cost nothing until they are read.
-    documents = drawings.Training(cfg.data, cfg.steps * packing.rows * packing.tokens, cfg.seed)
-    plan = index.training(
-        documents,
-        lay,
-        steps=cfg.steps,
-        k=packing.buckets,
-        tokens=packing.tokens,
-        rows=packing.rows,
-        seed=cfg.seed,
-        patches=packing.patches,
-        long=packing.long,
-    )
-    patch = cfg.resolution.patch
-    questions = drawings.held_out(cfg.data)
-    ask = functools.partial(plain, answer=cfg.answer)
-    asked = [q.document for q in questions]
-    once = index.once(asked, ask, tokens=packing.tokens, rows=packing.rows)
-    made = functools.partial(
-        Source,
-        vocab=tokenizer.vocab,
-        patch=patch,
-        cfg=cfg.sequence,
-        latents=cfg.model.connector.per_picture,
-        merge=cfg.sequence.merge,
-        memory=Memory(packing.memory * 2**20),
-        reduced=packing.reduced,
-    )
-    return Data(
-        tokenizer,
-        made(documents, lay, plan, holes=Holes(packing.holes)),
-        questions,
-        made(asked, ask, once),
-        drawings.nearest_neighbour(cfg.data),
-    )
-
-
 def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
     """The train step of every bucket and the evaluation, compiled."""
     counter, rules = Compiles(), Rules()
@@ -178,8 +85,8 @@ def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.M
         steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective))
         placed.append(batch_shardings(batch, mesh, rules))
     compiles = counter.count
-    evaluator = Evaluator(data.evaluation, data.tokenizer, cfg.model, cfg.answer, shape.params, mesh, rules)
-    return Programs(steps, placed, evaluator, compiles, counter.seconds)
+    data.evaluation.compile(cfg, shape.params, mesh, rules)
+    return Programs(steps, placed, compiles, counter.seconds)
 
 
 def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -197,10 +104,13 @@ def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> di
     changed = [
         k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not k.startswith(MAY_CHANGE)
     ]
-    if changed or before["tokenizer"] != data.tokenizer.fingerprint:
-        what = ", ".join(f"{k} ({then.get(k)} → {now.get(k)})" for k in changed) or "the tokenizer"
+    what = [f"{k} ({then.get(k)} → {now.get(k)})" for k in changed]
+    told = before.get("datasets", {})
+    what += [f"the documents of {name!r}" for name, f in data.fingerprints.items() if told.get(name, f) != f]
+    what += [] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"]
+    if what:
         raise InputError(
-            f"{cfg.out} holds a run with other settings: {what}; set them back to resume it, or give another --out."
+            f"{cfg.out} holds a run with other settings: {', '.join(what)}; set them back to resume it, or give another --out."
         )
     return before
 
@@ -218,10 +128,11 @@ class Loop:
     trained: float = 0.0  # seconds in the loop, over all sessions
     tokens: int = 0  # useful tokens trained on, over all sessions
     late: int = 0  # programs compiled after the loop began
+    waiting: float = 0.0  # seconds in which the loop waited for data, over all sessions
 
     def __post_init__(self):
         self.trained, self.tokens = self.before.get("trained", 0.0), self.before.get("tokens", 0)
-        self.late = self.before.get("late", 0)
+        self.late, self.waiting = self.before.get("late", 0), self.before.get("waiting", 0.0)
 
     def train(self, now: TrainState, stop: StopRequest) -> TrainState:
         """Steps until the last, or until asked to stop; either way the last step done is saved."""
@@ -233,7 +144,8 @@ class Loop:
         loop_began, trained_before, saved = time.monotonic(), self.trained, start
         step = start
         with report.Metrics(cfg.out, start) as metrics, report.Progress(cfg.steps, start) as progress:
-            for step, batch in enumerate(read(self.data.training, start, threads=cfg.threads), start + 1):
+            fed = self._timed(read(self.data.training, start, threads=cfg.threads))
+            for step, batch in enumerate(fed, start + 1):
                 bucket = self.data.training.plan.steps[step - 1].bucket
                 now, seen = self.programs.steps[bucket](now, jax.device_put(batch, self.programs.placed[bucket]))
                 seen = jax.device_get(seen)
@@ -257,14 +169,26 @@ class Loop:
         self.checkpoints.wait()
         return now
 
+    def _timed(self, of: Iterator[batches.Batch]) -> Iterator[batches.Batch]:
+        """The same, and how long it is waited for."""
+        while True:
+            asked = time.monotonic()
+            batch = next(of, None)
+            self.waiting += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
     def _save(self, step: int, now: TrainState) -> None:
         metadata = {
             "config": configs.flatten(self.cfg),
             "tokenizer": self.data.tokenizer.fingerprint,
+            "datasets": self.data.fingerprints,
             "seconds": time.monotonic() - self.began,
             "trained": self.trained,
             "tokens": self.tokens,
             "late": self.late,
+            "waiting": self.waiting,
         }
         self.checkpoints.save(step, now, metadata=metadata)
 
@@ -274,21 +198,18 @@ class Loop:
             raise InputError(f"Step {step}: {invariants.describe(violations, ids)}")
 
     def finish(self, now: TrainState) -> None:
-        """Evaluates, and writes result.json and both pictures."""
+        """Evaluates, and writes result.json and the pictures."""
         cfg, plan = self.cfg, self.data.training.plan
-        answers = self.programs.evaluator.answers(state.averaged(now))
-        right = [said == q.answer for said, q in zip(answers, self.data.questions, strict=True)]
         report.draw_curve(cfg.out, CURVE)
-        report.draw_sheet(cfg.out, SHEET, self.data.questions, answers)
-        result = {
-            "exact_match": float(np.mean(right)),
-            "baseline": self.data.baseline,
-            "questions": len(right),
+        judged = self.data.evaluation.judge(state.averaged(now), cfg.out)
+        shown = {k: judged.pop(k) for k in ("answers",) if k in judged}  # long: last
+        result = judged | {
             "seconds": round(time.monotonic() - self.began, 1),
             "steps": cfg.steps,
             "parameters": specs.count(vlm.spec(cfg.model)),
             "documents": sum(len(row) for step in plan.steps for row in step.rows),
             "tokens_per_second": round(self.tokens / self.trained, 1),
+            "waiting": self.waiting / self.trained,
             "fill": plan.fill,
             "fill_tokens": plan.fill_tokens,
             "fill_patches": plan.fill_patches,
@@ -300,10 +221,6 @@ class Loop:
             "final_loss": report.losses(cfg.out)[-1][1],
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
-            "answers": {q.answer: said for q, said in zip(self.data.questions, answers, strict=True)},
         }
-        report.write_json(cfg.out / RESULT, result)
-        print(
-            f"named {result['exact_match']:.0%} of {len(right)} unseen drawings (pixel nearest neighbour: "
-            f"{result['baseline']:.0%}) in {result['seconds']:.0f} s; see {cfg.out / SHEET} and {cfg.out / RESULT}"
-        )
+        report.write_json(cfg.out / RESULT, result | shown)
+        print(f"{self.data.evaluation.said(judged)} in {result['seconds']:.0f} s; see {cfg.out / RESULT}")

@@ -15,7 +15,7 @@ from mmjax.core.files import lock_directory
 from mmjax.core.sharding import MeshConfig
 from mmjax.data import source
 from mmjax.sequence import batch as batches
-from mmjax.train import loop, report
+from mmjax.train import evaluate, loop, report
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_what_a_run_leaves(finished):
     assert result["compiles_in_loop"] == 0
     assert result["compile_seconds"] > 0
     assert 0.5 < result["fill"] < 1
-    for name in (loop.CURVE, loop.SHEET):
+    for name in (loop.CURVE, evaluate.SHEET):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     assert any((finished / "tensorboard").iterdir())
     assert [s for s, _ in report.losses(finished)] == [1, 2, 3, 4, 5, 6]

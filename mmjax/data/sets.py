@@ -1,0 +1,138 @@
+"""Which datasets a run learns from, and in which convention they are written: named in its config."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmjax.core.errors import InputError
+from mmjax.data import drawings
+from mmjax.data.mixture import Mixture, permute
+from mmjax.sequence.document import Document
+
+KEY = b"held out"  # of the order from whose end documents are held out: it must never change
+
+
+@dataclass(frozen=True)
+class Files:
+    """A dataset on disk; see data.formats.open_dataset.
+
+    name: in ids and results; "": the file's own. weight: how many documents of it come, in proportion to the others.
+    schema: how its records are read; "": what the first record speaks for. root: the folder of its pictures, None: its
+    own. errors: how many records may be left out.
+    """
+
+    path: Path
+    name: str = ""
+    weight: float = 1.0
+    schema: str = ""
+    root: Path | None = None
+    errors: int = 0
+    place: Literal["as_written", "front"] = "as_written"
+    missing: Literal["refuse", "skip_image"] = "refuse"
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """The built-in questions about drawings, without end."""
+
+    questions: drawings.Config = field(default_factory=drawings.Config)
+    name: str = "drawings"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A mixture of datasets.
+
+    sources: of documents.
+    tokenizer: a SentencePiece model, a tokenizer.json or a Hugging Face directory.
+    convention: how conversations are written, by name (tokenizers.conventions).
+    epochs: 0: the sources are mixed by their weights and begun again as often as it takes; above 0: each is used so
+      many times, in proportion to its size.
+    held_out: documents of each source that are never trained on; their loss is the run's result.
+    """
+
+    sources: tuple[Files | Drawings, ...]
+    tokenizer: Path
+    convention: str = "generic"
+    epochs: int = 0
+    held_out: int = 64
+
+
+class Some(Sequence):
+    """Documents of another list, by number."""
+
+    def __init__(self, of: Sequence[Document], start: int, stop: int):
+        self.of, self.start, self.stop = of, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, n: int) -> Document:
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        return self.of[permute(self.start + n, len(self.of), KEY)]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a config names.
+
+    training: all that may be trained on. held_out: by source. fingerprints: of each source: the same for the same
+    documents.
+    """
+
+    training: Mixture
+    held_out: dict[str, Sequence[Document]]
+    fingerprints: dict[str, str]
+
+
+def open_sources(cfg: Config, seed: int, length: int) -> Opened:
+    """Opens every source and parts what is held out from what is trained on.
+
+    Args:
+      cfg: names them.
+      seed: of the order.
+      length: of the mixture, more than a run can use; not used with cfg.epochs.
+
+    Raises:
+      InputError: a source that cannot be opened, or has no more documents than are held out.
+    """
+    if not cfg.sources:
+        raise InputError("data.sources is empty; name at least one dataset.")
+    training, held_out, fingerprints, names = [], {}, {}, []
+    for source in cfg.sources:
+        name, documents, told = _open(source, seed, length)
+        if name in names:
+            raise InputError(f"Two of data.sources are called {name!r}; give each a name of its own.")
+        names.append(name)
+        if len(documents) <= cfg.held_out:
+            raise InputError(
+                f"Source {name!r} has {len(documents)} documents, and data.held_out is {cfg.held_out}; hold out fewer."
+            )
+        training.append(Some(documents, cfg.held_out, len(documents)))
+        held_out[name] = Some(documents, 0, cfg.held_out)
+        fingerprints[name] = told
+    if cfg.epochs:
+        mixture = Mixture(training, names=names, epochs=cfg.epochs, seed=seed)
+    else:
+        mixture = Mixture(training, [s.weight for s in cfg.sources], names=names, length=length, seed=seed)
+    return Opened(mixture, held_out if cfg.held_out else {}, fingerprints)
+
+
+def _open(source: Files | Drawings, seed: int, length: int) -> tuple[str, Sequence[Document], str]:
+    """Name, documents and fingerprint of a source."""
+    if isinstance(source, Drawings):
+        return source.name, drawings.Training(source.questions, length, seed), f"drawings {seed} {source.questions}"
+    from mmjax.data import formats  # with what reads Parquet and archives
+
+    found = formats.open_dataset(
+        source.path,
+        schema=source.schema or None,
+        root=source.root,
+        errors=source.errors,
+        place=source.place,
+        missing=source.missing,
+    )
+    return source.name or found.name, found, found.fingerprint

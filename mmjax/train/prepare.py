@@ -1,0 +1,145 @@
+"""All that is known before anything is compiled or written: documents, their plan, and what the run is judged by."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmjax.core.errors import InputError
+from mmjax.data import drawings, index, sets
+from mmjax.data.memory import Memory
+from mmjax.data.source import Holes, Source
+from mmjax.models import vlm
+from mmjax.sequence.budget import Budget, Limited
+from mmjax.sequence.document import Document
+from mmjax.sequence.layout import layout
+from mmjax.tokenizers import text
+from mmjax.tokenizers.chat import Chat
+from mmjax.tokenizers.conventions import CONVENTIONS
+from mmjax.train.config import Config
+from mmjax.train.evaluate import HeldOut, Questions
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run is fed with.
+
+    tokenizer: of its texts (with a convention, where the config names one). training: its batches. evaluation: what it
+    is judged by. fingerprints: of its datasets, by name.
+    """
+
+    tokenizer: Any
+    training: Source
+    evaluation: Questions | HeldOut
+    fingerprints: dict[str, str]
+
+
+def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
+    """Tokenizer, documents, plans: on the host, from lengths and headers alone.
+
+    Raises:
+      InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
+        be read.
+    """
+    tokenizer = _tokenizer(cfg.data)
+    _refuse(cfg, tokenizer, rows_multiple)
+    plain = lay = functools.partial(
+        layout,
+        tokenizer=tokenizer,
+        resolution=cfg.resolution,
+        media_tokens=cfg.model.connector.tokens,
+        fuse="sequence" if cfg.model.decoder.cross is None else "cross",
+    )
+    if cfg.budget != Budget():
+        lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
+    packing = cfg.packing
+    # More documents than any packing could use: they cost nothing until they are read.
+    most = cfg.steps * packing.rows * packing.tokens
+    if isinstance(cfg.data, drawings.Config):
+        documents, held_out, fingerprints = drawings.Training(cfg.data, most, cfg.seed), {}, {}
+    else:
+        opened = sets.open_sources(cfg.data, cfg.seed, most)
+        documents, held_out, fingerprints = opened.training, opened.held_out, opened.fingerprints
+    plan = index.training(
+        documents,
+        lay,
+        steps=cfg.steps,
+        k=packing.buckets,
+        tokens=packing.tokens,
+        rows=packing.rows,
+        seed=cfg.seed,
+        patches=packing.patches,
+        long=packing.long,
+    )
+    made = functools.partial(
+        Source,
+        vocab=tokenizer.vocab,
+        patch=cfg.resolution.patch,
+        cfg=cfg.sequence,
+        latents=cfg.model.connector.per_picture,
+        merge=cfg.sequence.merge,
+        memory=Memory(packing.memory * 2**20),
+        reduced=packing.reduced,
+    )
+    training = made(documents, lay, plan, holes=Holes(packing.holes))
+    if isinstance(cfg.data, drawings.Config):
+        evaluation = _questions(cfg, plain, made, tokenizer)
+    else:
+        evaluation = _held_out(cfg, held_out, lay, made)
+    return Data(tokenizer, training, evaluation, fingerprints)
+
+
+def _tokenizer(data: drawings.Config | sets.Config) -> Any:
+    if isinstance(data, drawings.Config):
+        return text.load(drawings.tokenizer_model())
+    if data.convention not in CONVENTIONS:
+        raise InputError(
+            f"data.convention is {data.convention!r}, which is none of {', '.join(CONVENTIONS)}; give one of them."
+        )
+    return Chat(text.load(data.tokenizer), CONVENTIONS[data.convention])
+
+
+def _refuse(cfg: Config, tokenizer: Any, rows_multiple: int) -> None:
+    if tokenizer.vocab.size != cfg.model.decoder.vocab:
+        raise InputError(
+            f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
+            f"set it to {tokenizer.vocab.size}."
+        )
+    if cfg.resolution.patch != cfg.model.vision.embed.patch:
+        raise InputError(
+            f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
+            f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
+        )
+    if cfg.packing.rows % rows_multiple:
+        raise InputError(
+            f"packing.rows is {cfg.packing.rows}, which {rows_multiple} devices of the data and fsdp axes cannot share "
+            f"evenly; set it to a multiple of {rows_multiple}."
+        )
+    cfg.model.refuse(cfg.sequence)
+    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
+        raise InputError(
+            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
+            f"set it to that."
+        )
+
+
+def _questions(cfg: Config, plain: Callable, made: Callable[..., Source], tokenizer: Any) -> Questions:
+    """The held-out drawings."""
+    questions = drawings.held_out(cfg.data)
+    ask = functools.partial(plain, answer=cfg.answer)
+    asked = [q.document for q in questions]
+    once = index.once(asked, ask, tokens=cfg.packing.tokens, rows=cfg.packing.rows)
+    return Questions(questions, made(asked, ask, once), tokenizer, drawings.nearest_neighbour(cfg.data))
+
+
+def _held_out(
+    cfg: Config, held_out: dict[str, Sequence[Document]], lay: Callable, made: Callable[..., Source]
+) -> HeldOut:
+    """The documents held out of every source, all in one shape, so that one program judges them."""
+    every = [document for name in held_out for document in held_out[name]]
+    if not every:
+        return HeldOut({})
+    room = {"tokens": cfg.packing.tokens, "rows": cfg.packing.rows}
+    shape = index.once(every, lay, **room).buckets[0]
+    plans = {name: index.once(documents, lay, shape=shape, **room) for name, documents in held_out.items()}
+    return HeldOut({name: made(documents, lay, plans[name]) for name, documents in held_out.items()})
