@@ -42,7 +42,7 @@ class Drawings:
 
 
 @dataclass(frozen=True)
-class Config:
+class Mixed:
     """A mixture of datasets.
 
     sources: of documents.
@@ -88,7 +88,7 @@ class Opened:
     fingerprints: dict[str, str]
 
 
-def open_sources(cfg: Config, seed: int, length: int) -> Opened:
+def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
     """Opens every source and parts what is held out from what is trained on.
 
     Args:

@@ -53,7 +53,7 @@ class Config:
     """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
 
     model: vlm.Config
-    data: drawings.Config | sets.Config  # the built-in questions, or a mixture of datasets
+    data: drawings.Config | sets.Mixed  # the built-in questions, or a mixture of datasets
     out: Path  # where everything the run makes is kept; give the same place again to resume
     steps: int
     resolution: Policy = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))

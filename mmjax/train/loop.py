@@ -110,7 +110,8 @@ def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> di
     what += [] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"]
     if what:
         raise InputError(
-            f"{cfg.out} holds a run with other settings: {', '.join(what)}; set them back to resume it, or give another --out."
+            f"{cfg.out} holds a run with other settings: {', '.join(what)}; set them back to resume it, or give "
+            f"another --out."
         )
     return before
 

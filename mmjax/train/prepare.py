@@ -89,7 +89,7 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
     return Data(tokenizer, training, evaluation, fingerprints)
 
 
-def _tokenizer(data: drawings.Config | sets.Config) -> Any:
+def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
     if isinstance(data, drawings.Config):
         return text.load(drawings.tokenizer_model())
     if data.convention not in CONVENTIONS:
