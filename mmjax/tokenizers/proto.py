@@ -59,8 +59,6 @@ def read(data: bytes, name: str) -> Model:
         top = list(_fields(data))
         messages = {field.number for field in top}
         if not {PIECES, TRAINER, NORMALIZER} <= messages <= TOP or any(isinstance(field.value, int) for field in top):
-            isinstance(f.value, int) for f in top
-        ):
             raise _Broken
         pieces = tuple(_piece(field) for field in top if field.number == PIECES)
         trainer, normalizer, denormalizer = (_message(top, n) for n in (TRAINER, NORMALIZER, DENORMALIZER))
