@@ -19,6 +19,7 @@ Spans = list[tuple[int, int]]
 
 SPACE = "\u2581"  # SentencePiece stores a space as this character
 BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]  # the tokens that spell what no other token does
+MOST = 2**24  # ids; a table of spellings as long as the largest id must fit in memory
 PROBE = " \t\uff21\ufb01e\u0301 \r\n x  "  # any normalisation changes this
 PROBES = (PROBE, "x" + PROBE, SPACE + PROBE, f"A\u212b{SPACE} \x00\U0010ffff b", "\u0958 \x85\u200b\ufeff")
 log = logging.getLogger("mmjax")
@@ -85,8 +86,8 @@ class Tokenizer(ABC):
         """What `encode` gives, and for each id the first and past-the-last index of the characters that it covers.
 
         An id that is one of several bytes of a character covers that character; a space that is not in the text is
-        covered by nothing. Neither the firsts nor the lasts ever decrease. Of a tokenizer that changes text, this is what
-        its library says; characters that it leaves out are covered by nothing.
+        covered by nothing. Neither the firsts nor the lasts ever decrease. Of a tokenizer that changes text, this is
+        what its library says; characters that it leaves out are covered by nothing.
         """
         self._check(text)
         if self.exact:
@@ -94,9 +95,8 @@ class Tokenizer(ABC):
             return ids, _cover(text, [len(self._spelled[token]) for token in ids])
         ids, spans = [], []
         for place, part, prefixed in self._parts(text, self._prefixed(start)):
-            found, where = (
-                (self._space, [(0, 1)] * 3) if part == SPACE and self._space else self._located(part, prefixed)
-            )
+            spelled = part == SPACE and bool(self._space)
+            found, where = (self._space, [(0, 1)] * 3) if spelled else self._located(part, prefixed)
             ids += found
             spans += [(place + begin, place + end) for begin, end in where]
         return self._safe(ids), _rising(spans)
