@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ Spans = list[tuple[int, int]]
 
 SPACE = "\u2581"  # SentencePiece stores a space as this character
 BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]  # the tokens that spell what no other token does
+MOST = 2**24  # ids; a table of spellings as long as the largest id must fit in memory
 PROBE = " \t\uff21\ufb01e\u0301 \r\n x  "  # any normalisation changes this
 PROBES = (PROBE, "x" + PROBE, SPACE + PROBE, f"A\u212b{SPACE} \x00\U0010ffff b", "\u0958 \x85\u200b\ufeff")
 log = logging.getLogger("mmjax")
@@ -85,13 +86,19 @@ class Tokenizer(ABC):
         """What `encode` gives, and for each id the first and past-the-last index of the characters that it covers.
 
         An id that is one of several bytes of a character covers that character; a space that is not in the text is
-        covered by nothing. Neither the firsts nor the lasts ever decrease.
+        covered by nothing. Neither the firsts nor the lasts ever decrease. Of a tokenizer that changes text, this is
+        what its library says; characters that it leaves out are covered by nothing.
         """
         self._check(text)
         if self.exact:
             ids = self.encode(text, start=start)
             return ids, _cover(text, [len(self._spelled[token]) for token in ids])
-        ids, spans = self._located(text, self._prefixed(start))
+        ids, spans = [], []
+        for place, part, prefixed in self._parts(text, self._prefixed(start)):
+            spelled = part == SPACE and bool(self._space)
+            found, where = (self._space, [(0, 1)] * 3) if spelled else self._located(part, prefixed)
+            ids += found
+            spans += [(place + begin, place + end) for begin, end in where]
         return self._safe(ids), _rising(spans)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " tokens"], *, start: bool = True) -> str:
@@ -152,17 +159,28 @@ class Tokenizer(ABC):
         return ids
 
     def _ids(self, text: str, prefixed: bool) -> list[int]:
-        if not self._space or SPACE not in text:
-            return self._run(text, prefixed)
         ids = []
-        for number, part in enumerate(text.split(SPACE)):
-            if number:
-                ids += self._space
-            if part:
-                ids += self._run(part, prefixed and not number)
-            elif prefixed and not number:
-                ids += self._run(" ", False)
+        for _, part, some in self._parts(text, prefixed):
+            ids += self._space if part == SPACE and self._space else self._run(part, some)
         return ids
+
+    def _parts(self, text: str, prefixed: bool) -> Iterator[tuple[int, str, bool]]:
+        """Where each part of a text begins, the part, and whether a space is put in front of it.
+
+        Every U+2581 is a part, where it is spelled in bytes.
+        """
+        if not self._space or SPACE not in text:
+            yield 0, text, prefixed
+            return
+        place = 0
+        for part in text.split(SPACE):
+            if place:
+                yield place - 1, SPACE, False
+            elif prefixed and not part:
+                yield -1, " ", False  # before the text, so it covers nothing
+            if part:
+                yield place, part, prefixed and not place
+            place += len(part) + 1
 
     def _is_exact(self) -> bool:
         """By trial: a tokenizer that changes any text changes one of the probes."""
@@ -214,9 +232,10 @@ def _cover(text: str, lengths: list[int]) -> Spans:
     data = np.frombuffer(text.encode(), np.uint8)
     # Which character each byte is of; one more at the end.
     character = np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
-    ends = np.cumsum(np.array(lengths, np.int64))
-    extra = int(ends[-1]) - len(data) if len(lengths) else 0  # 1 where a space was put in front
-    firsts = np.maximum(ends - extra - lengths, 0)
+    sizes = np.array(lengths, np.int64)
+    ends = np.cumsum(sizes)
+    extra = int(ends[-1]) - len(data) if lengths else 0  # 1 where a space was put in front
+    firsts = np.maximum(ends - extra - sizes, 0)
     lasts = np.maximum(ends - extra, 0)
     past = np.where(lasts > firsts, character[np.maximum(lasts - 1, 0)] + 1, character[firsts])
     return list(zip(character[firsts].tolist(), past.tolist(), strict=True))

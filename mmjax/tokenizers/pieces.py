@@ -7,7 +7,7 @@ import sentencepiece
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.tokenizers import proto
-from mmjax.tokenizers.base import BYTE_NAMES, SPACE, Prefix, Spans, Tokenizer, joined
+from mmjax.tokenizers.base import BYTE_NAMES, MOST, SPACE, Prefix, Spans, Tokenizer, joined
 
 
 class Text(Tokenizer):
@@ -43,8 +43,9 @@ class Text(Tokenizer):
             raise proto.broken(model, name)
         complete = len(bytes_) == 256
         for symbol, token in self._named.items():
-            if token < size and texts[token] not in (symbol, symbol.replace(" ", SPACE)):
-                raise InputError(f"{name} has another token than {shown(symbol)} with the id {token}; give its own id")
+            known = texts[token] if 0 <= token < size else symbol
+            if not 0 <= token < MOST or known not in (symbol, symbol.replace(" ", SPACE)):
+                raise InputError(f"{name} cannot give {shown(symbol)} the id {token}; give one that no token has")
         self._whole = {i for i in range(size) if types[i] == proto.BYTE or (types[i] == proto.UNKNOWN and not complete)}
         # A symbol of one character would be found in text although it is a control, so none keeps its name.
         renamed = {token: (secrets.token_hex(16), proto.CONTROL) for token in self.controls.values() if token < size}

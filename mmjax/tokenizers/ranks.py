@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from mmjax.core import strict_json
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
+from mmjax.tokenizers.base import MOST
 from mmjax.tokenizers.hub import MAX_BYTES, MAX_ITEMS, Hub
-from mmjax.tokenizers.rewrite import LETTER_OF, MOST
+from mmjax.tokenizers.rewrite import LETTER_OF
 
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -11,10 +11,9 @@ from typing import Any
 
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
-from mmjax.tokenizers.base import BYTE_NAMES, SPACE, Prefix
+from mmjax.tokenizers.base import BYTE_NAMES, MOST, SPACE, Prefix
 
 MODELS = ("BPE", "WordPiece", "Unigram")
-MOST = 2**24  # ids; a table of spellings as long as the largest id must fit in memory
 # Literal "<0x41>" is cut in two wherever "<0x41>" is the name of a byte; after all normalisation, so nothing evades it.
 CUT = {
     "type": "Split",
@@ -62,7 +61,9 @@ def rewrite(spec: dict[str, Any], named: dict[str, int], name: str) -> Rewritten
     """
     try:
         return _rewrite(spec, named, name)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{name} is not a tokenizer.json ({error!r}); download it again") from error
 
 

@@ -201,7 +201,7 @@ def test_broken_models_are_refused_in_silence(model, tmp_path, capfd):
         load(path)
     with pytest.raises(InputError, match=r"cannot read .*absent.model"):
         load(tmp_path / "absent.model")
-    with pytest.raises(InputError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(InputError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load(tmp_path)
     for broken in (b"", b"<html>", b"\x00", model + b"x", *(model[:n] for n in range(0, len(model), 97))):
         with pytest.raises(InputError):
