@@ -247,7 +247,7 @@ def everything():
             Image(3, 4, lambda: pixels),
             Image(4, 5, Encoded(lambda: png(2))),
             Video(2, 3, 5, 29.97, frames),
-            Video(2, 3, 5, 2, lambda: frames),
+            Video(2, 3, 5, 2.0, lambda: frames),
             Text("", "assistant", False, True),
             Audio(7, 16000, clip, "document"),
             Text("x", "document", True),
