@@ -14,7 +14,7 @@ SHARES = (0, 0.05, 0.5, 0.95, 1)
 
 def table(data: Dataset, path: str | Path) -> str:
     """Documents, pictures, their distribution, and what was left out."""
-    index = data.index
+    index = data.entries
     there = index.sizes[(index.sizes > 0).all(1)]
     counts = np.diff(index.first)
     lines = [

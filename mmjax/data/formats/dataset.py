@@ -29,17 +29,17 @@ log = logging.getLogger("mmjax")
 class Dataset(Sequence):
     """The documents of a dataset, by number; read from any thread, and pickled as where to read.
 
-    schema: how records are read. index: what is known of all of them. left_out: what could not be read, with reasons.
+    schema: how records are read. entries: what is known of all of them. left_out: what could not be read, with reasons.
     name: what ids begin with, "name/id of the record" or "name/number of the record". Of records with one id all but
     the first get "#number" behind it. Records of mmjax's own keep their ids.
     """
 
     def __init__(self, name: str, container: Container, options: Options, made: Index):
-        self.name, self.container, self.options, self.index = name, container, options, made
+        self.name, self.container, self.options, self.entries = name, container, options, made
         self.schema, self.left_out = made.schema, list(made.left_out)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.entries)
 
     @overload
     def __getitem__(self, n: int) -> Document: ...
@@ -56,17 +56,17 @@ class Dataset(Sequence):
         try:
             made = index.read(self.container.read(address), self.schema, self.options)
             sizes = self.sizes(n)
-            if index.crc(made) != self.index.crc[n] or len(made.pictures) != len(sizes):
+            if index.crc(made) != self.entries.crc[n] or len(made.pictures) != len(sizes):
                 raise InputError("the record is not the one that was indexed; make the index again")
-            number = int(self.index.number[n])
+            number = int(self.entries.number[n])
             base = index.base_id(made, self.name, number)
-            return draft.finish(made, index.unique_id(base, number, int(self.index.repeat[n])), sizes)
+            return draft.finish(made, index.unique_id(base, number, int(self.entries.repeat[n])), sizes)
         except InputError as error:
             raise InputError(f"{self.container.place(address)}: {error}") from error
 
     def address(self, n: int) -> Address:
         """Where document n lies, as its container counts."""
-        shard, start, length = map(int, self.index.address[n])
+        shard, start, length = map(int, self.entries.address[n])
         if shard >= len(self.container.shards):
             raise InputError(f"{self.name}: there is no shard {shard}; make the index again")
         return shard, start, length
@@ -77,7 +77,7 @@ class Dataset(Sequence):
 
     def sizes(self, n: int) -> list[tuple[int, int]]:
         """Height and width of all pictures of document n's record, (0, 0) for one that is left out."""
-        return [(int(h), int(w)) for h, w in self.index.sizes[self.index.first[n] : self.index.first[n + 1]]]
+        return [(int(h), int(w)) for h, w in self.entries.sizes[self.entries.first[n] : self.entries.first[n + 1]]]
 
     @property
     def fingerprint(self) -> str:
@@ -88,7 +88,7 @@ class Dataset(Sequence):
         out = hashlib.sha256(f"{self.name} {self.schema} ".encode())
         for shard in self.container.shards:
             out.update(f"{shard.name} {shard.size} ".encode(errors="surrogateescape"))
-        for array in (self.index.address, self.index.crc, self.index.first, self.index.sizes):
+        for array in (self.entries.address, self.entries.crc, self.entries.first, self.entries.sizes):
             out.update(np.ascontiguousarray(array).tobytes())
         return out.hexdigest()[:32]
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -106,9 +107,10 @@ class _Pass:
     def __init__(self, container: Container, schema: str | None, options: Options, name: str, errors: int):
         self.container, self.schema, self.options, self.name, self.errors = container, schema, options, name, errors
         self.left_out: list[Bad] = []
-        self.seen: set[bytes] = set()
-        self.rows: list[tuple] = []  # per document: address, number, repeat, characters, crc, pictures
-        self.sizes: list[tuple[int, int]] = []
+        self.seen: set[int] = set()  # ids, as 64-bit hashes: where two meet by chance, one gets a number behind it
+        # Not lists: ten million documents would take gigabytes.
+        self.columns = {name: array("i" if kind == "<i4" else "q") for name, (kind, _) in ARRAYS.items()}
+        self.columns["first"].append(0)
 
     def run(self) -> Index:
         number = 0
@@ -120,11 +122,11 @@ class _Pass:
                 if found:
                     self.left_out.append(found)
                     refuse(self.left_out, self.errors)
-        columns = list(zip(*self.rows, strict=True)) or [()] * 6
-        first = np.concatenate([[0], np.cumsum(np.array(columns[5], np.int64))])
-        arrays = {n: np.array(c) for n, c in zip(ARRAYS, (*columns[:5], first, self.sizes), strict=True)}
-        shaped = {n: arrays[n].astype(t).reshape((-1, w) if w else -1) for n, (t, w) in ARRAYS.items()}
-        return Index(self.schema or "", tuple(self.left_out), **shaped)
+        arrays = {}
+        for name, (kind, width) in ARRAYS.items():
+            column = self.columns[name]
+            arrays[name] = np.frombuffer(column, column.typecode).astype(kind).reshape((-1, width) if width else -1)
+        return Index(self.schema or "", tuple(self.left_out), **arrays)
 
     def _scan(self, shard: int) -> Iterator[Address | Bad]:
         try:
@@ -143,13 +145,20 @@ class _Pass:
         except InputError as error:
             return Bad(self.container.place(address), str(error))
         base, repeat = base_id(made, self.name, number), 0
-        while (hashed := blake2b(unique_id(base, number, repeat).encode(), digest_size=16).digest()) in self.seen:
+        while (hashed := _hash(unique_id(base, number, repeat))) in self.seen:
             repeat += 1
         self.seen.add(hashed)
         characters = sum(len(span.text) for span in made.spans if isinstance(span, Text))
-        self.rows.append((address, number, repeat, characters, crc(made), len(sizes)))
-        self.sizes += sizes
+        self.columns["address"].extend(address)
+        for name, value in [("number", number), ("repeat", repeat), ("characters", characters), ("crc", crc(made))]:
+            self.columns[name].append(value)
+        self.columns["sizes"].extend(side for size in sizes for side in size)
+        self.columns["first"].append(len(self.columns["sizes"]) // 2)
         return None
+
+
+def _hash(id: str) -> int:
+    return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "little")
 
 
 def read(record: Record, schema: str, options: Options) -> Draft:

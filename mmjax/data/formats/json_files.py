@@ -11,7 +11,8 @@ from mmjax.data.formats.shards import Shard, chunks
 
 SPACE = b" \t\r\n"
 WORD = re.compile(rb"[^ \t\r\n]")
-BRACKET = re.compile(rb'[\[\]{}"]')
+# Brackets, whole strings, and the beginning of one that does not end here. Possessive: nothing is ever tried twice.
+BRACKET = re.compile(rb'[\[\]{}]|"(?:[^"\\]++|\\.)*+"|"', re.DOTALL)
 AT_TOP = re.compile(rb'[\[\]{",]')  # between the records of a list, where commas part them
 
 
@@ -121,12 +122,19 @@ class _Elements:
             at = end + 1
 
     def _deep(self, chunk: bytes, at: int) -> int:
-        found = BRACKET.search(chunk, at)
-        if not found:
-            return len(chunk)
-        self.quoted = found[0] == b'"'
-        self.depth += (found[0] in b"[{") - (found[0] in b"]}")
-        return found.end()
+        """Goes on to where the element may end, into a string that the chunk does not end, or to the chunk's end."""
+        depth = self.depth
+        for found in BRACKET.finditer(chunk, at):
+            token = found[0]
+            if token in (b"{", b"["):
+                depth += 1
+            elif token in (b"}", b"]"):
+                depth -= 1
+            if depth == 1 or token == b'"':
+                self.depth, self.quoted = depth, token == b'"'
+                return found.end()
+        self.depth = depth
+        return len(chunk)
 
     def _top(self, base: int, chunk: bytes, at: int) -> tuple[int, Address | None]:
         """Between elements: one step on, and the element that ends there."""

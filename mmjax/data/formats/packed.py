@@ -161,7 +161,7 @@ def _span(told: dict, record: Record, at: int, size: int) -> Span | Picture:
         return Image(*sizes, _later(source, (*sizes, 3), "u1"), role, turn)
     if not isinstance(told["fps"], int | float) or not told["fps"] > 0:
         raise ValueError(f"video of {told['fps']!r} frames a second")
-    return Video(*sizes, told["fps"], _later(source, (*sizes, 3), "u1"), role, turn)
+    return Video(*sizes, float(told["fps"]), _later(source, (*sizes, 3), "u1"), role, turn)
 
 
 def _count(value: Any) -> bool:

@@ -154,8 +154,8 @@ def test_the_kept_index_is_a_fresh_one(folder, kind, monkeypatch):
     assert kept.fingerprint == fresh.fingerprint
     assert kept.schema == fresh.schema
     assert [plain(d) for d in kept] == [plain(d) for d in fresh]
-    for name in fresh.index.__dataclass_fields__:
-        assert np.array_equal(getattr(kept.index, name), getattr(fresh.index, name))
+    for name in fresh.entries.__dataclass_fields__:
+        assert np.array_equal(getattr(kept.entries, name), getattr(fresh.entries, name))
 
 
 def test_an_index_that_is_out_of_date_is_made_again(folder, caplog):
@@ -188,9 +188,9 @@ def test_an_index_that_is_out_of_date_is_made_again(folder, caplog):
 
 def test_an_index_names_no_shard_that_there_is_not(folder):
     data = open_dataset(make_jsonl(folder, range(2), "d"))
-    data.index.address.setflags(write=True)
+    data.entries.address.setflags(write=True)
     for address in [(9, 0, 5), (0, 10**15, 5), (0, 0, 2**50)]:
-        data.index.address[0] = address
+        data.entries.address[0] = address
         with pytest.raises(InputError):
             data[0]
 
@@ -247,7 +247,7 @@ def everything():
             Image(3, 4, lambda: pixels),
             Image(4, 5, Encoded(lambda: png(2))),
             Video(2, 3, 5, 29.97, frames),
-            Video(2, 3, 5, 2, lambda: frames),
+            Video(2, 3, 5, 2.0, lambda: frames),
             Text("", "assistant", False, True),
             Audio(7, 16000, clip, "document"),
             Text("x", "document", True),
