@@ -111,7 +111,7 @@ def shrink(picture: bytes) -> PIL.Image.Image:
 
 def one_line(said: str) -> str:
     """Without line breaks, characters that are not seen, and space that says nothing."""
-    seen = "".join(c if c == "\u200d" or unicodedata.category(c) not in ("Cc", "Cf") else " " for c in said)
+    seen = "".join(c if c in "\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf") else " " for c in said)
     return " ".join(seen.split())
 
 
