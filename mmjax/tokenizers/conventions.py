@@ -269,7 +269,7 @@ SEGMENTS = Convention(
     pad="[PAD]",
     stop="[SEP]",
     placeholder="[IMG]",
-    more=("[UNK]", "[MASK]"),
+    more=("[MASK]",),
 )
 
 CONVENTIONS = {

@@ -6,6 +6,7 @@ to tell what is trained. What has no processor there is compared with its author
 """
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -369,16 +370,19 @@ def ours(x: Document, chat: Chat, family: Family, answer: int = 0) -> tuple[list
     return (ids[:-answer], learnt[:-answer]) if answer else (ids, learnt)
 
 
-def _answers(ids: list[int], chat: Chat, stop: str) -> list[int]:
-    """What lies behind "Assistant:", up to the end of the turn and with it."""
-    out, inside, said = [], False, ""
-    for i in ids:
-        out.append(int(inside))
-        said += chat.decode([i])
-        if i == chat.controls[stop]:
-            inside, said = False, ""
-        inside = inside or said.lstrip("\n ") == "Assistant:"
-    return out
+def idefics2_answers(theirs: Any, tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> list[int]:
+    """What is trained, from the string that Idefics2's processor makes before it tokenizes."""
+    fake = "<fake_token_around_image>"
+    whole = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    whole = whole.replace("<image>", fake + "<image>" * 4 + fake).replace(fake + fake, fake)
+    whole = re.sub(rf"{fake}(?=[^\s<])", f"{fake} ", whole)
+    ranges, at = [], 0
+    for message in messages:
+        if message["role"] == "assistant":
+            answer = message["content"][0]["text"] + "<end_of_utterance>"
+            at = whole.index(f"\nAssistant: {answer}", at) + len("\nAssistant: ")
+            ranges.append((at, at + len(answer)))
+    return [int(x) for x in expected(tokenizer, whole, ranges)[1]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -412,7 +416,7 @@ def test_ids_and_trained_spans_equal_the_processors(name, tmp_path):
         if not asked:
             mask = np.asarray(wants["assistant_masks"]).reshape(-1).tolist()
             if name == "idefics2":  # its processor tells where the answers were before pictures became many tokens
-                mask = _answers(ids, chat, "<end_of_utterance>")
+                mask = idefics2_answers(theirs, tokenizer, family.template, messages)
             assert [int(x) for x in learnt] == mask, messages
             seen += sum(learnt)
     assert seen > COUNT
