@@ -44,7 +44,7 @@ class Tokenizer(ABC):
     size: int
     prefix: Prefix
     exact: bool
-    longest: int = 20_000_000
+    longest: int
 
     _own_prefix: Prefix  # as the file has it
     _named: dict[str, int]  # what `with_controls` made controls

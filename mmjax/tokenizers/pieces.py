@@ -47,7 +47,7 @@ class Text(Tokenizer):
             if not 0 <= token < MOST or known not in (symbol, symbol.replace(" ", SPACE)):
                 raise InputError(f"{name} cannot give {shown(symbol)} the id {token}; give one that no token has")
         self._whole = {i for i in range(size) if types[i] == proto.BYTE or (types[i] == proto.UNKNOWN and not complete)}
-        # A symbol of one character would be found in text although it is a control, so none keeps its name.
+        # The type alone keeps them out of text; without their names, no lookup by name can find them either.
         renamed = {token: (secrets.token_hex(16), proto.CONTROL) for token in self.controls.values() if token < size}
         for token in list(renamed):
             if types[token] == proto.UNKNOWN:  # SentencePiece wants one; with all bytes it never comes out

@@ -194,7 +194,7 @@ def test_what_text_is_spelled_with_is_no_control(name, symbol):
 
 
 def test_one_character_and_the_unknown_as_controls():
-    """SentencePiece looks for single characters among controls too; bytes leave nothing unknown."""
+    """A character is spelled in bytes then, and bytes leave nothing unknown."""
     for name in ("llama", "names"):
         tokenizer = EXACT[name]().with_controls(["b", "<unk>"])
         assert tokenizer.controls["<unk>"] == 0
@@ -254,6 +254,6 @@ def test_texts_too_long_are_refused_before_they_are_read(monkeypatch):
     tokenizer = text.load(packed(letters()))
     with pytest.raises(InputError, match="1,000,001 characters in a row"):
         tokenizer.encode(" " * 1_000_001)
-    monkeypatch.setattr(text.Tokenizer, "longest", 10)
+    monkeypatch.setattr(text.Hub, "longest", 10)
     with pytest.raises(InputError, match="11 characters, where 10"):
         tokenizer.encode("x" * 11)

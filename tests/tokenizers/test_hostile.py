@@ -83,6 +83,9 @@ def test_what_is_written_is_what_is_read():
     assert [p[:2] for p in again.pieces[:place]] == [p[:2] for p in parts.pieces[:place]]
     assert again.pieces[place][:2] == ("x" * 300, proto.CONTROL)
     assert parts.pieces[place].type == proto.USER_DEFINED
+    for data in (b"\x0a\x05ab", b"\x0a", b"\x80" * 20, b"\x0d\x00", b"\x0b", b"\x02\x00"):
+        with pytest.raises(proto._Broken):
+            list(proto._fields(data))
 
 
 def changed(spec: dict, **model) -> bytes:
