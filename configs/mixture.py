@@ -1,4 +1,4 @@
-"""Three real datasets, mixed: the built-in drawings, clip art with its titles, stamps with captions in twelve languages.
+"""Three real datasets, mixed: the built-in drawings, clip art and its titles, stamps and captions in 12 languages.
 
     pip install ".[data]" && python -m tests.sources.fetch --out sources
     python -m mmjax.train configs/mixture.py

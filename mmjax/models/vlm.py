@@ -9,13 +9,14 @@ from jaxtyping import Array, Bool, Float
 from mmjax.connectors import Connector, connect, module
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Spec
+from mmjax.core.spec import Normal, ParamSpec, Spec
 from mmjax.encoders import vit
 from mmjax.models import decoder
 from mmjax.nn import transformer
 from mmjax.sequence import budget, interleave
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
+from mmjax.sequence.layout import NAMES
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class Config:
     """Where media enter is the decoder's choice: `decoder.cross`, or else in the sequence.
 
     placeholder: the token id that stands where media tokens go; given, the train step checks that they do.
+    segments: whether a learnt vector of its modality is added to every token (the segment or token-type embedding of
+      Devlin et al. 2019, BERT, section 3.2, as Li et al. 2019, VisualBERT, section 3.2, uses it).
     """
 
     vision: vit.Config
     connector: Connector
     decoder: decoder.Config
     placeholder: int | None = None
+    segments: bool = False
 
     def __post_init__(self):
         if self.connector.alone:
@@ -59,11 +63,14 @@ class Config:
 
 
 def spec(cfg: Config) -> Spec:
-    return {
+    out = {
         "vision": vit.spec(cfg.vision),
         "connector": module(cfg.connector).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
+    if cfg.segments:
+        out["segments"] = ParamSpec((len(NAMES), cfg.decoder.blocks.width), (None, "embed"), Normal(0.02))
+    return out
 
 
 def costs(cfg: Config) -> budget.Costs:
@@ -123,11 +130,21 @@ def hidden(
         exists = present(batch, cfg)
         exists = batch.patch_order >= 0 if exists is None else exists
         labels = jnp.where(exists, jnp.arange(media.shape[1], dtype=jnp.int32)[None], -1)
+        x = _marked(params, x, batch, cfg)
         beside = {"media": (media, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
         return decoder.apply(params["decoder"], x, cfg.decoder, **see, **beside)
     at = sharding.take_rows(media, batch.slot)
     x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
-    return decoder.apply(params["decoder"], x, cfg.decoder, **see)
+    return decoder.apply(params["decoder"], _marked(params, x, batch, cfg), cfg.decoder, **see)
+
+
+def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -> Float[Array, "b l d"]:
+    """Tokens with the vector of their modality added, where the model has such."""
+    if not cfg.segments:
+        return x
+    return x + sharding.take(params["segments"], batch.modality.astype(jnp.int32), ("batch", None, None)).astype(
+        x.dtype
+    )
 
 
 def logits(params: dict, batch: Batch, cfg: Config) -> jax.Array:

@@ -67,6 +67,7 @@ def systems():
         "prefix-LM": (plain, Config(see="prefix")),
         "bidirectional images": (plain, Config(see="bidirectional_images")),
         "windows": (windowed, Config(window=2)),
+        "segments": (dataclasses.replace(plain, segments=True), Config()),
         "resampled, in the sequence": (resampled, Config(position="sequential")),
         "resampled, last image": (flamingo, Config(cross="last_image")),
         "resampled, all images": (flamingo, Config(cross="all_images")),
@@ -355,3 +356,23 @@ def test_connectors_that_do_not_fit_are_refused():
         dataclasses.replace(plain, connector=pool.Config(raster=True))
     with pytest.raises(InputError, match="reads squares of 2 × 2 patches"):
         dataclasses.replace(plain, connector=merger.Config(16, 16)).refuse(Config())
+
+
+def test_segments_add_the_vector_of_each_modality():
+    cfg = dataclasses.replace(tiny_model(vocab=40), segments=True)
+    params = randomised(vlm.spec(cfg))
+    batch = make([documents()[:2]], Bucket(1, 90, 24, 5), cfg, Config())
+
+    def hidden(segments, table=0.0, media=0.0):
+        now = params | {
+            "segments": segments,
+            "decoder": params["decoder"] | {"embed": params["decoder"]["embed"] + table},
+        }
+        seen = vlm.hidden(now, batch, cfg, media=vlm.media_tokens(params, batch, cfg) + media)
+        return seen[batch.document >= 0]
+
+    # Moving the vector of a modality is moving the vectors of all its tokens: text by way of the token table.
+    plain = params["segments"]
+    np.testing.assert_allclose(hidden(plain.at[1].add(0.5)), hidden(plain, table=0.5), atol=1e-5)
+    np.testing.assert_allclose(hidden(plain.at[2].add(0.5)), hidden(plain, media=0.5), atol=1e-5)
+    assert np.abs(hidden(plain.at[2].add(0.5)) - hidden(plain)).max() > 1e-2
