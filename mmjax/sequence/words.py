@@ -31,6 +31,7 @@ class Writer:
         self.offsets = getattr(tokenizer, "offsets", None)
         self.controls = controls(tokenizer)
         self.done: list[Run] = []
+        self.opened: dict[int, int] = {}  # where the run of each medium is
         self.pending: list[Words] = []
         self.begun = False  # whether anything but the tokens before every document is written
         self.last: Symbol | None = None  # what was written just before, if it was a control token
@@ -56,8 +57,9 @@ class Writer:
         """Media tokens of a medium; the first may come to the end of what is written of the ones before."""
         self._flush()
         self.begun, self.last = True, None
-        opened = next((n for n, run in enumerate(self.done) if run.slots is not None and run.span == span), None)
+        opened = self.opened.get(span)
         if opened is None:
+            self.opened[span] = len(self.done)
             self.done.append(Run(span=span, slots=list(slots)))
             return
         run, between = self.done[opened], self.done[opened + 1 :]
