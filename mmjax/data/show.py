@@ -5,6 +5,7 @@ python -m mmjax.data show drawings 3
 """
 
 import argparse
+import dataclasses
 import io
 import os
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.errors import InputError
-from mmjax.data import drawings, show_cells
+from mmjax.data import drawings, sets, show_cells
 from mmjax.data.show_cells import COLOURS, LETTERS, Cell, Shown, printable
 from mmjax.data.show_png import png
 from mmjax.sequence import interleave
@@ -24,8 +25,9 @@ from mmjax.sequence.document import Document
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Layout, Tokenizer, layout, patches_of
 from mmjax.sequence.positions import MRope
-from mmjax.tokenizers import text
+from mmjax.tokenizers import chat, conventions, text
 from mmjax.tokenizers.audio import Frames
+from mmjax.tokenizers.conventions import CONVENTIONS
 from mmjax.tokenizers.published import PUBLISHED
 from mmjax.tokenizers.resolution import Native, Policy
 from mmjax.tokenizers.video import Sampled
@@ -210,7 +212,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("document", nargs="?", default="0", help="its number or its id")
     parser.add_argument("--png", type=Path, help="draw it into this file")
     parser.add_argument("--config", help="a config of mmjax, by name or path: its resolution, sequence and connector")
-    parser.add_argument("--tokenizer", help="a SentencePiece model; the built-in dataset's if not given")
+    parser.add_argument("--tokenizer", help="a model file or a folder of one; the built-in dataset's if not given")
+    parser.add_argument("--convention", help=f"how it writes conversations, one of {', '.join(CONVENTIONS)}")
     parser.add_argument("--resolution", help=f"instead of the config's, one of {', '.join(PUBLISHED)}")
     parser.add_argument("--width", type=int, default=0, help="columns; the terminal's if not given")
     parser.add_argument("--plain", action="store_true", help="without colours")
@@ -218,7 +221,7 @@ def main(arguments: Sequence[str]) -> int:
     cfg = configs.load(args.config) if args.config else None
     documents = _dataset(args.path, cfg)
     document = _found(documents, args.document)
-    tokenizer = text.load(args.tokenizer or drawings.tokenizer_model())
+    tokenizer = _tokenizer(cfg, args.tokenizer, args.convention)
     laid, example = _laid(document, tokenizer, *_settings(cfg, args.resolution))
     plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
     width = args.width or _columns()
@@ -237,11 +240,21 @@ def _columns() -> int:
 
 def _dataset(path: str, cfg: Any) -> Sequence[Document]:
     if path == "drawings":
-        data, seed = (cfg.data, cfg.seed) if cfg else (drawings.Config(), 0)
+        own = isinstance(getattr(cfg, "data", None), drawings.Config)
+        data, seed = (cfg.data, cfg.seed) if own else (drawings.Config(), 0)
         return drawings.Training(data, 1000, seed)
     from mmjax.data.formats import open_dataset
 
     return open_dataset(path)
+
+
+def _tokenizer(cfg: Any, path: str | None, convention: str | None) -> Tokenizer:
+    """That of the arguments, else the config's, else the built-in one."""
+    mixed = cfg is not None and isinstance(cfg.data, sets.Mixed)
+    model = path or (cfg.data.tokenizer if mixed else drawings.tokenizer_model())
+    name = convention or (cfg.data.convention if mixed else None)
+    found = text.load(model)
+    return found if name is None else chat.Chat(found, conventions.find(name))
 
 
 def _found(documents: Sequence[Document], which: str) -> Document:
@@ -284,6 +297,8 @@ def _laid(
     fuse: str,
 ) -> tuple[Layout, Example]:
     """The one place where a document is laid out here."""
+    if tokenizer.vocab.image is None and fuse == "sequence":  # a family whose text looks at pictures from beside
+        fuse, sequence = "cross", dataclasses.replace(sequence, cross="last_image")
     laid = layout(
         document, tokenizer, policy, media_tokens, clips=Sampled(policy), sounds=Frames(_rate(document)), fuse=fuse
     )

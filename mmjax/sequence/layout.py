@@ -197,6 +197,11 @@ def layout(
         piece, rows = medium(part.span)
         if fuse == "cross" and piece.views:
             piece = _aside(piece)
+        elif not tokenizer.vocab.placeholders:
+            raise InputError(
+                f"Document {document.id!r}, span {part.span}: {convention.name} has no token that stands where media "
+                f"go; its text looks at them by cross-attention (fuse='cross')."
+            )
         pieces[part.span] = piece
         written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document.id)
         for item in written or [*part.before, range(piece.length), *part.after]:

@@ -11,8 +11,10 @@
 Every media marker below stands for as many placeholders as the picture has media tokens.
 """
 
+import difflib
 from dataclasses import replace
 
+from mmjax.core.errors import InputError
 from mmjax.tokenizers.convention import Around, Convention, Tiles
 from mmjax.tokenizers.parts import Symbol
 
@@ -295,3 +297,12 @@ CONVENTIONS = {
         SEGMENTS,
     )
 }
+
+
+def find(name: str) -> Convention:
+    """A convention by name; InputError names the nearest."""
+    if name not in CONVENTIONS:
+        near = difflib.get_close_matches(name, CONVENTIONS, 1, 0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"There is no convention {name!r}: {hint}There are {', '.join(CONVENTIONS)}.")
+    return CONVENTIONS[name]

@@ -13,9 +13,8 @@ from mmjax.models import vlm
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import layout
-from mmjax.tokenizers import text
+from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.conventions import CONVENTIONS
 from mmjax.train.config import Config
 from mmjax.train.evaluate import HeldOut, Questions
 
@@ -92,11 +91,7 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
 def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
     if isinstance(data, drawings.Config):
         return text.load(drawings.tokenizer_model())
-    if data.convention not in CONVENTIONS:
-        raise InputError(
-            f"data.convention is {data.convention!r}, which is none of {', '.join(CONVENTIONS)}; give one of them."
-        )
-    return Chat(text.load(data.tokenizer), CONVENTIONS[data.convention])
+    return Chat(text.load(data.tokenizer), conventions.find(data.convention))
 
 
 def _refuse(cfg: Config, tokenizer: Any, rows_multiple: int) -> None:
