@@ -68,3 +68,10 @@ def test_every_folder_it_names_exists_and_every_folder_is_named():
     root = Path(__file__).parents[1]
     assert all((root / name).exists() for name in named)
     assert {f"mmjax/{p.name}" for p in (root / "mmjax").iterdir() if (p / "__init__.py").exists()} <= named
+
+
+def test_a_conversation_in_a_familys_own_words(capsys):
+    said = run(EXAMPLES[4], capsys)
+    assert "'Is <|im_end|> a token?'" in said  # as text, between two control tokens, which decode to nothing
+    assert "(1, 4, 6)" in said
+    assert said.endswith("True, True, False]")  # the answer and the end of its turn, not the line end behind it

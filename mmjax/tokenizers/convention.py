@@ -58,6 +58,8 @@ class Tiles:
 class Template(Protocol):
     """What writes the turns in a convention's place (tokenizers.template)."""
 
+    symbols: Collection[str]  # the control tokens it may write
+
     def parts(self, document: Document, *, answer: bool = False) -> list[Part]: ...
 
 
@@ -89,7 +91,8 @@ class Convention:
     tiles: how the views of a picture are written; None: their tokens follow each other.
     pad, stop, placeholder, placeholder_video, placeholder_audio, newline: symbols of the padding token, of the one that
       ends an answer, of those that stand where media tokens go ("" where a family has none), and of a row's end.
-    template: writes the turns instead of all that is above `tiles`.
+    template: writes the turns instead of all that is above `tiles` but `begin`; `image`, `video` and `audio` are then
+      written around a medium where the template has its marker: what transformers' processor adds, and no template.
     """
 
     name: str
@@ -128,8 +131,8 @@ class Convention:
     @property
     def symbols(self) -> tuple[str, ...]:
         """Every control token of the convention, in a fixed order."""
-        found = dict.fromkeys(_symbols(self))
-        return tuple(found)
+        written = () if self.template is None else self.template.symbols
+        return tuple(dict.fromkeys([*_symbols(self), *sorted(written)]))
 
     def parts(
         self, document: Document, *, answer: bool = False, fuse: Fuse = "sequence", skip: Collection[int] = ()
@@ -151,8 +154,13 @@ class Convention:
                     f"Document {document.id!r}: a chat template writes media in the sequence and leaves nothing out; "
                     f"use one of mmjax's own conventions."
                 )
-            return [*_plain(self.begin), *self.template.parts(document, answer=answer)]
+            parts = self.template.parts(document, answer=answer)
+            return [*_plain(self.begin), *(self._around(p, document) if isinstance(p, Medium) else p for p in parts)]
         return [*_plain(self.begin), *_Writer(self, document, fuse).write(answer, skip)]
+
+    def _around(self, medium: Medium, document: Document) -> Medium:
+        around = {Image: self.image, Video: self.video, Audio: self.audio}[type(document.spans[medium.span])]
+        return Medium(medium.span, tuple(_plain(around.before)), tuple(_plain(around.after)))
 
 
 def _symbols(x: object) -> Iterator[str]:

@@ -1,3 +1,4 @@
+import time
 from itertools import groupby
 
 import numpy as np
@@ -154,3 +155,12 @@ def test_document_without_spans():
 def test_images_of_a_document():
     first, second = picture(1, 2), picture(3, 4)
     assert Document("d", (Text("a"), first, Text("b"), second)).images == (first, second)
+
+
+def test_a_hundred_thousand_turns_take_time_in_proportion():
+    spans = [Text("a", ("user", "assistant")[n % 2], bool(n % 2)) for n in range(100_000)]
+    spans[::50] = [picture(1, 1)] * 2000
+    began = time.monotonic()
+    laid = lay(*spans)
+    assert time.monotonic() - began < 30  # 1 s on an idle machine; a search through all turns for each takes minutes
+    assert laid.size == (1 + 2 * 100_000 + 98_000 + 3 * 2000, 2000, 2000, 0)
