@@ -1,6 +1,7 @@
 """The training loop: plan, compile, train, checkpoint, evaluate, report."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,10 @@ from mmjax.train.step import batch_shardings, compile_step
 from mmjax.train.watch import Compiles, StopRequest
 
 CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
-MAY_CHANGE = ("out", "mesh.", "threads", "keep", "save_every", "packing.memory")  # fields that resuming may change
+# Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
+MAY_CHANGE = re.compile(
+    r"out|mesh\..*|threads|keep|save_every|packing\.memory|data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +105,10 @@ def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> di
     before = checkpoints.metadata(steps[-1])
     now = configs.flatten(cfg)
     then = before["config"]
-    changed = [
-        k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not k.startswith(MAY_CHANGE)
-    ]
+    changed = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not MAY_CHANGE.fullmatch(k)]
     what = [f"{k} ({then.get(k)} → {now.get(k)})" for k in changed]
-    told = before.get("datasets", {})
-    what += [f"the documents of {name!r}" for name, f in data.fingerprints.items() if told.get(name, f) != f]
+    told, found = before.get("datasets", {}), data.fingerprints
+    what += [f"the documents of {name!r}" for name in sorted(told | found) if told.get(name) != found.get(name)]
     what += [] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"]
     if what:
         raise InputError(
