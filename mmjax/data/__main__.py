@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--schema", choices=SCHEMAS, help="how records are read; otherwise as the first one looks")
         command.add_argument("--root", metavar="DIR", help="the folder that pictures lie in; otherwise the dataset's")
         command.add_argument("--errors", type=int, metavar="N", help=f"places that may be left out; otherwise {unset}")
-        command.add_argument("--place", choices=["as_written", "front"], default="as_written", help="LLaVA's pictures")
+        command.add_argument(
+            "--place", choices=["as_written", "front", "bare"], default="as_written", help="LLaVA's pictures"
+        )
         command.add_argument("--missing", choices=["refuse", "skip_image"], default="refuse", help="on pages")
         command.add_argument("--images", metavar="FILE", help="JSON: address of a picture → its path in --root")
     return parser

@@ -28,7 +28,7 @@ class Files:
     schema: str = ""
     root: Path | None = None
     errors: int = 0
-    place: Literal["as_written", "front"] = "as_written"
+    place: Literal["as_written", "front", "bare"] = "as_written"
     missing: Literal["refuse", "skip_image"] = "refuse"
 
 

@@ -31,6 +31,7 @@ def llava(record: Record, options: Options) -> Draft:
     options.place: "as_written" keeps pictures where the markers are, and every character around them. "front" does what
     LLaVA's own training does (`preprocess_multimodal` in llava/train/train.py): a value's pictures come first, then a
     newline and the rest without the space at its ends. LLaVA keeps one picture of a value there; here all are kept.
+    "bare" does the same without the newline: for the conventions that write it themselves (all of LLaVA's).
     """
     fields = record.fields
     id = draft.own_id(fields, "id", "__key__")
@@ -41,9 +42,10 @@ def llava(record: Record, options: Options) -> Draft:
         turn = draft.dict_of(turn, f"conversations.{n}")
         role = _role(turn.get("from"), f"conversations.{n}.from")
         value = draft.text_of(turn.get("value"), f"conversations.{n}.value")
-        if options.place == "front" and MARKER in value:
+        if options.place != "as_written" and MARKER in value:
             words = value.replace(MARKER, "").strip()
-            value = MARKER * value.count(MARKER) + ("\n" + words if words else "")
+            line = "\n" if options.place == "front" and words else ""
+            value = MARKER * value.count(MARKER) + line + words
         spans += _begun(_marked(value, left, role, id), role, before)
         before = role
     _require_used(left, len(images), id)

@@ -124,7 +124,7 @@ def open_dataset(
     """
     if schema is not None:
         schemas.find(schema)
-    if place not in ("as_written", "front") or missing not in ("refuse", "skip_image") or errors < 0:
+    if place not in ("as_written", "front", "bare") or missing not in ("refuse", "skip_image") or errors < 0:
         raise InputError(
             f"place={place!r}, missing={missing!r}, errors={errors}: one of these cannot be; see the help."
         )

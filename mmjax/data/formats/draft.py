@@ -13,7 +13,7 @@ from mmjax.data.formats.record import LIMITS, Limits, Record
 from mmjax.sequence.document import Document, Encoded, Image, Role, Span, Text
 from mmjax.tokenizers import image as images
 
-Place = Literal["as_written", "front"]
+Place = Literal["as_written", "front", "bare"]
 Lost = Literal["refuse", "skip_image"]
 
 

@@ -12,9 +12,14 @@ import pyarrow.parquet as parquet
 import pytest
 
 from mmjax.core.errors import InputError
+from mmjax.data import drawings
 from mmjax.data.formats import open_dataset
 from mmjax.sequence.document import Audio, Document, Encoded, Image, Text
+from mmjax.sequence.layout import layout
+from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers import image as images
+from mmjax.tokenizers.chat import Chat
+from mmjax.tokenizers.resolution import Native
 
 
 def png(height, width, kind="PNG"):
@@ -98,6 +103,16 @@ def test_llava(folder, name):
         ),
         ("d/2", [("Be brief.", "system", False, False), asked("Hi."), answered("Hello.")]),
     ]
+
+
+def test_llava_leaves_the_newline_to_the_convention(folder):
+    data = opened(folder / "d.json", LLAVA, place="bare")
+    assert plain(data[0])[1][:2] == [picture(2, 3), asked("What?")]
+    assert plain(data[1])[1][:3] == [picture(4, 5), picture(6, 7), asked("one  two")]
+    chat = Chat(text.load(drawings.tokenizer_model()), conventions.find("llava-v1"))
+    laid = layout(data[0], chat, Native(patch=1, min_pixels=1))
+    said = chat.decode([i for p in laid.pieces for i in p.ids])
+    assert said.endswith("USER: \nWhat? ASSISTANT: " + LLAVA[0]["conversations"][1]["value"])
 
 
 def test_llava_puts_pictures_in_front_as_llava_itself_does(folder):
