@@ -1,5 +1,6 @@
 """A layout: how many tokens each span takes and which text ids stand where, before any pixel is decoded."""
 
+import functools
 import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -206,7 +207,7 @@ def layout(
         written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document.id)
         for item in written or [*part.before, range(piece.length), *part.after]:
             writer.view(part.span, item) if isinstance(item, range) else writer.add(item)
-    out = [_piece(run, pieces, tokenizer.vocab) for run in writer.runs()]
+    out = [_piece(run, pieces) for run in writer.runs()]
     if answer:
         out.append(replace(_text([tokenizer.vocab.pad] * answer), fill=True))
     return Layout.of(document.id, tuple(p for p in out if p.length or p.features))
@@ -216,10 +217,16 @@ def _text(ids: list[int], train: bool = False, span: int = -1) -> Piece:
     return Piece(TEXT, len(ids), tuple(ids), None, train, span=span)
 
 
-def _piece(run: words.Run, media: dict[int, Piece], vocab: Vocab) -> Piece:
+@functools.lru_cache(maxsize=4096)
+def _added(ids: tuple[int, ...], train: bool) -> Piece:
+    """A piece of what the convention adds: most pieces of a document, and the same in all of them."""
+    return Piece(TEXT, len(ids), ids, None, train)
+
+
+def _piece(run: words.Run, media: dict[int, Piece]) -> Piece:
     """A run of tokens as a piece: of text, or all that belongs to one medium."""
     if run.slots is None:
-        return _text(run.ids, run.train, run.span)
+        return _added(tuple(run.ids), run.train) if run.span < 0 else _text(run.ids, run.train, run.span)
     piece = media[run.span]
     if not run.ids:
         return piece

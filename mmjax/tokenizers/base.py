@@ -1,5 +1,6 @@
 """What every text tokenizer can do, whatever file it came from: the interface, and the parts all have in common."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -53,7 +54,7 @@ class Tokenizer(ABC):
     _spelled: list[bytes]  # of every id, what it stands for; read where the tokenizer is exact
     _whole: set[int]  # ids that stand for whole characters or nothing, and must not become controls
 
-    @property
+    @functools.cached_property  # layouts ask for it at every document
     def vocab(self) -> Vocab:
         """The ids of `vocab.CONTROLS` by name; InputError where the tokenizer has other control tokens."""
         missing = [control.symbol for control in CONTROLS if control.symbol not in self.controls]
@@ -114,8 +115,7 @@ class Tokenizer(ABC):
                 f"token id {ids[place]} at index {place} is outside 0 to {self.size - 1}; "
                 "decode with the tokenizer that the ids came from"
             )
-        skipped = set(self.controls.values())
-        return self._text([int(token) for token in ids if token not in skipped], self._prefixed(start))
+        return self._text([int(token) for token in ids if token not in self._control_ids], self._prefixed(start))
 
     def with_controls(self, symbols: Sequence[str]) -> "Tokenizer":
         """This tokenizer with each of `symbols` a control token.
@@ -144,6 +144,10 @@ class Tokenizer(ABC):
             )
         return self._remade(named) if named != self._named else self
 
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.controls.values())
+
     def _prefixed(self, start: bool) -> bool:
         return self.prefix == "always" or (self.prefix == "first" and start)
 
@@ -154,7 +158,7 @@ class Tokenizer(ABC):
 
     def _safe(self, ids: list[int]) -> list[int]:
         """The promise of `encode`, held to whatever the libraries underneath do."""
-        if not set(self.controls.values()).isdisjoint(ids):
+        if not self._control_ids.isdisjoint(ids):
             raise InputError(f"{self._name} makes a control token of ordinary text; use another tokenizer file")
         return ids
 

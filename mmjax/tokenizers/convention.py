@@ -5,7 +5,8 @@ that looks like a marker stays text. The published conventions are in tokenizers
 tokenizer by tokenizers.chat.
 """
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -196,13 +197,14 @@ def _spelled(symbol: str) -> Iterator[str]:
             yield symbol.format(row=row, column=column)
 
 
-def _plain(writing: Writing, train: bool = False) -> list[Part]:
+@functools.lru_cache(maxsize=4096)  # there are few, and every document has a dozen of them
+def _plain(writing: Writing, train: bool = False) -> tuple[Part, ...]:
     """What a convention writes, of which at most the first is learnt."""
     out: list[Part] = []
     for n, item in enumerate(writing):
         learnt = train and n == 0
         out.append(Words(item, learnt) if isinstance(item, str) else Symbol(item.symbol, learnt))
-    return out
+    return tuple(out)
 
 
 Numbered = tuple[int, Span]
@@ -303,14 +305,14 @@ class _Writer:
             said = [Words(span.text, span.train, number)]
             return [*_plain(around.before), *said, *_plain(around.after, span.train)]
         around = {Image: self.of.image, Video: self.of.video, Audio: self.of.audio}[type(span)]
-        chunk = _plain(self.of.chunk, self.train) if self.media else []
+        chunk = _plain(self.of.chunk, self.train) if self.media else ()
         self.media, self.train = self.media + 1, False
         if self.fuse == "cross" and not isinstance(span, Audio):
             around = Around(around.before) if around.cross is None else around.cross
-        return [*chunk, Medium(number, tuple(_plain(around.before)), tuple(_plain(around.after)))]
+        return [*chunk, Medium(number, _plain(around.before), _plain(around.after))]
 
 
-def views(convention: Convention, count: int, rows: int) -> list[list[Part] | int] | None:
+def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] | int] | None:
     """What is written around the views of a picture, in reading order: parts, and numbers of views.
 
     Args:
@@ -334,7 +336,7 @@ def views(convention: Convention, count: int, rows: int) -> list[list[Part] | in
         )
     first = 0 if of.order == "whole_last" else 1
     whole = [_plain(of.whole.before), count - 1 if of.order == "whole_last" else 0, _plain(of.whole.after)]
-    tiles: list[list[Part] | int] = []
+    tiles: list[Sequence[Part] | int] = []
     for row in range(rows):
         for column in range(columns):
             tiles += [_plain(of.between)] if column else []
