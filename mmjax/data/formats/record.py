@@ -2,7 +2,9 @@
 
 import base64
 import binascii
+import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +16,8 @@ from mmjax.sequence.document import Encoded
 from mmjax.tokenizers import image as image_files
 
 Address = tuple[int, int, int]  # the shard's number, and two numbers that are the container's own
+
+_last = threading.local()  # record: what `Record.later` keeps
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,20 @@ class Record:
     files: Mapping[str, Encoded] = field(default_factory=dict)
 
     def later(self, *keys: str | int, start: int = 0, stop: int | None = None) -> Encoded:
-        """The bytes (or base64 text) found in `fields` by these keys one after the other, read when asked for."""
+        """The bytes (or base64 text) found in `fields` by these keys one after the other, read when asked for.
+
+        A thread keeps the last record that it took bytes from later: a document's media are read one after the other,
+        right after the document itself, and none of them reads the whole record anew.
+        """
+        _last.record = self
         return Encoded(functools.partial(_part, self.again, keys, start, stop))
 
 
 def _part(again: Callable[[], Record], keys: tuple[str | int, ...], start: int, stop: int | None) -> bytes:
-    value: Any = again().fields
+    record: Record | None = getattr(_last, "record", None)
+    if record is None or record.again is not again:
+        record = _last.record = dataclasses.replace(again(), again=again)
+    value: Any = record.fields
     for key in keys:
         value = value[key]
     return (decode_url(value, LIMITS.record_bytes) if isinstance(value, str) else value)[start:stop]

@@ -186,6 +186,34 @@ def test_an_index_that_is_out_of_date_is_made_again(folder, caplog):
         second[0]
 
 
+@pytest.mark.parametrize("kind", ["array_record", "parquet"])
+def test_a_record_is_read_once_for_all_its_pictures(tmp_path, monkeypatch, kind):
+    texts = (Text("a"), Text("b", "assistant", True))
+    documents = [
+        Document(f"{n}", (*(Image(n + i + 2, n + i + 3, png(n + i)) for i in range(3)), *texts)) for n in (0, 4)
+    ]
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rows = [{"images": [{"bytes": i.source} for i in d.images], "messages": said} for d in documents]
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        convert.write(documents, path)
+    data = open_dataset(path, cache=False)
+    read, reads = type(data.container).read, []
+    monkeypatch.setattr(type(data.container), "read", lambda self, a: reads.append(a) or read(self, a))
+    wanted = [[plain(d)[1][:3] for d in documents], [plain(d)[1][:3] for d in documents[::-1]]]
+    assert [plain(data[n])[1][:3] for n in (0, 1)] == wanted[0]
+    assert len(reads) == 2
+    # Both in hand, in turn and in another thread: whatever is kept, each picture is its own document's.
+    pair = [data[0], data[1]]
+    assert [plain(d)[1][:3] for d in pair[::-1]] == wanted[1]
+    found = [[load(i) for i in images] for images in zip(*(d.images for d in pair), strict=True)]
+    assert [[p.shape[0] for p in images] for images in found] == [[2, 6], [3, 7], [4, 8]]
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(lambda d: plain(d)[1][:3], pair)) == wanted[0]
+
+
 def test_an_index_names_no_shard_that_there_is_not(folder):
     data = open_dataset(make_jsonl(folder, range(2), "d"))
     data.entries.address.setflags(write=True)
