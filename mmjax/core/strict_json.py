@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 from collections import Counter
 from typing import Any, NoReturn
 
 from mmjax.core.errors import InputError
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, escaped
 
 
 class _Wrong(ValueError):
@@ -29,12 +32,15 @@ def loads(data: bytes, where: str, *, max_bytes: int, max_depth: int = 64, max_i
     try:
         if len(data) > max_bytes:
             raise _Wrong(f"has {len(data):,} bytes, where {max_bytes:,} are allowed")
-        if sum(map(data.count, (b",", b"[", b"{"))) > max_items:  # those in strings count too: a bound, not a number
+        brackets = data.count(b"[") + data.count(b"{")
+        if brackets + data.count(b",") > max_items:  # those in strings count too: a bound, not a number
             raise _Wrong(f"has more than {max_items:,} entries")
         out = json.loads(
             data.decode(), object_pairs_hook=_unique, parse_int=_integer, parse_float=_real, parse_constant=_constant
         )
-        _walk(out, max_depth)
+        # Most texts can be neither too deep nor hold half a pair, which UTF-8 has no bytes for.
+        if brackets > max_depth or HALF.search(data):
+            _walk(out, max_depth)
         return out
     except _Wrong as error:
         what = str(error)

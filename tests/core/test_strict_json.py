@@ -29,6 +29,8 @@ def test_known_values():
         ("-1e400", {}, "number -1e400"),
         ("9" * 21, {}, "21 digits"),
         ('"\\udc00"', {}, "half a surrogate"),
+        ('{"a":[{"\\uD9ff":1}]}', {}, "half a surrogate"),
+        ('["[", [{"a": {}}], "]"]', {"max_depth": 3}, "nested more than 3 levels"),
         ("1 2", {}, "not JSON"),
     ],
 )
@@ -39,6 +41,7 @@ def test_refusals(text, limits, says):
 
 def test_limits_are_the_last_that_are_allowed():
     assert loads("[[1]]", max_depth=2, max_bytes=5, max_items=2) == [[1]]
+    assert loads('["[[[", "\\ud83d\\ude00"]', max_depth=1) == ["[[[", "😀"]
 
 
 def test_what_strangers_wrote_is_shown_short():
