@@ -208,7 +208,7 @@ class _Writer:
         self.of, self.id, self.fuse = convention, document.id, fuse
         self.document = document
         self.media = 0  # written so far
-        self.train = False  # whether the last text is learnt
+        self.train = False  # whether the last span is text that is learnt
 
     def write(self, answer: bool, skip: Collection[int]) -> list[Part]:
         of, out = self.of, []
@@ -278,7 +278,6 @@ class _Writer:
         around = getattr(of, role)
         seen = [s for s in spans if not isinstance(s[1], Text)]
         said = [s for s in spans if isinstance(s[1], Text)]
-        self.train = False
         if of.media == "in_place" or role == "document":
             lead = of.lead if role != "document" and spans and isinstance(spans[0][1], Text) else ()
             written = [part for s in spans for part in self._span(*s)]
