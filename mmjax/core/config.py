@@ -85,8 +85,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
             out |= flatten(value, f"{name}.")
         elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
             for n, item in enumerate(value):
-                out[f"{name}.{n}"] = type(item).__name__
-                out |= flatten(item, f"{name}.{n}.")
+                whole = dataclasses.is_dataclass(item)
+                out[f"{name}.{n}"] = type(item).__name__ if whole else _plain(item)
+                out |= flatten(item, f"{name}.{n}.") if whole else {}
         else:
             out[name] = _plain(value)
     return out

@@ -166,13 +166,14 @@ def once(
 ) -> Plan:
     """Plans every document exactly once in one bucket shape; the last batch may have empty rows. For evaluation.
 
-    shape: the bucket, where it is known already; InputError if a document does not fit it.
+    shape: the bucket, where it is known already, in place of tokens and rows; InputError if a document does not fit it.
     """
     sizes = measure(documents, range(len(documents)), layout)
     shapes = (shape,) if shape else buckets.choose(sizes, 1, tokens, rows)
     buckets.refuse_too_large(sizes, shapes, [f"number {n}" for n in range(len(sizes))])
     packed = [tuple(row) for _, row in pack_shapes(sizes, [s.row for s in shapes])[0]]
-    steps = [Step(0, tuple(packed[i : i + rows])) for i in range(0, len(packed), rows)]
+    each = shapes[0].rows
+    steps = [Step(0, tuple(packed[i : i + each])) for i in range(0, len(packed), each)]
     return _plan(shapes, steps, dict(enumerate(sizes)))
 
 

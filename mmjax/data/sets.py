@@ -1,5 +1,6 @@
 """Which datasets a run learns from, and in which convention they are written: named in its config."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,10 +62,10 @@ class Mixed:
 
 
 class Some(Sequence):
-    """Documents of another list, by number."""
+    """Documents of another list, by number; `shuffled`: of all of them in an order that depends on their number."""
 
-    def __init__(self, of: Sequence[Document], start: int, stop: int):
-        self.of, self.start, self.stop = of, start, stop
+    def __init__(self, of: Sequence[Document], start: int, stop: int, shuffled: bool = True):
+        self.of, self.start, self.stop, self.shuffled = of, start, stop, shuffled
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -72,7 +73,8 @@ class Some(Sequence):
     def __getitem__(self, n: int) -> Document:
         if not 0 <= n < len(self):
             raise IndexError(n)
-        return self.of[permute(self.start + n, len(self.of), KEY)]
+        place = self.start + n
+        return self.of[permute(place, len(self.of), KEY) if self.shuffled else place]
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,19 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
     Args:
       cfg: names them.
       seed: of the order.
-      length: of the mixture, more than a run can use; not used with cfg.epochs.
+      length: of the mixture, and of drawings: more than a run can use; not used with cfg.epochs.
 
     Raises:
-      InputError: a source that cannot be opened, or has no more documents than are held out.
+      InputError: a source that cannot be opened, has no more documents than are held out, or no end where epochs are
+        asked for.
     """
     if not cfg.sources:
         raise InputError("data.sources is empty; name at least one dataset.")
+    if cfg.epochs and any(isinstance(source, Drawings) for source in cfg.sources):
+        raise InputError(
+            f"data.epochs is {cfg.epochs}, but there is no end to drawings; leave them out, or mix by weights (epochs "
+            f"0)."
+        )
     training, held_out, fingerprints, names = [], {}, {}, []
     for source in cfg.sources:
         name, documents, told = _open(source, seed, length)
@@ -111,8 +119,14 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
             raise InputError(
                 f"Source {name!r} has {len(documents)} documents, and data.held_out is {cfg.held_out}; hold out fewer."
             )
-        training.append(Some(documents, cfg.held_out, len(documents)))
-        held_out[name] = Some(documents, 0, cfg.held_out)
+        if isinstance(source, Drawings):
+            # As many as the run could use: an order of them all would hold out others where a run is longer.
+            training.append(Some(documents, cfg.held_out, len(documents), shuffled=False))
+            grown = drawings.Training(dataclasses.replace(source.questions, grow=0), length, seed)
+            held_out[name] = Some(grown, 0, cfg.held_out, shuffled=False)
+        else:
+            training.append(Some(documents, cfg.held_out, len(documents)))
+            held_out[name] = Some(documents, 0, cfg.held_out)
         fingerprints[name] = told
     if cfg.epochs:
         mixture = Mixture(training, names=names, epochs=cfg.epochs, seed=seed)

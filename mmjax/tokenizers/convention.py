@@ -218,7 +218,7 @@ class _Writer:
         self.of, self.id, self.fuse = convention, document.id, fuse
         self.document = document
         self.media = 0  # written so far
-        self.train = False  # whether the last text is learnt
+        self.train = False  # whether the last span is text that is learnt
 
     def write(self, answer: bool, skip: Collection[int]) -> list[Part]:
         of, out = self.of, []
@@ -261,25 +261,27 @@ class _Writer:
         out = spans if self.of.media == "in_place" else sorted(spans, key=lambda s: isinstance(s[1], Text))
         if self.of.strip == "nothing" or (role == "system" and self.of.system_into_user):
             return out
-        every = range(len(out))
-        places = [(i, str.strip) for i in every] if self.of.strip == "text" else [(0, str.lstrip), (-1, str.rstrip)]
-        for at, cut in places:
-            number, span = out[at]
-            if isinstance(span, Text):
-                out[at] = (number, replace(span, text=cut(span.text)))
+        for cut, places in ((str.lstrip, range(len(out))), (str.rstrip, reversed(range(len(out))))):
+            for at in places:
+                number, span = out[at]
+                if isinstance(span, Text):
+                    out[at] = (number, replace(span, text=cut(span.text)))
+                if self.of.strip == "turn" and (not isinstance(span, Text) or out[at][1].text):
+                    break  # no further: it was the edge of the turn
         return out
 
     def _moved(self, turns: list[tuple[str, list[Numbered]]]) -> list[tuple[str, list[Numbered]]]:
         """The system's text at the beginning of the first turn of the user."""
-        if not turns or turns[0][0] != "system":
-            return turns
-        rest = turns[1:]
-        if not rest or rest[0][0] != "user":
+        first, rest = turns[:1], turns[1:]
+        system = bool(first) and first[0][0] == "system"
+        if any(role == "system" for role, _ in rest) or (system and [role for role, _ in rest[:1]] != ["user"]):
             raise InputError(
-                f"Document {self.id!r} has a system turn that no user turn follows, which {self.of.name} cannot "
-                f"write; put the user's turn after it."
+                f"Document {self.id!r} has a system turn that is not the first or that no user turn follows, which "
+                f"{self.of.name} cannot write; put it before the user's first turn."
             )
-        words = [(n, replace(s, role="user")) for n, s in turns[0][1]]
+        if not system:
+            return turns
+        words = [(n, replace(s, role="user")) for n, s in first[0][1]]
         between = [(-1, Text(item, "user")) for item in self.of.system.after if isinstance(item, str)]
         return [("user", [*words, *between, *rest[0][1]]), *rest[1:]]
 
@@ -288,7 +290,6 @@ class _Writer:
         around = getattr(of, role)
         seen = [s for s in spans if not isinstance(s[1], Text)]
         said = [s for s in spans if isinstance(s[1], Text)]
-        self.train = False
         if of.media == "in_place" or role == "document":
             lead = of.lead if role != "document" and spans and isinstance(spans[0][1], Text) else ()
             written = [part for s in spans for part in self._span(*s)]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -42,3 +43,45 @@ def test_a_flat_config_survives_json():
 def test_unknown_configs_name_the_nearest():
     with pytest.raises(InputError, match="did you mean 'quickstart'"):
         config.find("quikstart")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    size: int = 1
+    sides: tuple[int, ...] = (2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Twig:
+    leaf: Leaf
+    name: str = "twig"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    parts: tuple[Leaf | Twig | None, ...]
+    none: tuple[Leaf, ...] = ()
+
+
+def test_several_of_one_field_are_numbered():
+    """With their kinds: two kinds may have the same fields."""
+    flat = config.flatten(Tree((Leaf(5), Twig(Leaf(6)))))
+    assert flat == {
+        "parts.0": "Leaf",
+        "parts.0.size": 5,
+        "parts.0.sides": [2, 3],
+        "parts.1": "Twig",
+        "parts.1.leaf.size": 6,
+        "parts.1.leaf.sides": [2, 3],
+        "parts.1.name": "twig",
+        "none": [],
+    }
+    assert json.loads(json.dumps(flat)) == flat
+    assert config.flatten(Tree((Twig(Leaf(6)), Leaf(5)))) != flat
+    assert config.flatten(Tree((Leaf(5), None))) == {
+        "parts.0": "Leaf",
+        "parts.0.size": 5,
+        "parts.0.sides": [2, 3],
+        "parts.1": None,
+        "none": [],
+    }

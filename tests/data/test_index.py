@@ -5,6 +5,7 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.data import index
+from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document, Text
 from mmjax.sequence.layout import Layout
 
@@ -251,6 +252,38 @@ def test_once_covers_every_document_exactly_once(n):
     for step in plan.steps:
         for row in step.rows:
             assert (documents.sizes[list(row)].sum(0) <= plan.buckets[0].row).all()
+
+
+def test_once_in_a_shape_that_is_known():
+    """Several plans of one shape run one program; rows are the shape's."""
+    every = Documents(60, seed=3)
+    shape = once(every).buckets[0]
+    few = Documents(7, seed=3)
+    plan = index.once(few, few.layout, tokens=TOKENS, rows=ROWS, shape=shape)
+    assert plan.buckets == (shape,)
+    assert sorted(used(plan)) == list(range(7))
+    assert once(few).buckets != (shape,)
+    for rows, tokens in ((2, 40), (5, 300)):
+        given = Bucket(rows, tokens, 60, 6)
+        plan = index.once(few, few.layout, tokens=TOKENS, rows=ROWS, shape=given)
+        assert plan.buckets == (given,)
+        assert sorted(used(plan)) == list(range(7))
+        for step in plan.steps:
+            assert len(step.rows) <= rows
+            assert all((few.sizes[list(row)].sum(0) <= given.row).all() for row in step.rows)
+    assert len(plan.steps) == 1  # all seven in a row of 300
+
+
+@pytest.mark.parametrize(("dimension", "says"), [(0, "tokens"), (1, "patches"), (2, "pictures|images")])
+def test_once_refuses_what_does_not_fit_the_shape(dimension, says):
+    documents = Documents(7, seed=3)
+    room = documents.sizes.max(0)
+    shape = Bucket(ROWS, *room.tolist())
+    index.once(documents, documents.layout, tokens=TOKENS, rows=ROWS, shape=shape)
+    documents.sizes[4] = room
+    documents.sizes[4, dimension] += 1
+    with pytest.raises(InputError, match=rf"number 4 .*({says})"):
+        index.once(documents, documents.layout, tokens=TOKENS, rows=ROWS, shape=shape)
 
 
 def test_once_refuses_nothing_at_all():

@@ -18,7 +18,7 @@ from mmjax.data.source import Holes, Source, load, read
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave
 from mmjax.sequence.batch import Batch
-from mmjax.sequence.document import Audio, Document, Image, Text, Video
+from mmjax.sequence.document import Audio, Document, Encoded, Image, Text, Video
 from mmjax.sequence.interleave import Config
 from mmjax.sequence.invariants import violations
 from mmjax.sequence.layout import AUDIO, VIDEO, layout
@@ -136,8 +136,30 @@ def test_every_kind_of_source_is_loaded(tmp_path):
     pixels = noise(1, 5, 7)
     path = tmp_path / "picture.png"
     path.write_bytes(png(pixels))
-    for given in (pixels, png(pixels), path, lambda: pixels):
+    for given in (pixels, png(pixels), path, lambda: pixels, Encoded(path.read_bytes)):
         np.testing.assert_array_equal(load(Image(5, 7, given)), pixels)
+
+
+def test_a_file_inside_an_archive_is_read_when_its_batch_is():
+    """The same batch as of its pixels, and nothing is read for the plan."""
+    pixels, reads = noise(3, 8, 12), []
+
+    def member():
+        reads.append(1)
+        return png(pixels)
+
+    def of(given):
+        return source([Document("d", (Image(8, 12, given), Text("a"), Text("b", "assistant", True)))])
+
+    packed = of(Encoded(member))
+    assert reads == []
+    assert_same(packed[0], of(pixels)[0])
+    assert len(reads) == 1
+    assert_same(packed[0], of(png(pixels))[0])
+
+
+def lost():
+    raise OSError("the archive is gone")
 
 
 def broken():
@@ -150,6 +172,9 @@ def broken():
         (b"not a picture", "image of 13 bytes"),
         (png(noise(2, 8, 8))[:-40], "bytes"),
         (broken, "the pencil broke"),
+        (Encoded(broken), "the pencil broke"),
+        (Encoded(lost), r"could not be read \(OSError: the archive is gone\)"),
+        (Encoded(lambda: b"not a picture"), "image of 13 bytes"),
     ],
 )
 def test_a_picture_that_cannot_be_decoded_is_named(given, says):
