@@ -205,5 +205,5 @@ def test_a_family_without_placeholders_needs_cross_attention():
     assert told(x, tokenizer) == f"⟨<s>⟩User:{F}⟨<image>⟩{F}hi{E}\n"
     # It is seen from the marker on, and text before it sees nothing.
     assert (x.media_lo <= x.media_hi).tolist() == [False] * 7 + [True] * 6
-    with pytest.raises(InputError, match=r"^Document 'd7' holds the token id -1"):
+    with pytest.raises(InputError, match=r"^Document 'd7', span 0: idefics has no token that stands where media go"):
         interleave(layout(picture, tokenizer, Fixed(PATCH, 8, 8)), tokenizer.vocab, SEQUENTIAL)
