@@ -36,11 +36,10 @@ def inside(root: Path, name: str) -> Path:
         raise InputError(f"{shown(name)} is no name of a file; give a relative path of at most {LONGEST} characters")
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
         raise InputError(f"{shown(name)} leads out of {root}; give a path relative to that folder, without '..'")
-    base = str(root)
-    path = os.path.realpath(os.path.join(base, name))
-    if path != base and not path.startswith(os.path.join(base, "")):
+    path = Path(os.path.realpath(root / name))
+    if not path.is_relative_to(root):
         raise InputError(f"{shown(name)} leads out of {root} through a link; copy the file to where the link is")
-    return Path(path)
+    return path
 
 
 def _encodes(name: str) -> bool:
