@@ -227,20 +227,21 @@ def test_png_is_a_picture_of_its_parts(words, tmp_path):
 
 
 def test_the_command_on_the_drawings(tmp_path, capsys):
-    assert command.run(["show", "drawings", "3", "--config", "quickstart", "--png", str(tmp_path / "a.png")]) == 0
+    assert command.main(["show", "drawings", "3", "--config", "quickstart", "--png", str(tmp_path / "a.png")]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("drawings/0/3: 39 tokens, 25 patches")
     assert "5×5 patches" in shown
     assert "\x1b" not in shown  # no terminal
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert command.run(["show", "drawings", "drawings/0/3", "--resolution", "qwen2-vl", "--width", "70"]) == 0
+    assert command.main(["show", "drawings", "drawings/0/3", "--resolution", "qwen2-vl", "--width", "70"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("drawings/0/3: ")
     assert max(map(len, lines)) <= 70
-    assert command.run(["--help"]) == 0
-    assert command.run([]) == 2
+    for arguments, status in ((["--help"], 0), ([], 2), (["draw"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            command.main(arguments)
+        assert ended.value.code == status
     for wrong, match in (
-        (["draw"], "no command 'draw'"),
         (["show", "drawings", "1000"], "has 1,000"),
         (["show", "drawings", "x"], "no document 'x'"),
         (["show", "drawings", "--resolution", "x"], "no resolution 'x'"),
@@ -248,7 +249,7 @@ def test_the_command_on_the_drawings(tmp_path, capsys):
         (["show", "drawings", "--width", "3"], "at least 20"),
     ):
         with pytest.raises(InputError, match=match):
-            command.run(wrong)
+            command.main(wrong)
 
 
 @pytest.mark.parametrize("name", sorted(show.PUBLISHED))
@@ -270,7 +271,7 @@ def test_other_datasets_are_opened(monkeypatch, capsys, words, tmp_path):
     module.open_dataset = lambda path: asked.append(path) or [Document("mine", (Text("hi"), picture(), ANSWER))]
     monkeypatch.setitem(sys.modules, "mmjax.data.formats", module)
     (tmp_path / "text.model").write_bytes(words.model)
-    assert command.run(["show", "some.jsonl", "mine", "--tokenizer", str(tmp_path / "text.model"), "--plain"]) == 0
+    assert command.main(["show", "some.jsonl", "mine", "--tokenizer", str(tmp_path / "text.model"), "--plain"]) == 0
     assert asked == ["some.jsonl"]
     assert capsys.readouterr().out.startswith("mine: ")
 
