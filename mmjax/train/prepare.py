@@ -90,7 +90,7 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
 
 def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
     if isinstance(data, drawings.Config):
-        return text.load(drawings.tokenizer_model())
+        return text.load(drawings.tokenizer_model(), exact=True)
     return Chat(text.load(data.tokenizer), conventions.find(data.convention))
 
 
