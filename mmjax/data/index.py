@@ -133,10 +133,11 @@ def training(
         if long == "split":
             room = (tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT)
             window, new = _split(documents, window, new, layout, room, parts)
+        names = _names(documents, parts, window)
         if not shapes:
-            shapes = buckets.choose(new[:SAMPLE], k, tokens, rows, patches)
+            shapes = buckets.choose(new[:SAMPLE], k, tokens, rows, patches, names)
             waiting: list[list[tuple[int, ...]]] = [[] for _ in shapes]
-        buckets.refuse_too_large(new, shapes, [f"number {n}" for n in window])
+        buckets.refuse_too_large(new, shapes, names)
         numbers, sizes = np.append(numbers, window), np.concatenate([sizes, new])
         last = start + WINDOW >= len(documents)
         packed, left = pack_shapes(sizes, [s.row for s in shapes], 0 if last else WINDOW // KEEP)
@@ -169,12 +170,26 @@ def once(
     shape: the bucket, where it is known already, in place of tokens and rows; InputError if a document does not fit it.
     """
     sizes = measure(documents, range(len(documents)), layout)
-    shapes = (shape,) if shape else buckets.choose(sizes, 1, tokens, rows)
-    buckets.refuse_too_large(sizes, shapes, [f"number {n}" for n in range(len(sizes))])
+    names = _names(documents, (), range(len(sizes)))
+    shapes = (shape,) if shape else buckets.choose(sizes, 1, tokens, rows, names=names)
+    buckets.refuse_too_large(sizes, shapes, names)
     packed = [tuple(row) for _, row in pack_shapes(sizes, [s.row for s in shapes])[0]]
     each = shapes[0].rows
     steps = [Step(0, tuple(packed[i : i + each])) for i in range(0, len(packed), each)]
     return _plan(shapes, steps, dict(enumerate(sizes)))
+
+
+def _names(
+    documents: Sequence[Document], parts: Sequence[Document], numbers: Sequence[int] | np.ndarray
+) -> Callable[[int], str]:
+    """What messages call the documents with these numbers; they are read only where there is a message."""
+
+    def name(i: int) -> str:
+        n = int(numbers[i])
+        document = documents[n] if n < len(documents) else parts[n - len(documents)]
+        return f"number {n} ({document.id!r})"
+
+    return name
 
 
 def _split(

@@ -1,6 +1,6 @@
 """Buckets: the few static shapes a run compiles, chosen so that a sample of documents wastes least of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -16,7 +16,18 @@ LOWEST = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # patches of the smallest shape, as sha
 HIGHEST = (1.0, 1.2, 1.5)  # of the largest, where no document needs more
 
 
-def choose(sizes: Int[np.ndarray, "n d"], k: int, tokens: int, rows: int, patches: int = 0) -> tuple[Bucket, ...]:
+def _numbered(n: int) -> str:
+    return f"number {n}"
+
+
+def choose(
+    sizes: Int[np.ndarray, "n d"],
+    k: int,
+    tokens: int,
+    rows: int,
+    patches: int = 0,
+    names: Callable[[int], str] = _numbered,
+) -> tuple[Bucket, ...]:
     """At most k bucket shapes for documents of these sizes (see Layout.size).
 
     All rows are `tokens` long; shapes differ in their patches. The largest holds every document of the sample and one
@@ -27,7 +38,7 @@ def choose(sizes: Int[np.ndarray, "n d"], k: int, tokens: int, rows: int, patche
     Raises:
       InputError: a document that is longer than a row.
     """
-    refuse_too_long(sizes, tokens)
+    refuse_too_long(sizes, tokens, names)
     sample = sizes[:: -(-len(sizes) // SAMPLE)]
     most = max(patches, int(sizes[:, 1].max()))
     if most == 0:
@@ -90,14 +101,14 @@ def harmonic(*shares: float) -> float:
     return len(some) / sum(1 / s for s in some) if some else 0.0
 
 
-def refuse_too_long(sizes: np.ndarray, tokens: int) -> None:
+def refuse_too_long(sizes: np.ndarray, tokens: int, names: Callable[[int], str] = _numbered) -> None:
     """Raises InputError where a document has more tokens than a row."""
     if len(sizes) == 0:
         raise InputError("There is no document to make buckets for; the dataset is empty.")
     if sizes[:, 0].max() > tokens:
         worst = int(sizes[:, 0].argmax())
         raise InputError(
-            f"Document number {worst} takes {sizes[worst, 0]} tokens ({sizes[worst, 1]} of them patches), more than a "
+            f"Document {names(worst)} takes {sizes[worst, 0]} tokens ({sizes[worst, 1]} of them patches), more than a "
             f"row of {tokens}; raise the row's tokens or lower the resolution."
         )
 
@@ -108,13 +119,15 @@ def fits(sizes: Int[np.ndarray, "n d"], buckets: Sequence[Bucket]) -> np.ndarray
     return (sizes[:, None, :] <= rows[None]).all(-1).any(1)
 
 
-def refuse_too_large(sizes: Int[np.ndarray, "n d"], buckets: Sequence[Bucket], names: Sequence[object]) -> None:
-    """Raises InputError where a document fits no bucket; `names` are what the message calls the documents."""
+def refuse_too_large(
+    sizes: Int[np.ndarray, "n d"], buckets: Sequence[Bucket], names: Callable[[int], str] = _numbered
+) -> None:
+    """Raises InputError where a document fits no bucket; `names` tells what the message calls it."""
     found = fits(sizes, buckets)
     if not found.all():
         worst = int((~found).argmax())
         what = ", ".join(f"{n} {name}" for n, name in zip(sizes[worst], DIMENSIONS, strict=False))
         raise InputError(
-            f"Document {names[worst]} ({what}) fits none of the buckets {[b.row for b in buckets]}; choose larger ones "
+            f"Document {names(worst)} ({what}) fits none of the buckets {[b.row for b in buckets]}; choose larger ones "
             f"(packing.tokens, packing.patches) or lower the resolution."
         )

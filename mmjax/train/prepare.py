@@ -13,6 +13,7 @@ from mmjax.models import vlm
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import layout
+from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
 from mmjax.train.config import Config
@@ -131,6 +132,9 @@ def _held_out(
     cfg: Config, held_out: dict[str, Sequence[Document]], lay: Callable, made: Callable[..., Source]
 ) -> HeldOut:
     """The documents held out of every source, all in one shape, so that one program judges them."""
+    if cfg.packing.long == "split":
+        room = (cfg.packing.tokens, cfg.packing.patches or index.NO_LIMIT, index.NO_LIMIT, index.NO_LIMIT)
+        held_out = {name: [part for d in of for part in split(d, lay, room)] for name, of in held_out.items()}
     every = [document for name in held_out for document in held_out[name]]
     if not every:
         return HeldOut({})

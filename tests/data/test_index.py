@@ -190,7 +190,7 @@ def test_too_few_documents():
 def test_document_longer_than_a_row(plan):
     documents = Documents(100)
     documents.sizes[30] = (TOKENS + 1, 5, 1, 0)
-    with pytest.raises(InputError, match="number 30 takes 65 tokens"):
+    with pytest.raises(InputError, match=r"number 30 \('.*'\) takes 65 tokens"):
         plan(documents, 3)
 
 
@@ -216,7 +216,7 @@ class Words:
 def test_documents_longer_than_a_row_are_split_if_asked():
     words = Words(150)
     options = {"steps": None, "k": 2, "tokens": TOKENS, "rows": ROWS, "seed": 0}
-    with pytest.raises(InputError, match=r"number \d+ takes \d+ tokens"):
+    with pytest.raises(InputError, match=r"number \d+ \(.*\) takes \d+ tokens"):
         index.training(words.documents, words.layout, **options)
     plan = index.training(words.documents, words.layout, long="split", **options)
     long = [d for d in words.documents if words.layout(d).tokens > TOKENS]

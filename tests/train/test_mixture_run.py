@@ -129,7 +129,7 @@ def prepared_size(cfg):
 
 
 def test_what_does_not_fit_is_refused_by_name(cfg):
-    with pytest.raises(InputError, match=r"^data\.convention is 'chatlm', which is none of generic, .*chatml"):
+    with pytest.raises(InputError, match=r"^There is no convention .chatlm.: did you mean .chatml."):
         prepare_data(changed(cfg, convention="chatlm"))
     # <|text_start|>, <|text_end|>, and a pair and a placeholder of video and of audio are added at the end.
     assert prepared_size(changed(cfg, convention="markers")) == VOCAB + 8
