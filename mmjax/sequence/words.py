@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.convention import BORDER, Convention
-from mmjax.tokenizers.parts import Part, Symbol, Words
+from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.parts import BORDER, Part, Symbol, Words
 from mmjax.tokenizers.vocab import CONTROLS
 
 

@@ -5,33 +5,14 @@ that looks like a marker stays text. The published conventions are in tokenizers
 tokenizer by tokenizers.chat.
 """
 
-import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.document import Audio, Document, Image, Span, Text, Video
-from mmjax.tokenizers.parts import Medium, Part, Symbol, Words
-
-Writing = tuple[Symbol | str, ...]  # control tokens and words
-Fuse = Literal["sequence", "cross"]
-
-
-@dataclass(frozen=True)
-class Around:
-    """What is written around a turn, a text or a medium.
-
-    cross: the same of a medium that text looks at by cross-attention; it does from the last of `before` on. None:
-      `before` alone.
-    """
-
-    before: Writing = ()
-    after: Writing = ()
-    cross: "Around | None" = None
-
-
-NOTHING = Around()
+from mmjax.sequence.document import Audio, Document, Image, Video
+from mmjax.tokenizers.parts import NOTHING, Around, Medium, Part, Symbol, Writing, plain
+from mmjax.tokenizers.writing import Fuse, Writer
 
 
 @dataclass(frozen=True)
@@ -156,12 +137,12 @@ class Convention:
                     f"use one of mmjax's own conventions."
                 )
             parts = self.template.parts(document, answer=answer)
-            return [*_plain(self.begin), *(self._around(p, document) if isinstance(p, Medium) else p for p in parts)]
-        return [*_plain(self.begin), *_Writer(self, document, fuse).write(answer, skip)]
+            return [*plain(self.begin), *(self._around(p, document) if isinstance(p, Medium) else p for p in parts)]
+        return [*plain(self.begin), *Writer(self, document, fuse).write(answer, skip)]
 
     def _around(self, medium: Medium, document: Document) -> Medium:
         around = {Image: self.image, Video: self.video, Audio: self.audio}[type(document.spans[medium.span])]
-        return Medium(medium.span, tuple(_plain(around.before)), tuple(_plain(around.after)))
+        return Medium(medium.span, tuple(plain(around.before)), tuple(plain(around.after)))
 
 
 def _symbols(x: object) -> Iterator[str]:
@@ -197,122 +178,6 @@ def _spelled(symbol: str) -> Iterator[str]:
             yield symbol.format(row=row, column=column)
 
 
-@functools.lru_cache(maxsize=4096)  # there are few, and every document has a dozen of them
-def _plain(writing: Writing, train: bool = False) -> tuple[Part, ...]:
-    """What a convention writes, of which at most the first is learnt."""
-    out: list[Part] = []
-    for n, item in enumerate(writing):
-        learnt = train and n == 0
-        out.append(Words(item, learnt) if isinstance(item, str) else Symbol(item.symbol, learnt))
-    return tuple(out)
-
-
-Numbered = tuple[int, Span]
-BORDER = Words("", span=-2)  # no text: where two strings are tokenized apart
-
-
-class _Writer:
-    """Writes one document."""
-
-    def __init__(self, convention: Convention, document: Document, fuse: Fuse):
-        self.of, self.id, self.fuse = convention, document.id, fuse
-        self.document = document
-        self.media = 0  # written so far
-        self.train = False  # whether the last span is text that is learnt
-
-    def write(self, answer: bool, skip: Collection[int]) -> list[Part]:
-        of, out = self.of, []
-        turns = self._turns(skip)
-        roles = [role for role, _ in turns]
-        if of.default_system is not None and roles[:1] not in (["system"], ["document"]):
-            turns.insert(0, ("system", [(-1, Text(of.default_system, "system"))]))
-        if of.system_into_user:
-            turns = self._moved(turns)
-        if of.one_turn and any(roles.count(role) > 1 for role in ("user", "assistant")):
-            raise InputError(
-                f"Document {self.id!r} has several turns of one role, but {of.name} has one question and one answer; "
-                f"split the document."
-            )
-        for n, (role, spans) in enumerate(turns):
-            if n and of.apart:
-                out.append(BORDER)
-            out += self._turn(role, spans)
-        if answer:
-            return [*out, *_plain(of.assistant.before if of.prompt is None else of.prompt)]
-        return [*out, *_plain(of.chunk, self.train), *_plain(of.end, self.train)]
-
-    def _turns(self, skip: Collection[int]) -> list[tuple[str, list[Numbered]]]:
-        out: list[tuple[str, list[Numbered]]] = []
-        for number, span in enumerate(self.document.spans):
-            if span.role not in ("system", "user", "assistant", "document"):
-                raise InputError(
-                    f"Document {self.id!r}, span {number} has the role {span.role!r}; give one of system, user, "
-                    f"assistant, document."
-                )
-            if number in skip:
-                continue
-            if not out or out[-1][0] != span.role or span.turn:
-                out.append((span.role, []))
-            out[-1][1].append((number, span))
-        return [(role, spans if role == "document" else self._ordered(role, spans)) for role, spans in out]
-
-    def _ordered(self, role: str, spans: list[Numbered]) -> list[Numbered]:
-        """A turn's spans in the order in which they are written, without the white space that is left out."""
-        out = spans if self.of.media == "in_place" else sorted(spans, key=lambda s: isinstance(s[1], Text))
-        if self.of.strip == "nothing" or (role == "system" and self.of.system_into_user):
-            return out
-        for cut, places in ((str.lstrip, range(len(out))), (str.rstrip, reversed(range(len(out))))):
-            for at in places:
-                number, span = out[at]
-                if isinstance(span, Text):
-                    out[at] = (number, replace(span, text=cut(span.text)))
-                if self.of.strip == "turn" and (not isinstance(span, Text) or out[at][1].text):
-                    break  # no further: it was the edge of the turn
-        return out
-
-    def _moved(self, turns: list[tuple[str, list[Numbered]]]) -> list[tuple[str, list[Numbered]]]:
-        """The system's text at the beginning of the first turn of the user."""
-        first, rest = turns[:1], turns[1:]
-        system = bool(first) and first[0][0] == "system"
-        if any(role == "system" for role, _ in rest) or (system and [role for role, _ in rest[:1]] != ["user"]):
-            raise InputError(
-                f"Document {self.id!r} has a system turn that is not the first or that no user turn follows, which "
-                f"{self.of.name} cannot write; put it before the user's first turn."
-            )
-        if not system:
-            return turns
-        words = [(n, replace(s, role="user")) for n, s in first[0][1]]
-        between = [(-1, Text(item, "user")) for item in self.of.system.after if isinstance(item, str)]
-        return [("user", [*words, *between, *rest[0][1]]), *rest[1:]]
-
-    def _turn(self, role: str, spans: list[Numbered]) -> list[Part]:
-        of = self.of
-        around = getattr(of, role)
-        seen = [s for s in spans if not isinstance(s[1], Text)]
-        said = [s for s in spans if isinstance(s[1], Text)]
-        if of.media == "in_place" or role == "document":
-            lead = of.lead if role != "document" and spans and isinstance(spans[0][1], Text) else ()
-            written = [part for s in spans for part in self._span(*s)]
-            return [*_plain(around.before), *_plain(lead), *written, *_plain(around.after, self.train)]
-        media = [part for s in seen for part in self._span(*s)]
-        words = [part for s in said for part in self._span(*s)]
-        opened = [*media, *_plain(around.before)] if of.media == "ahead" else [*_plain(around.before), *media]
-        return [*opened, *words, *_plain(around.after, self.train)]
-
-    def _span(self, number: int, span: Span) -> list[Part]:
-        if isinstance(span, Text):
-            around = self.of.text
-            self.train = span.train
-            said = [Words(span.text, span.train, number)]
-            return [*_plain(around.before), *said, *_plain(around.after, span.train)]
-        around = {Image: self.of.image, Video: self.of.video, Audio: self.of.audio}[type(span)]
-        chunk = _plain(self.of.chunk, self.train) if self.media else ()
-        self.media, self.train = self.media + 1, False
-        if self.fuse == "cross" and not isinstance(span, Audio):
-            around = Around(around.before) if around.cross is None else around.cross
-        return [*chunk, Medium(number, _plain(around.before), _plain(around.after))]
-
-
 def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] | int] | None:
     """What is written around the views of a picture, in reading order: parts, and numbers of views.
 
@@ -336,14 +201,14 @@ def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] 
             f"symbols for; lower the resolution."
         )
     first = 0 if of.order == "whole_last" else 1
-    whole = [_plain(of.whole.before), count - 1 if of.order == "whole_last" else 0, _plain(of.whole.after)]
+    whole = [plain(of.whole.before), count - 1 if of.order == "whole_last" else 0, plain(of.whole.after)]
     tiles: list[Sequence[Part] | int] = []
     for row in range(rows):
         for column in range(columns):
-            tiles += [_plain(of.between)] if column else []
+            tiles += [plain(of.between)] if column else []
             tiles.append(_placed(of.tile.before, row, column))
             tiles += [first + row * columns + column, _placed(of.tile.after, row, column)]
-        tiles.append(_plain(of.row))
+        tiles.append(plain(of.row))
     return [*tiles, *whole] if of.order == "whole_last" else [*whole, *tiles]
 
 
@@ -351,4 +216,4 @@ def _placed(writing: Writing, row: int, column: int) -> list[Part]:
     def fill(part: Part) -> Part:
         return Symbol(part.symbol.format(row=row + 1, column=column + 1)) if isinstance(part, Symbol) else part
 
-    return [fill(part) for part in _plain(writing)]
+    return [fill(part) for part in plain(writing)]

@@ -15,8 +15,8 @@ import difflib
 from dataclasses import replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.convention import Around, Convention, Tiles
-from mmjax.tokenizers.parts import Symbol
+from mmjax.tokenizers.convention import Convention, Tiles
+from mmjax.tokenizers.parts import Around, Symbol
 
 S = Symbol
 

@@ -3,6 +3,8 @@
 Control tokens and media are things of their own here, never characters: no text can become one.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -36,3 +38,33 @@ class Medium(NamedTuple):
 
 
 Part = Symbol | Words | Medium
+BORDER = Words("", span=-2)  # no text: where two strings are tokenized apart
+
+
+Writing = tuple[Symbol | str, ...]  # control tokens and words
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is written around a turn, a text or a medium.
+
+    cross: the same of a medium that text looks at by cross-attention; it does from the last of `before` on. None:
+      `before` alone.
+    """
+
+    before: Writing = ()
+    after: Writing = ()
+    cross: "Around | None" = None
+
+
+NOTHING = Around()
+
+
+@functools.lru_cache(maxsize=4096)  # there are few, and every document has a dozen of them
+def plain(writing: Writing, train: bool = False) -> tuple[Part, ...]:
+    """What a convention writes, of which at most the first is learnt."""
+    out: list[Part] = []
+    for n, item in enumerate(writing):
+        learnt = train and n == 0
+        out.append(Words(item, learnt) if isinstance(item, str) else Symbol(item.symbol, learnt))
+    return tuple(out)

@@ -2,8 +2,8 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.words import Writer, controls
-from mmjax.tokenizers.convention import BORDER, Convention
-from mmjax.tokenizers.parts import Symbol, Words
+from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.parts import BORDER, Symbol, Words
 from mmjax.tokenizers.vocab import CONTROLS, Vocab
 
 BEGIN, FAKE, TURN = Symbol("<b>"), Symbol("<f>"), Symbol("<t>")

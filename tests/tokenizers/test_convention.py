@@ -6,7 +6,7 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Audio, Document, Image, Text, Video
-from mmjax.tokenizers.convention import BORDER, Around, Convention, views
+from mmjax.tokenizers.convention import Convention, views
 from mmjax.tokenizers.conventions import (
     CHATML,
     CONVENTIONS,
@@ -22,7 +22,7 @@ from mmjax.tokenizers.conventions import (
     QWEN_VL,
     SMOLVLM,
 )
-from mmjax.tokenizers.parts import Medium, Symbol, Words
+from mmjax.tokenizers.parts import BORDER, Around, Medium, Symbol, Words
 
 PICTURE = Image(8, 8, b"")
 TALK = (

@@ -7,8 +7,8 @@ from mmjax.sequence.document import Document, Image, Text
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers import text
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import NOTHING
 from mmjax.tokenizers.conventions import INTERNVL, QWEN_VL
+from mmjax.tokenizers.parts import NOTHING
 from mmjax.tokenizers.resolution import Native
 from mmjax.tokenizers.template import Template
 
