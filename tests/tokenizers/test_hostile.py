@@ -114,7 +114,7 @@ def added(spec: dict, token: int, content: str) -> bytes:
         (added(letters(), 5, "<x>"), "another's"),
         (added(letters(), 2**40, "<x>"), "ids are 0 to"),
         (b"[" * 100_000, "SentencePiece"),
-        (b'{"a":' * 5_000, "levels deep"),
+        (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, "levels deep"),
         (b'{"model": NaN}', "not finite"),
         (b'{"model": {}, "model": {}}', "twice"),
     ],
