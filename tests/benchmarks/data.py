@@ -1,6 +1,6 @@
 """Documents per second from each kind of file to batches, and how long the quick start waits for its data.
 
-    python -m tests.benchmarks.data [--documents 2000] [--steps 60]
+    python -m tests.benchmarks.data [--documents 2000] [--steps 400]
 
 The same documents in every format: a JPEG of about 160 × 120 pixels with as much detail as a photograph, and a question
 and an answer of 20 to 60 words together (in OBELICS and MMC4: two texts). Files are in the page cache. `index`: reading
@@ -171,7 +171,7 @@ def waiting(folder: Path, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--documents", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
