@@ -110,6 +110,11 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
             f"data.epochs is {cfg.epochs}, but there is no end to drawings; leave them out, or mix by weights (epochs "
             f"0)."
         )
+    if cfg.epochs and any(source.weight != 1.0 for source in cfg.sources):
+        raise InputError(
+            f"data.epochs is {cfg.epochs}, so every source comes whole, and weights say nothing; leave the weights out, "
+            f"or mix by them (epochs 0)."
+        )
     training, held_out, fingerprints, names = [], {}, {}, []
     for source in cfg.sources:
         name, documents, told = _open(source, seed, length)

@@ -122,12 +122,12 @@ class HeldOut:
 
     def compile(self, cfg: Config, params: dict, mesh: Mesh, rules: Rules) -> None:
         """As of Questions."""
-        for source in self.sources.values():
-            abstract, self.placed = _abstract(source, mesh, rules)
-            with jax.set_mesh(mesh), sharding.use_rules(rules):
-                run = jax.jit(lambda p, b: loss_fn(p, b, cfg.model, Objective(chunk=cfg.objective.chunk))[1])
-                self.run = run.lower(params, abstract).compile()
+        if not self.sources:
             return
+        abstract, self.placed = _abstract(next(iter(self.sources.values())), mesh, rules)
+        with jax.set_mesh(mesh), sharding.use_rules(rules):
+            run = jax.jit(lambda p, b: loss_fn(p, b, cfg.model, Objective(chunk=cfg.objective.chunk))[1])
+            self.run = run.lower(params, abstract).compile()
 
     def judge(self, params: dict, out: Path) -> dict[str, Any]:
         """The mean loss per trained token, and the share of them that is likeliest, of every dataset."""

@@ -141,4 +141,9 @@ def _held_out(
     room = {"tokens": cfg.packing.tokens, "rows": cfg.packing.rows}
     shape = index.once(every, lay, **room).buckets[0]
     plans = {name: index.once(documents, lay, shape=shape, **room) for name, documents in held_out.items()}
-    return HeldOut({name: made(documents, lay, plans[name]) for name, documents in held_out.items()})
+    return HeldOut(
+        {
+            name: made(documents, lay, plans[name], holes=Holes(cfg.packing.holes))
+            for name, documents in held_out.items()
+        }
+    )

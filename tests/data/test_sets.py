@@ -120,6 +120,8 @@ def test_epochs(cats, dogs):
     assert set(counts.values()) == {2}
     with pytest.raises(InputError, match=r"data\.epochs is 2, but there is no end to drawings"):
         opened(cats, DRAWN, epochs=2)
+    with pytest.raises(InputError, match=r"data\.epochs is 2, .*weights say nothing"):
+        opened(cats, dataclasses.replace(dogs, weight=2.0), epochs=2)
 
 
 def test_nothing_held_out(cats):

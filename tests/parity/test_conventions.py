@@ -58,7 +58,7 @@ class Family:
     """How a convention is compared.
 
     template: the published chat template, with the generation tag.
-    kind: of pictures; "first": before the text of their turn.
+    place: of pictures; "first": before the text of their turn.
     """
 
     vocabulary: str
@@ -72,8 +72,6 @@ class Family:
     pictures: int = 3  # at most in a turn
     place: str = "anywhere"
     plain: bool = False  # no white space at the ends of texts
-    more: tuple[str, ...] = ()
-    changes: dict[str, Any] | None = None
 
 
 def generation(body: str) -> str:
@@ -190,6 +188,12 @@ def fours(grid: tuple[int, int, int]) -> int:
 
 NATIVE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
+IDEFICS3 = processor(
+    "idefics3.Idefics3",
+    "idefics3.Idefics3",
+    {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}},
+    image_seq_len=1,
+)
 FAMILIES = {
     "chatml": Family("qwen", CHATML.replace("SYSTEM", ""), pictures=0, names={"eos_token": "<|im_end|>"}),
     "qwen-vl": Family(
@@ -269,12 +273,7 @@ FAMILIES = {
     "idefics3": Family(
         "llama3",
         IDEFICS.replace("START", "<|begin_of_text|>"),
-        processor(
-            "idefics3.Idefics3",
-            "idefics3.Idefics3",
-            {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}},
-            image_seq_len=1,
-        ),
+        IDEFICS3,
         {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", "image_token": "<image>"},
         begin="<|begin_of_text|>",
         policy=Splits(14, 28, 112),
@@ -283,12 +282,7 @@ FAMILIES = {
     "smolvlm": Family(
         "qwen",
         IDEFICS.replace("START", "<|im_start|>"),
-        processor(
-            "idefics3.Idefics3",
-            "idefics3.Idefics3",
-            {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}},
-            image_seq_len=1,
-        ),
+        IDEFICS3,
         {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "image_token": "<image>"},
         policy=Splits(14, 28, 112),
         media=fours,
@@ -389,7 +383,7 @@ def idefics2_answers(theirs: Any, tokenizer: Any, template: str, messages: list[
 def test_ids_and_trained_spans_equal_the_processors(name, tmp_path):
     family, convention = FAMILIES[name], CONVENTIONS[name]
     path, tokenizer = vocabularies.pair(
-        tmp_path, family.vocabulary, convention.symbols + family.more, family.begin, **(family.names or {})
+        tmp_path, family.vocabulary, convention.symbols, family.begin, **(family.names or {})
     )
     chat = Chat(text.load(path), convention)
     theirs = family.processor(tokenizer) if family.processor else tokenizer
