@@ -112,8 +112,8 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
         )
     if cfg.epochs and any(source.weight != 1.0 for source in cfg.sources):
         raise InputError(
-            f"data.epochs is {cfg.epochs}, so every source comes whole, and weights say nothing; leave the weights out, "
-            f"or mix by them (epochs 0)."
+            f"data.epochs is {cfg.epochs}, so every source comes whole, and weights say nothing; leave them "
+            f"out, or mix by them (epochs 0)."
         )
     training, held_out, fingerprints, names = [], {}, {}, []
     for source in cfg.sources:

@@ -257,3 +257,23 @@ def test_texts_too_long_are_refused_before_they_are_read(monkeypatch):
     monkeypatch.setattr(text.Hub, "longest", 10)
     with pytest.raises(InputError, match="11 characters, where 10"):
         tokenizer.encode("x" * 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["a", " ", "\U0001f642"], ids=["letters", "spaces", "emoji"])
+@pytest.mark.parametrize("name", EXACT)
+def test_ten_megabytes_without_a_break(name, unit):
+    """Back unchanged, or refused in a sentence; never hours, and never a library's panic."""
+    tokenizer = EXACT[name]()
+    said = unit * (10_000_000 // len(unit.encode()))
+    began, refused = time.monotonic(), ""
+    try:
+        ids = tokenizer.encode(said)
+    except InputError as error:
+        refused = str(error)
+    if refused:
+        assert refused.endswith("are allowed; cut it up")
+        assert not isinstance(tokenizer, text.Text)  # SentencePiece takes it
+    else:
+        assert tokenizer.decode(ids) == said
+    assert time.monotonic() - began < 300  # 11 s at most measured; in the square of the length it would be days

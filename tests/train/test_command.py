@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,19 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
-def mmjax(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
+def mmjax(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    return subprocess.run(
-        [sys.executable, "-m", "mmjax.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, *python, "-m", "mmjax.train", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
 
 
-def test_help_lists_fields_and_takes_under_two_seconds():
-    seconds = []
-    for _ in range(3):  # the best of three: the machine may be busy, the program may not be slow
-        began = time.monotonic()
-        done = mmjax("configs/quickstart.py", "--help")
-        seconds.append(time.monotonic() - began)
+SLOW = ("orbax", "grain", "matplotlib", "tensorboardX", "sentencepiece", "tokenizers", "optax", "flax.nnx")
+
+
+def test_help_lists_fields_and_imports_nothing_slow():
+    """What --help waits for is imports (1.2 s on one idle core), so they are what is looked at: seconds depend on who
+    else is at work."""
+    done = mmjax("configs/quickstart.py", "--help", python=("-X", "importtime"))
     assert done.returncode == 0
     for field in (
         "--steps",
@@ -34,7 +33,9 @@ def test_help_lists_fields_and_takes_under_two_seconds():
         "--mesh.fsdp",
     ):
         assert field in done.stdout
-    assert min(seconds) < 2, seconds
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "mmjax.train.config" in imported
+    assert not [name for name in imported for slow in SLOW if name == slow or name.startswith(f"{slow}.")]
 
 
 def test_help_without_a_config_says_how_to_go_on():
