@@ -1,7 +1,9 @@
 """Names for the leaves of a tree: nested dicts, dataclasses and optimiser states as one flat dict, and back."""
 
+import difflib
+import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +69,52 @@ def unflatten(flat: Mapping[str, Any]) -> Any:
             raise InputError(f"{name!r} is a leaf and also the folder of other leaves; rename one of them")
         folder[last] = leaf
     return tree
+
+
+def choose(tree: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict, dict]:
+    """The leaves of a nested dict that any of the patterns names, and the rest, as two nested dicts without empty ones.
+
+    A pattern is a name ("vision", which takes everything in it, or "decoder/norm/scale") or has wildcards, of which *
+    crosses "/" ("*/attention/*", "*/bias"). `merge` puts the two together again.
+
+    Raises:
+      InputError: a pattern that names nothing.
+    """
+    flat = flatten(tree)
+    chosen = set()
+    for pattern in patterns:
+        named = {name for name in flat if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")}
+        if not named:
+            near = difflib.get_close_matches(pattern, _folders(flat), 1, 0.4)
+            raise InputError(
+                f"the pattern {pattern!r} names no parameter; {f'did you mean {near[0]!r}' if near else 'look'} among "
+                f"{', '.join(sorted(_folders(flat) - {n for n in _folders(flat) if '/' in n}))}?"
+            )
+        chosen |= named
+    parts = ({n: x for n, x in flat.items() if (n in chosen) is wanted} for wanted in (True, False))
+    return tuple(unflatten(part) if part else {} for part in parts)
+
+
+def _folders(flat: Mapping[str, Any]) -> set[str]:
+    """All names and the folders they lie in."""
+    return {"/".join(parts[: i + 1]) for parts in (name.split("/") for name in flat) for i in range(len(parts))}
+
+
+def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict:
+    """One nested dict of two that have no leaf in common.
+
+    Raises:
+      InputError: they have.
+    """
+    out = dict(a)
+    for key, value in b.items():
+        if key not in out:
+            out[key] = value
+        elif isinstance(value, Mapping) and isinstance(out[key], Mapping):
+            out[key] = merge(out[key], value)
+        else:
+            raise InputError(f"{key!r} is in both trees; leave it out of one")
+    return out
 
 
 def count(tree: Any) -> int:

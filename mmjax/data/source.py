@@ -61,8 +61,8 @@ class Holes:
 class Source:
     """The batches of a plan; `source[step]` is a Batch of NumPy arrays, the same on every call.
 
-    Host `host` of `hosts` gets its share of the rows of every step: all hosts run the same bucket, and their rows one
-    after the other are the batch of a single host.
+    Where several hosts share the rows of every step, they are cut into `of` equal parts, one after the other, and this
+    source makes those that `parts` names: all hosts run the same bucket, and all parts are the batch of a single host.
     """
 
     documents: Sequence[Document]
@@ -79,8 +79,8 @@ class Source:
     memory: Memory = field(default_factory=Memory, compare=False)  # that all threads together decode in
     reduced: bool = False  # decode large JPEG at a lower scale, no lower than what they are resized to
     canvases: device.Canvases | None = None  # resize on device: `patches` is then an array there
-    host: int = 0
-    hosts: int = 1
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
     checks: bool = True  # of every batch, before it leaves (0.1 ms; the train step counts again)
 
     @property
@@ -93,14 +93,14 @@ class Source:
     def __getitem__(self, step: int) -> Batch:
         planned = self.plan.steps[step]
         whole = self.plan.buckets[planned.bucket]
-        share = whole.rows // self.hosts
-        if share * self.hosts != whole.rows:
-            raise InputError(f"{self.hosts} hosts cannot share {whole.rows} rows evenly; use a multiple of them.")
-        mine = planned.rows[self.host * share : (self.host + 1) * share]
+        share = whole.rows // self.of
+        if share * self.of != whole.rows:
+            raise InputError(f"{whole.rows} rows cannot be shared by {self.of} evenly; use a multiple of that.")
+        mine = [planned.rows[r] if r < len(planned.rows) else () for p in self.parts for r in _range(p, share)]
         ids: list[list[str]] = []
         parts: list[tuple[int, int, device.OnDevice]] = []
         rows = [self._row(r, row, ids, parts) for r, row in enumerate(mine)]
-        bucket = dataclasses.replace(whole, rows=share)
+        bucket = dataclasses.replace(whole, rows=len(rows))
         batch = batches.build(rows, bucket, self.values, self.vocab, self.cfg)
         if self.checks:
             media = np.repeat(batch.grid.prod(-1) > 0, self.latents, axis=1) if self.latents else None
@@ -214,6 +214,10 @@ class Source:
     def ids(self, step: int, row: int) -> list[str]:
         """The documents of one row, for messages."""
         return [self.plan.document(self.documents, n).id for n in self.plan.steps[step].rows[row]]
+
+
+def _range(part: int, share: int) -> range:
+    return range(part * share, (part + 1) * share)
 
 
 def _views(piece: Piece, medium: Image | Video) -> tuple[View, ...]:

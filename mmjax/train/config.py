@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mmjax.core.errors import InputError
 from mmjax.core.sharding import MeshConfig
 from mmjax.data import drawings, sets
 from mmjax.models import vlm
 from mmjax.sequence import interleave
 from mmjax.sequence.budget import Budget
 from mmjax.tokenizers.resolution import Native, Policy
+from mmjax.train.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,36 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Update:
+    """How the parameters move, step by step.
+
+    accumulate: parts that the rows of a step are cut into, one after the other through the model; their gradients add
+      up to that of all rows at once, in the memory of one part.
+    compute: of products and activations. Parameters, their gradients, the optimizer's state, norms, softmax and logits
+      are float32 in any case.
+    frozen: parameters that stay as they are, by path ("vision", "decoder/blocks/*/kernel"): they have no gradient and
+      no optimizer state.
+    spike: above 0: an update whose gradient's norm is over so many times the running mean of norms is left out, as
+      those are whose gradient or loss is not finite; what the batch held is written to skipped.jsonl.
+    patience: updates left out one after the other, after which the run ends.
+    """
+
+    accumulate: int = 1
+    compute: Literal["float32", "bfloat16"] = "float32"
+    frozen: tuple[str, ...] = ()
+    spike: float = 0.0
+    patience: int = 10
+
+    def __post_init__(self):
+        if self.accumulate < 1 or self.patience < 1:
+            raise InputError(
+                f"update.accumulate is {self.accumulate} and update.patience is {self.patience}; give at least 1."
+            )
+        if self.spike < 0 or 0 < self.spike <= 1:
+            raise InputError(f"update.spike is {self.spike}; give a number above 1, as 10, or 0 for none.")
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
 
@@ -62,9 +94,13 @@ class Config:
     budget: Budget = field(default_factory=Budget)  # what a document may take
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: Objective = field(default_factory=Objective)
+    update: Update = field(default_factory=Update)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    cluster: Cluster = field(default_factory=Cluster)
     seed: int = 0
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints
+    keep_every: int = 0  # above 0: those of steps that it divides are kept for good
+    fallback: bool = True  # resume from the step before, where the last one is damaged
     threads: int = 2  # that read and decode
     answer: int = 10  # tokens an answer may take in the evaluation

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from mmjax.core import sharding
@@ -17,9 +18,9 @@ from mmjax.data.source import Source
 from mmjax.models import decoder, vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
-from mmjax.train import report
+from mmjax.train import cluster, report
 from mmjax.train.config import Config, Objective
-from mmjax.train.step import batch_shardings, loss_fn
+from mmjax.train.step import batch_shardings, cast, loss_fn
 
 SHEET = "answers.png"
 
@@ -63,12 +64,15 @@ class Questions:
         """Once, before training; `params` may be abstract: they say where the parameters lie."""
         self.answer = cfg.answer
         self.starts = [self._starts(step) for step in range(len(self.source))]
-        abstract, self.placed = _abstract(self.source, mesh, rules)
+        self.abstract, self.placed = _abstract(self.source, mesh, rules)
         self.start_placed = sharding.named(mesh, ("batch", None), rules, self.starts[0].shape)
         start = jax.ShapeDtypeStruct(self.starts[0].shape, np.int32, sharding=self.start_placed)
         with jax.set_mesh(mesh), sharding.use_rules(rules):
-            run = jax.jit(lambda p, b, s: greedy(p, b, s, cfg.model, cfg.answer))
-            self.run = run.lower(params, abstract, start).compile()
+            run = jax.jit(
+                lambda p, b, s: greedy(cast(p, cfg.update.compute), b, s, cfg.model, cfg.answer),
+                out_shardings=NamedSharding(mesh, P()),
+            )
+            self.run = run.lower(params, self.abstract, start).compile()
 
     def _starts(self, step: int) -> np.ndarray:
         """Where the assistant's marker of every question stands; its answer's places end the document."""
@@ -85,8 +89,8 @@ class Questions:
         out = [""] * len(self.source.documents)
         end = self.source.vocab.end
         for step, planned in enumerate(self.source.plan.steps):
-            batch = jax.device_put(self.source[step], self.placed)
-            start = jax.device_put(self.starts[step], self.start_placed)
+            batch = cluster.place(self.source[step], self.placed, self.abstract)
+            start = cluster.whole(self.starts[step], self.start_placed)
             ids = np.asarray(self.run(params, batch, start))
             for r, row in enumerate(planned.rows):
                 for q, number in enumerate(row):
@@ -95,10 +99,11 @@ class Questions:
         return out
 
     def judge(self, params: dict, out: Path) -> dict[str, Any]:
-        """How many answers are right; draws them in `out`."""
+        """How many answers are right; the first process draws them in `out`."""
         answers = self.answers(params)
         right = [said == q.answer for said, q in zip(answers, self.questions, strict=True)]
-        report.draw_sheet(out, SHEET, self.questions, answers)
+        if cluster.first():
+            report.draw_sheet(out, SHEET, self.questions, answers)
         return {
             "exact_match": float(np.mean(right)),
             "baseline": self.baseline,
@@ -124,16 +129,21 @@ class HeldOut:
         """As of Questions."""
         if not self.sources:
             return
-        abstract, self.placed = _abstract(next(iter(self.sources.values())), mesh, rules)
+        self.abstract, self.placed = _abstract(next(iter(self.sources.values())), mesh, rules)
+        plain = Objective(chunk=cfg.objective.chunk)
         with jax.set_mesh(mesh), sharding.use_rules(rules):
-            run = jax.jit(lambda p, b: loss_fn(p, b, cfg.model, Objective(chunk=cfg.objective.chunk))[1])
-            self.run = run.lower(params, abstract).compile()
+            run = jax.jit(
+                lambda p, b: loss_fn(cast(p, cfg.update.compute), b, cfg.model, plain)[1],
+                out_shardings=NamedSharding(mesh, P()),
+            )
+            self.run = run.lower(params, self.abstract).compile()
 
     def judge(self, params: dict, out: Path) -> dict[str, Any]:
         """The mean loss per trained token, and the share of them that is likeliest, of every dataset."""
         found = {}
         for name, source in self.sources.items():
-            sums = [jax.device_get(self.run(params, jax.device_put(batch, self.placed))) for batch in source]
+            placed = (cluster.place(batch, self.placed, self.abstract) for batch in source)
+            sums = [jax.device_get(self.run(params, batch)) for batch in placed]
             weight, loss, correct = (float(sum(s[k] for s in sums)) for k in ("weight", "loss", "correct"))
             found[name] = {"loss": loss / max(weight, 1.0), "accuracy": correct / max(weight, 1.0), "tokens": weight}
         return {"held_out": found}

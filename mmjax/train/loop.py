@@ -1,6 +1,8 @@
 """The training loop: plan, compile, train, checkpoint, evaluate, report."""
 
+import contextlib
 import dataclasses
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -20,18 +22,21 @@ from mmjax.data.source import read
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
-from mmjax.train import report, state
+from mmjax.train import cluster, report, state
 from mmjax.train.config import Config
 from mmjax.train.prepare import Data, prepare_data
 from mmjax.train.state import TrainState
-from mmjax.train.step import batch_shardings, compile_step
+from mmjax.train.step import batch_shardings, compile_step, cut, of_devices
 from mmjax.train.watch import Compiles, StopRequest
 
 CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
 # Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
 MAY_CHANGE = re.compile(
-    r"out|mesh\..*|threads|keep|save_every|packing\.memory|data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
+    r"out|(mesh|cluster)\..*|threads|keep|keep_every|save_every|fallback|packing\.memory|data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
 )
+
+
+log = logging.getLogger("mmjax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Programs:
     """Everything compiled, ahead of time."""
 
     steps: list[jax.stages.Compiled]  # by bucket
-    placed: list[batches.Batch]  # shardings of each bucket's batches
+    shapes: list[batches.Batch]  # of each bucket's batches, all rows, cut into parts
+    placed: list[batches.Batch]  # their shardings
+    asking: jax.sharding.NamedSharding  # of what every process is asked to do
     compiles: int  # of train steps
     seconds: float  # of all
 
@@ -48,49 +55,60 @@ def run(cfg: Config) -> int:
     """Trains what a config says and returns the exit status; see configs/quickstart.py for what it leaves in cfg.out.
 
     Given the same config again, it goes on from the last checkpoint: the losses are bit-identical to those of a run
-    that was never stopped, on the same number of devices.
+    that was never stopped, on the same number of devices. Where several processes run it (see train.cluster), each
+    loads its share of every batch, all see the same cfg.out, and the first alone writes there, but for the checkpoints.
 
     Raises:
       InputError: for everything the user can mend, as early as it can be known.
     """
     began = time.monotonic()
-    mesh = make_mesh(cfg.mesh)
-    data = prepare_data(cfg, rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"])
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    with lock_directory(cfg.out), StopRequest() as stop:
+    with cluster.joined(cfg.cluster):
+        mesh = make_mesh(cfg.mesh)
+        data = prepare_data(cfg, *cluster.parts(mesh, Rules()))
         spec, tx = vlm.spec(cfg.model), state.optimizer(cfg.optimizer, cfg.steps)
-        shape = state.abstract(spec, tx, mesh, Rules())
-        require_space(cfg.out, (cfg.keep + 1) * nbytes(shape), f"keep {cfg.keep + 1} checkpoints")
-        with Checkpoints(cfg.out / "checkpoints", keep=cfg.keep) as checkpoints:
-            before = _refuse_another_run(cfg, data, checkpoints)
-            report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
-            print(data.training.plan.table())
-            report.print_budget(data.training.layout)
-            programs = compile_all(cfg, data, shape, mesh)
-            if checkpoints.steps():
-                now, _ = checkpoints.restore(shape)
-            else:
-                now = state.create_sharded(spec, tx, shape, jax.random.key(cfg.seed))
-            loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
-            now = loop.train(now, stop)
-            if stop.status is not None:
-                return stop.status
-            loop.finish(now)
+        shape = state.abstract(spec, tx, mesh, Rules(), cfg.update.frozen)
+        with _owned(cfg), StopRequest() as stop:
+            require_space(cfg.out, (cfg.keep + 1) * nbytes(shape), f"keep {cfg.keep + 1} checkpoints")
+            with Checkpoints(cfg.out / "checkpoints", keep=cfg.keep) as checkpoints:
+                before = _refuse_another_run(cfg, data, checkpoints)
+                if cluster.first():
+                    report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
+                    print(data.training.plan.table())
+                    report.print_budget(data.training.layout)
+                programs = compile_all(cfg, data, shape, mesh)
+                if checkpoints.steps():
+                    now, before = checkpoints.restore(shape)
+                else:
+                    now = state.create_sharded(spec, tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
+                loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
+                now = loop.train(now, stop)
+                if loop.asked:
+                    return loop.asked
+                loop.finish(now)
     return 0
+
+
+def _owned(cfg: Config) -> contextlib.AbstractContextManager:
+    """cfg.out, held by the first process for all."""
+    if not cluster.first():
+        return contextlib.nullcontext()
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    return lock_directory(cfg.out)
 
 
 def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
     """The train step of every bucket and the evaluation, compiled."""
     counter, rules = Compiles(), Rules()
     tx = state.optimizer(cfg.optimizer, cfg.steps)
-    source, steps, placed = data.training, [], []
+    source, steps, shapes, placed = data.training, [], [], []
     for bucket in source.plan.buckets:
         batch = batches.abstract(bucket, source.values, source.vocab, source.cfg)
-        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective))
-        placed.append(batch_shardings(batch, mesh, rules))
+        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective, cfg.update))
+        shapes.append(cut(batch, cfg.update.accumulate))
+        placed.append(batch_shardings(shapes[-1], mesh, rules, cfg.update.accumulate))
     compiles = counter.count
     data.evaluation.compile(cfg, shape.params, mesh, rules)
-    return Programs(steps, placed, compiles, counter.seconds)
+    return Programs(steps, shapes, placed, of_devices(mesh), compiles, counter.seconds)
 
 
 def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -132,38 +150,43 @@ class Loop:
     tokens: int = 0  # useful tokens trained on, over all sessions
     late: int = 0  # programs compiled after the loop began
     waiting: float = 0.0  # seconds in which the loop waited for data, over all sessions
+    skipped: int = 0  # updates that were left out
+    asked: int = 0  # the exit status that any process was asked to end with
 
     def __post_init__(self):
         self.trained, self.tokens = self.before.get("trained", 0.0), self.before.get("tokens", 0)
         self.late, self.waiting = self.before.get("late", 0), self.before.get("waiting", 0.0)
+        self.skipped = self.before.get("skipped", 0)
 
     def train(self, now: TrainState, stop: StopRequest) -> TrainState:
-        """Steps until the last, or until asked to stop; either way the last step done is saved."""
+        """Steps until the last, or until asked to stop; either way the last step done is saved.
+
+        What a step says is read while the next one runs, so that no device waits for the host.
+        """
         cfg, start = self.cfg, int(now.step)
         if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
-        fill = self.data.training.plan.fill
-        counter = Compiles()
-        loop_began, trained_before, saved = time.monotonic(), self.trained, start
-        step = start
-        with report.Metrics(cfg.out, start) as metrics, report.Progress(cfg.steps, start) as progress:
+        asking = {status: self._asking(status) for status in (0, *stop.STATUSES)}
+        self.counter, self.late_before = Compiles(), self.late
+        self.loop_began, self.trained_before = time.monotonic(), self.trained
+        self.metrics = report.Metrics(cfg.out, start) if cluster.first() else report.Silence()
+        self.progress = report.Progress(cfg.steps, start) if cluster.first() else report.Silence()
+        step = saved = start
+        with self.metrics, self.progress:
             fed = self._timed(read(self.data.training, start, threads=cfg.threads))
+            unread = None
             for step, batch in enumerate(fed, start + 1):
-                bucket = self.data.training.plan.steps[step - 1].bucket
-                now, seen = self.programs.steps[bucket](now, jax.device_put(batch, self.programs.placed[bucket]))
-                seen = jax.device_get(seen)
-                self._refuse_violations(step, seen["violations"])
-                self.tokens += int(seen["tokens"])
-                self.trained = trained_before + time.monotonic() - loop_began
-                loss = float(seen["loss"] / max(seen["weight"], 1.0))
-                accuracy = float(seen["correct"] / max(seen["weight"], 1.0))
-                rate = self.tokens / self.trained
-                metrics.write(step, loss=loss, accuracy=accuracy, grad_norm=float(seen["grad_norm"]))
-                progress.update(step, loss, rate, fill)
-                last = step == cfg.steps or stop.status is not None
-                self.late = self.before.get("late", 0) + counter.count
+                now, seen = self._step(step, now, batch, asking[stop.status or 0])
+                if unread:
+                    self._read(*unread)
+                unread = step, seen
+                # Alone, a process need not wait for the step to tell it what it was asked.
+                self.asked = self.asked or (stop.status or 0) * (jax.process_count() == 1)
+                last = step == cfg.steps or self.asked > 0
                 if last or step % cfg.save_every == 0:
-                    metrics.flush()
+                    self._read(*unread)
+                    unread = None
+                    self.metrics.flush()
                     self._save(step, now)
                     saved = step
                 if last:
@@ -171,6 +194,52 @@ class Loop:
         assert saved == step, "the last step was not saved"
         self.checkpoints.wait()
         return now
+
+    def _step(self, step: int, now: TrainState, batch: batches.Batch, asking: jax.Array) -> tuple[TrainState, dict]:
+        bucket, programs = self.data.training.plan.steps[step - 1].bucket, self.programs
+        batch = cut(batch, self.cfg.update.accumulate)
+        batch = cluster.place(batch, programs.placed[bucket], programs.shapes[bucket])
+        return programs.steps[bucket](now, batch, asking)
+
+    def _asking(self, status: int) -> jax.Array:
+        return cluster.whole(np.full(self.programs.asking.mesh.size, status, np.int32), self.programs.asking)
+
+    def _read(self, step: int, seen: dict[str, jax.Array]) -> None:
+        """Waits for what a step says, writes it down, and ends the run where it must not go on."""
+        seen = jax.device_get(seen)
+        self._refuse_violations(step, seen["violations"])
+        self.asked = self.asked or int(seen["asked"])
+        self.tokens += int(seen["tokens"])
+        self.trained = self.trained_before + time.monotonic() - self.loop_began
+        self.late = self.late_before + self.counter.count
+        loss = float(seen["loss"] / max(seen["weight"], 1.0))
+        told = {
+            "loss": loss,
+            "accuracy": float(seen["correct"] / max(seen["weight"], 1.0)),
+            "grad_norm": float(seen["grad_norm"]),
+        }
+        self.metrics.write(step, **told)
+        self.progress.update(step, loss, self.tokens / self.trained, self.data.training.plan.fill)
+        if seen["skipped"]:
+            self._skip(step, int(seen["in_a_row"]), told)
+
+    def _skip(self, step: int, in_a_row: int, told: dict[str, float]) -> None:
+        """Tells of an update that was left out.
+
+        Raises:
+          InputError: too many were, one after the other.
+        """
+        self.skipped += 1
+        self.metrics.skipped(step, [id for row in self._documents(step) for id in row], **told)
+        why = f"loss {told['loss']:.4g}, norm of the gradient {told['grad_norm']:.4g}"
+        if cluster.first():
+            log.warning("the update of step %d was left out (%s); see %s", step, why, report.SKIPPED)
+        if in_a_row >= self.cfg.update.patience:
+            raise InputError(
+                f"The updates of steps {step - in_a_row + 1} to {step} were left out one after the other (the last: "
+                f"{why}); the parameters are those of step {step - in_a_row}. Look at the documents in "
+                f"{self.cfg.out / report.SKIPPED}, lower optimizer.learning_rate, or raise update.patience."
+            )
 
     def _timed(self, of: Iterator[batches.Batch]) -> Iterator[batches.Batch]:
         """The same, and how long it is waited for."""
@@ -192,19 +261,28 @@ class Loop:
             "tokens": self.tokens,
             "late": self.late,
             "waiting": self.waiting,
+            "skipped": self.skipped,
         }
         self.checkpoints.save(step, now, metadata=metadata)
 
     def _refuse_violations(self, step: int, violations: np.ndarray) -> None:
         if violations.any():
-            ids = [self.data.training.ids(step - 1, row) for row in range(len(violations))]
-            raise InputError(f"Step {step}: {invariants.describe(violations, ids)}")
+            if violations.ndim == 3:  # of parts, which took the rows in turn
+                violations = violations.swapaxes(0, 1).reshape(-1, violations.shape[-1])
+            raise InputError(f"Step {step}: {invariants.describe(violations, self._documents(step))}")
+
+    def _documents(self, step: int) -> list[list[str]]:
+        """The ids of every row's documents."""
+        source = self.data.training
+        return [source.ids(step - 1, row) for row in range(len(source.plan.steps[step - 1].rows))]
 
     def finish(self, now: TrainState) -> None:
         """Evaluates, and writes result.json and the pictures."""
         cfg, plan = self.cfg, self.data.training.plan
-        report.draw_curve(cfg.out, CURVE)
         judged = self.data.evaluation.judge(state.averaged(now), cfg.out)
+        if not cluster.first():
+            return
+        report.draw_curve(cfg.out, CURVE)
         shown = {k: judged.pop(k) for k in ("answers",) if k in judged}  # long: last
         result = judged | {
             "seconds": round(time.monotonic() - self.began, 1),
@@ -221,8 +299,10 @@ class Loop:
             "compiles_in_loop": self.late,
             "compile_seconds": round(self.programs.seconds, 2),
             "holes": len(self.data.training.holes.reasons),
+            "skipped": self.skipped,
             "final_loss": report.losses(cfg.out)[-1][1],
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
             "jax": jax.__version__,
         }
         report.write_json(cfg.out / RESULT, result | shown)

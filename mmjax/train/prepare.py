@@ -34,15 +34,17 @@ class Data:
     fingerprints: dict[str, str]
 
 
-def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
+def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Data:
     """Tokenizer, documents, plans: on the host, from lengths and headers alone.
+
+    `parts` of `of` are the shares of every batch's rows that this process loads (train.cluster.parts).
 
     Raises:
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
         be read.
     """
     tokenizer = _tokenizer(cfg.data)
-    _refuse(cfg, tokenizer, rows_multiple)
+    _refuse(cfg, tokenizer, of)
     plain = lay = functools.partial(
         layout,
         tokenizer=tokenizer,
@@ -80,6 +82,8 @@ def prepare_data(cfg: Config, rows_multiple: int = 1) -> Data:
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
+        parts=parts,
+        of=of,
     )
     training = made(documents, lay, plan, holes=Holes(packing.holes))
     if isinstance(cfg.data, drawings.Config):
@@ -95,7 +99,7 @@ def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
     return Chat(text.load(data.tokenizer), conventions.find(data.convention))
 
 
-def _refuse(cfg: Config, tokenizer: Any, rows_multiple: int) -> None:
+def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
     if tokenizer.vocab.size != cfg.model.decoder.vocab:
         raise InputError(
             f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
@@ -106,10 +110,11 @@ def _refuse(cfg: Config, tokenizer: Any, rows_multiple: int) -> None:
             f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
             f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
         )
-    if cfg.packing.rows % rows_multiple:
+    parts = of * cfg.update.accumulate
+    if cfg.packing.rows % parts:
         raise InputError(
-            f"packing.rows is {cfg.packing.rows}, which {rows_multiple} devices of the data and fsdp axes cannot share "
-            f"evenly; set it to a multiple of {rows_multiple}."
+            f"packing.rows is {cfg.packing.rows}, which {of} devices of the data and fsdp axes cannot share evenly in "
+            f"each of {cfg.update.accumulate} parts (update.accumulate); set it to a multiple of {parts}."
         )
     cfg.model.refuse(cfg.sequence)
     if cfg.model.placeholder not in (None, tokenizer.vocab.image):

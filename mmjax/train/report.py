@@ -1,10 +1,11 @@
 """What a run shows: a progress line, metrics as JSON lines and TensorBoard events, a loss curve, a sheet of answers."""
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -12,29 +13,30 @@ from mmjax.core.files import write_atomic
 from mmjax.data.drawings import Question
 from mmjax.data.source import load
 
-METRICS = "metrics.jsonl"
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
 
 class Metrics:
-    """Appends one JSON line a step and the same numbers to TensorBoard.
+    """Appends one JSON line a step and the same numbers to TensorBoard; what is not finite is null.
 
-    What an interrupted run wrote after `start`, the step of its checkpoint, is cut off: the curve goes on where the
-    parameters do.
+    The updates that were left out are in a file of their own, with the documents of their batches. What an interrupted
+    run wrote after `start`, the step of its checkpoint, is cut off: the curve goes on where the parameters do.
     """
 
     def __init__(self, out: Path, start: int):
         from tensorboardX import SummaryWriter
 
-        path = out / METRICS
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
-        write_atomic(path, "".join(f"{line}\n" for line in kept))
-        self.file = path.open("a")
+        self.file, self.skips = (_cut_off(out / name, start) for name in (METRICS, SKIPPED))
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, **values: float) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(_line(step, values))
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+
+    def skipped(self, step: int, documents: Sequence[str], **values: float) -> None:
+        self.skips.write(_line(step, values | {"documents": list(documents)}))
+        self.skips.flush()
 
     def flush(self) -> None:
         self.file.flush()
@@ -45,7 +47,33 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        self.skips.close()
         self.board.close()
+
+
+def _cut_off(path: Path, start: int) -> IO[str]:
+    """The file without the lines of later steps, open for more."""
+    kept = [line for line in path.read_text().splitlines() if _step(line) <= start] if path.exists() else []
+    write_atomic(path, "".join(f"{line}\n" for line in kept))
+    return path.open("a")
+
+
+def _line(step: int, values: dict[str, Any]) -> str:
+    told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps({"step": step, **told}) + "\n"
+
+
+class Silence:
+    """Takes the place of Metrics and Progress in all processes but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _step(line: str) -> float:
@@ -57,9 +85,9 @@ def _step(line: str) -> float:
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every step so far."""
+    """(step, loss) of every step so far; NaN where the loss was not finite."""
     rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in rows]
+    return [(r["step"], math.nan if r["loss"] is None else r["loss"]) for r in rows]
 
 
 class Progress:
@@ -106,7 +134,7 @@ def draw_curve(out: Path, name: str) -> None:
     """The loss of every step, and its running mean, as a PNG."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    steps, loss = map(np.array, zip(*losses(out), strict=True))
+    steps, loss = map(np.array, zip(*[(n, x) for n, x in losses(out) if math.isfinite(x)], strict=True))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per trained token", yscale="log")
     axes.plot(steps, loss, linewidth=0.5, alpha=0.5, label="each step")

@@ -1,5 +1,6 @@
 """Train state: parameters and optimizer state, abstract, sharded and concrete, from specs alone."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -10,9 +11,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmjax.core import spec as specs
+from mmjax.core import tree
+from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules
 from mmjax.core.spec import Spec
 from mmjax.train.config import Optimizer
+
+
+@flax.struct.dataclass
+class Guard:
+    """What tells a spike from a usual gradient, and how many updates were left out."""
+
+    norm: Any  # f32[]; running mean of the gradients' norms
+    kept: Any  # i32[]; updates that went in
+    skipped: Any  # i32[]; updates that were left out
+    in_a_row: Any  # i32[]; those of the last steps
 
 
 @flax.struct.dataclass
@@ -21,7 +34,12 @@ class TrainState:
 
     step: Any  # i32[]; how many steps are done
     params: Any  # as the model's spec
-    optimizer: Any  # optax's state
+    optimizer: Any  # optax's state, of the parameters that are trained
+    guard: Guard
+
+
+def new_guard() -> Guard:
+    return Guard(jnp.zeros((), jnp.float32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
 def optimizer(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
@@ -65,7 +83,10 @@ def running_mean(decay: float) -> optax.GradientTransformation:
 def averaged(state: TrainState) -> dict:
     """The parameters to evaluate: their running mean where the optimizer keeps one, else themselves."""
     mean = optax.tree.get(state.optimizer, "average")
-    return state.params if mean is None else mean
+    if mean is None:
+        return state.params
+    # Of frozen parameters there is none.
+    return tree.unflatten(tree.flatten(state.params) | tree.flatten(mean))
 
 
 def _matrices(params: dict) -> dict:
@@ -73,32 +94,50 @@ def _matrices(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
-def create(spec: Spec, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def trained(params: dict, frozen: Sequence[str]) -> dict:
+    """The parameters that are not frozen (see core.tree.choose), for which there is optimizer state.
+
+    Raises:
+      InputError: a pattern that names nothing, or all that there is.
+    """
+    rest = tree.choose(params, frozen)[1]
+    if not rest:
+        raise InputError(f"update.frozen is {frozen}, which leaves no parameter to train; leave one of them out.")
+    return rest
+
+
+def create(spec: Spec, tx: optax.GradientTransformation, key: jax.Array, frozen: Sequence[str] = ()) -> TrainState:
     """The state before the first step."""
     params = specs.init(spec, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, frozen)), new_guard())
 
 
-def create_sharded(spec: Spec, tx: optax.GradientTransformation, shape: TrainState, key: jax.Array) -> TrainState:
+def create_sharded(
+    spec: Spec, tx: optax.GradientTransformation, shape: TrainState, key: jax.Array, frozen: Sequence[str] = ()
+) -> TrainState:
     """The same, each part made where `shape`, the abstract state, says it lies."""
     # It runs once: on a CPU, optimising it takes thirty times as long as running it unoptimised.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    make = jax.jit(lambda k: create(spec, tx, k), out_shardings=shardings(shape), compiler_options=options)
+    make = jax.jit(lambda k: create(spec, tx, k, frozen), out_shardings=shardings(shape), compiler_options=options)
     return make(key)
 
 
-def abstract(spec: Spec, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
+def abstract(
+    spec: Spec, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules, frozen: Sequence[str] = ()
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, without making it: optimizer moments lie as their parameters do."""
     whole = NamedSharding(mesh, P())
     params = specs.abstract(spec, mesh, rules)
+    moving = trained(params, frozen)
     moments = optax.tree_map_params(
         tx,
         lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
-        jax.eval_shape(tx.init, params),
-        params,
+        jax.eval_shape(tx.init, moving),
+        moving,
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
     )
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments)
+    guard = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(new_guard))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments, guard)
 
 
 def shardings(state: TrainState) -> TrainState:

@@ -1,35 +1,56 @@
 """The train step: one pure function, compiled ahead of time for every bucket."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mmjax.core import sharding
+from mmjax.core import sharding, tree
 from mmjax.core.sharding import Rules
 from mmjax.models import decoder, vlm
 from mmjax.objectives import next_token
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY
-from mmjax.train.config import Objective
-from mmjax.train.state import TrainState, shardings
+from mmjax.train.config import Objective, Update
+from mmjax.train.state import Guard, TrainState, shardings
 
-PLAIN = Objective()
+PLAIN, AT_ONCE = Objective(), Update()
+SETTLED = 20  # updates after which the mean of the gradients' norms says what is a spike
 
 
 def loss_fn(
-    params: dict, batch: Batch, cfg: vlm.Config, objective: Objective = PLAIN
+    params: dict, batch: Batch, cfg: vlm.Config, objective: Objective = PLAIN, *, per: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean next-token loss over the trained tokens, with z-loss if asked for, and its parts as sums, to add up."""
+    """Mean next-token loss over the trained tokens, with z-loss if asked for, and its parts as sums, to add up.
+
+    `per`: what the sum is divided by, where the batch is a part of another; else the sum of its own weights.
+    """
     hidden = vlm.hidden(params, batch, cfg)
     head = functools.partial(decoder.logits, params["decoder"], cfg=cfg.decoder)
     found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk)
     total = found.loss + objective.z * found.z(batch.weight) if objective.z else found.loss
     sums = {"loss": found.loss, "weight": found.weight, "correct": found.correct}
-    return total / jnp.maximum(found.weight, 1.0), sums
+    return total / (jnp.maximum(found.weight, 1.0) if per is None else per), sums
+
+
+def cast(params: dict, compute: str) -> dict:
+    """Parameters as the model computes with them: in `compute`, but for the scales of norms, which stay float32.
+
+    Done before they are gathered from other devices: half the bytes travel.
+    """
+    if compute == "float32":
+        return params
+
+    def one(path: tuple, p: jax.Array) -> jax.Array:
+        wide = path[-1].key == "scale" or not jnp.issubdtype(p.dtype, jnp.floating)
+        return p if wide else p.astype(compute)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def train_step(
@@ -39,30 +60,107 @@ def train_step(
     cfg: vlm.Config,
     tx: optax.GradientTransformation,
     objective: Objective = PLAIN,
+    update: Update = AT_ONCE,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
+    Where `update.accumulate` is A > 1, the batch's fields are [A, B, ...]: A parts, whose gradients are added.
+
     Returns the new state and metrics: `loss`, `weight`, `correct` (sums over trained tokens), `tokens` (not padding),
-    `grad_norm`, and `violations` i32[B, kinds], which must be zeros (see sequence.invariants). Where it is not, the
-    update is left out: a broken batch never spoils parameters.
+    `grad_norm`, `skipped` (1 where the update was left out: see train.config.Update), `in_a_row` (how many were by now)
+    and `violations` i32[(A,) B, kinds], which must be zeros (see sequence.invariants). Where they are not, nothing
+    changes: a broken batch never spoils parameters.
     """
-    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg))
-    (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, cfg, objective)
-    updates, moments = tx.update(grads, state.optimizer, state.params)
-    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments)
+    fixed, trained = tree.choose(state.params, update.frozen)
+    per = jnp.maximum(batch.weight.sum(), 1.0)
+    part = functools.partial(_part, fixed=fixed, per=per, cfg=cfg, objective=objective, compute=update.compute)
+    if update.accumulate == 1:
+        (grads, sums), violations = part(trained, batch)
+    else:
+        shape = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], batch))[0][1]
+        start = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+
+        def add(so_far: Any, piece: Batch) -> tuple[Any, jax.Array]:
+            found, violations = part(trained, piece)
+            return jax.tree.map(jnp.add, so_far, found), violations
+
+        (grads, sums), violations = jax.lax.scan(add, start, batch)
+    norm = optax.tree.norm(grads)
     sound = violations.sum() == 0
-    new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
-    return new, {
+    usable = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & ~_spike(norm, state.guard, update)
+    updates, moments = tx.update(grads, state.optimizer, trained)
+    new = (optax.apply_updates(trained, updates), moments)
+    new = jax.tree.map(lambda a, b: jnp.where(sound & usable, a, b), new, (trained, state.optimizer))
+    guard = jax.tree.map(lambda a, b: jnp.where(sound, a, b), _counted(norm, usable, state.guard), state.guard)
+    after = TrainState(state.step + sound.astype(jnp.int32), tree.merge(new[0], fixed), new[1], guard)
+    return after, {
         **sums,
-        "tokens": (batch.modality != EMPTY).sum(),
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": norm,
+        "skipped": (sound & ~usable).astype(jnp.int32),
+        "in_a_row": guard.in_a_row,
         "violations": violations,
     }
 
 
-def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
-    """Rows over the data axes, everything else whole."""
-    return jax.tree.map(lambda x: sharding.named(mesh, ("batch",) + (None,) * (x.ndim - 1), rules, x.shape), batch)
+def _part(
+    trained: dict,
+    batch: Batch,
+    fixed: dict,
+    per: jax.Array,
+    cfg: vlm.Config,
+    objective: Objective,
+    compute: str,
+) -> tuple[tuple[dict, dict[str, jax.Array]], jax.Array]:
+    """What one part of a batch adds to the gradient and to the sums, and the invariants it breaks."""
+    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg))
+
+    def mean(trained: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss_fn(cast(tree.merge(trained, fixed), compute), batch, cfg, objective, per=per)
+
+    (_, sums), grads = jax.value_and_grad(mean, has_aux=True)(trained)
+    return (grads, sums | {"tokens": (batch.modality != EMPTY).sum()}), violations
+
+
+def _spike(norm: jax.Array, guard: Guard, update: Update) -> jax.Array:
+    if not update.spike:
+        return jnp.zeros((), bool)
+    return (guard.kept >= SETTLED) & (norm > update.spike * guard.norm)
+
+
+def _counted(norm: jax.Array, usable: jax.Array, guard: Guard) -> Guard:
+    """The guard after one more step. As of all running means here, the first are of few steps."""
+    n = guard.kept.astype(jnp.float32)
+    share = 1.0 - jnp.minimum(0.99, (1.0 + n) / (10.0 + n))
+    one = usable.astype(jnp.int32)
+    return Guard(
+        norm=jnp.where(usable, guard.norm + share * (norm - guard.norm), guard.norm),
+        kept=guard.kept + one,
+        skipped=guard.skipped + 1 - one,
+        in_a_row=(guard.in_a_row + 1) * (1 - one),
+    )
+
+
+def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules, parts: int = 1) -> Batch:
+    """Rows over the data axes, everything else whole. With `parts` > 1 the rows are the second axis of every field."""
+    axes = ("batch",) if parts == 1 else (None, "batch")
+    return jax.tree.map(lambda x: sharding.named(mesh, (*axes, *[None] * (x.ndim - len(axes))), rules, x.shape), batch)
+
+
+def cut(batch: Any, parts: int) -> Any:
+    """Every field [B, ...] as [parts, B / parts, ...], abstract or of NumPy: the parts take rows in turn.
+
+    In turn, so that every process and device has its share of each part.
+    """
+    if parts == 1:
+        return batch
+
+    def one(x: Any) -> Any:
+        shape = (x.shape[0] // parts, parts, *x.shape[1:])
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((parts, shape[0], *shape[2:]), x.dtype)
+        return x.reshape(shape).swapaxes(0, 1)
+
+    return jax.tree.map(one, batch)
 
 
 def compile_step(
@@ -73,14 +171,32 @@ def compile_step(
     mesh: Mesh,
     rules: Rules,
     objective: Objective = PLAIN,
+    update: Update = AT_ONCE,
 ) -> jax.stages.Compiled:
-    """The compiled step for one bucket. `state` and `batch` are abstract; the state's buffers are reused (donated)."""
+    """The compiled step for one bucket: (state, batch, asked) → (state, metrics).
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return train_step(state, batch, cfg=cfg, tx=tx, objective=objective)
+    `state` and `batch` (all rows, not cut into parts) are abstract; the state's buffers are reused (donated). `asked`
+    i32[devices], a number of every process (see `asking`), comes back as its greatest: what one process is asked to do,
+    all know at the same step, without a message of its own.
+    """
 
+    def step(state: TrainState, batch: Batch, asked: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = train_step(state, batch, cfg=cfg, tx=tx, objective=objective, update=update)
+        return state, metrics | {"asked": asked.max()}
+
+    batch = cut(batch, update.accumulate)
     placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, batch_shardings(batch, mesh, rules)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        batch,
+        batch_shardings(batch, mesh, rules, update.accumulate),
     )
+    asked = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=of_devices(mesh))
+    # Metrics are whole everywhere, so that every process can read them.
+    results = (shardings(state), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh), sharding.use_rules(rules):
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)).lower(state, placed).compile()
+        return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, placed, asked).compile()
+
+
+def of_devices(mesh: Mesh) -> NamedSharding:
+    """One number for every device."""
+    return NamedSharding(mesh, P(mesh.axis_names))

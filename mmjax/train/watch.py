@@ -36,6 +36,7 @@ class StopRequest:
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    STATUSES = tuple(128 + s for s in SIGNALS)
 
     def __enter__(self) -> "StopRequest":
         self.status: int | None = None

@@ -249,10 +249,12 @@ def test_hosts_share_the_rows_of_one_batch(hosts):
     assert len(plan.steps) > 1
     for step in range(len(plan.steps)):
         whole = Source(documents, LAYOUT, plan, VOCAB, PATCH)[step]
-        parts = [Source(documents, LAYOUT, plan, VOCAB, PATCH, host=h, hosts=hosts)[step] for h in range(hosts)]
+        parts = [Source(documents, LAYOUT, plan, VOCAB, PATCH, parts=(h,), of=hosts)[step] for h in range(hosts)]
         assert_same(jax.tree.map(lambda *rows: np.concatenate(rows), *parts), whole)
-    with pytest.raises(InputError, match="3 hosts cannot share 4 rows"):
-        Source(documents, LAYOUT, plan, VOCAB, PATCH, hosts=3)[0]
+        ends = Source(documents, LAYOUT, plan, VOCAB, PATCH, parts=(0, 3), of=4)[step]
+        assert_same(ends, jax.tree.map(lambda x: x[[0, 3]], whole))
+    with pytest.raises(InputError, match="4 rows cannot be shared by 3"):
+        Source(documents, LAYOUT, plan, VOCAB, PATCH, of=3)[0]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])

@@ -70,7 +70,7 @@ def found(batch: Batch, row: int) -> list[str]:
 
 def lines(host: int, hosts: int, start: int) -> Iterator[str]:
     """Every example from a step on, as the host gets it: "step id", and "step end" after the last of a step."""
-    of = dataclasses.replace(source(), host=host, hosts=hosts)
+    of = dataclasses.replace(source(), parts=(host,), of=hosts)
     share = ROWS // hosts
     for step, batch in enumerate(read(of, start, threads=2, ahead=3), start):
         planned = len(of.plan.steps[step].rows)

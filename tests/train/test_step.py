@@ -90,11 +90,11 @@ def test_the_running_mean_follows_the_parameters(rng):
             params = optax.apply_updates(params, updates)
             d = min(decay, (1 + n) / (10 + n))
             mean = d * mean + (1 - d) * np.float64(params["kernel"])
-        now = state.TrainState(jnp.int32(20), params, moments)
+        now = state.TrainState(jnp.int32(20), params, moments, state.new_guard())
         np.testing.assert_allclose(state.averaged(now)["kernel"], mean, rtol=1e-5)
 
 
 def test_without_a_running_mean_the_parameters_are_evaluated():
     params = {"kernel": jnp.ones((2, 2))}
     moments = state.optimizer(Optimizer(), 10).init(params)
-    assert state.averaged(state.TrainState(jnp.int32(0), params, moments)) is params
+    assert state.averaged(state.TrainState(jnp.int32(0), params, moments, state.new_guard())) is params
