@@ -162,6 +162,7 @@ def layer(
     return sharding.constrain(x, ("batch", None, None))
 
 
+@sharding.whole_rows("features", "image", "order", "grid", "number")
 def apply(
     params: dict,
     features: Float[Array, "b p d"],

@@ -202,10 +202,11 @@ def decode(
         return linear.apply(params["out"], y, cfg.out)
     if cfg.tied:
         bias = sharding.constrain(params["head_bias"], ("vocab",))
-        return sharding.dense(y, params["embed"].T, ("batch", None, "vocab")) + bias[None, None]
+        return sharding.dense(y, params["embed"].T, ("batch", None, "vocab"), wide=True) + bias[None, None]
     return y
 
 
+@sharding.whole_rows("x", "image", "order", "grid", "queries")
 def apply(
     params: dict,
     x: Num[Array, "b l ..."],

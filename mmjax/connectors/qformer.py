@@ -163,6 +163,7 @@ def project(params: dict, queries: Float[Array, "b m d"], cfg: Config) -> Float[
     return queries if cfg.outputs is None else linear.apply(params["projection"], queries, cfg.projection)
 
 
+@sharding.whole_rows("features", "image", "order", "grid", "text")
 def encode(
     params: dict,
     features: Float[Array, "b p d"],
@@ -206,6 +207,7 @@ def encode(
     return Encoded(out[:, : n * q], None if text is None else out[:, n * q :], hidden)
 
 
+@sharding.whole_rows("text")
 def encode_text(params: dict, text: Text, cfg: Config, *, pictures: int, intermediates: bool = False) -> Encoded:
     """Hidden states of texts without their pictures: what `encode` makes of them in the contrastive pattern."""
     x = _embed(params, text, cfg, pictures)

@@ -51,7 +51,7 @@ def spec(cfg: Config) -> Spec:
 
 def embed(params: dict, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     """The vectors of token ids; the ids must be in range (Batch checks them)."""
-    return sharding.take(params["embed"], tokens, ("batch", None, None))
+    return sharding.take(params["embed"], tokens, ("batch", "length", None))
 
 
 def apply(
@@ -99,4 +99,4 @@ def apply(
 def logits(params: dict, hidden: Float[Array, "b l d"], cfg: Config) -> Float[Array, "b l vocab"]:
     """f32[B, L, V]."""
     table = params["embed"] if cfg.tied else params["head"]
-    return sharding.dense(hidden, table.T, ("batch", None, "vocab")).astype(jnp.float32)
+    return sharding.dense(hidden, table.T, ("batch", "length", "vocab"), wide=True).astype(jnp.float32)

@@ -12,13 +12,22 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, stack
 from mmjax.nn import mlp, norm
 from mmjax.nn import rope as rotary
-from mmjax.nn.attention import attend
+from mmjax.nn.attention import RESULTS, attend
 
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+Remat = Literal["none", "dots", "attention", "dots_attention", "full"]
+
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESULTS)
+# What the backward pass finds ready of a block, besides its input. The rest it computes again.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything: the most memory, nothing is computed twice
+    "dots": _DOTS,  # products with parameters; attention runs again, norms and activations too
+    "attention": _ATTENTION,  # attention's results; products with parameters run again
+    "dots_attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, _ATTENTION),  # both; the cheap rest again
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing: the least memory, a third more products
 }
+
+PLACE = ("batch", "length", None)  # the logical axes of what goes from block to block
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,8 @@ class Config:
     layer_scale: both branches times a vector that starts at this value (Touvron et al. 2021, CaiT, eq. 4; DINOv2).
     rope: the rotary embedding of queries and keys, if any.
     windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention).
-    remat: what the backward pass recomputes: nothing, all but matrix products, everything.
+    remat: what the backward pass keeps of each block, see REMAT: everything ("none"), products with parameters
+      ("dots"), attention's results ("attention"), both, or nothing ("full").
     unroll: scanned layers per loop turn. On CPU small models gain about a tenth from unrolling all; wide ones lose more
       (ViT-B/16: XLA's concatenation of the gradients alone is a fifth of the step). Compile time grows with it.
     """
@@ -54,7 +64,7 @@ class Config:
     layer_scale: float | None = None
     rope: rotary.Config | None = None
     windowed: tuple[int, ...] = ()
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     unroll: int = 1
 
     def __post_init__(self):
@@ -165,6 +175,8 @@ def apply_with_taps(
     if list(taps) != sorted(set(taps)) or not all(0 <= i < cfg.layers for i in taps):
         raise InputError(f"Taps {taps} must rise and name blocks from 0 to {cfg.layers - 1}.")
     turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
+    x = sharding.constrain(x, PLACE)
+    order = sharding.constrain(order, ("batch", None))  # once, not in every block
 
     def block(x: jax.Array, layer: dict, inside: Any) -> jax.Array:
         h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
@@ -172,7 +184,7 @@ def apply_with_taps(
         h = _attention(layer["attention"], h, cfg, order, *sees, turn)
         x = x + _scaled(h, layer.get("attention_scale"))
         h = mlp.apply(layer["mlp"], norm.apply(layer["mlp_norm"], x, cfg.norm_config), cfg.mlp)
-        return sharding.constrain(x + _scaled(h, layer.get("mlp_scale")), ("batch", None, None))
+        return sharding.constrain(x + _scaled(h, layer.get("mlp_scale")), PLACE)
 
     if cfg.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -189,7 +201,7 @@ def apply_with_taps(
     if taps:
         place = jnp.array([taps.index(i) if i in taps else len(taps) for i in range(cfg.layers)], jnp.int32)
         kept = jnp.repeat(jnp.zeros_like(x)[None], len(taps) + 1, axis=0)
-        kept = sharding.constrain(sharding.vary(kept, x), (None, "batch", None, None))
+        kept = sharding.constrain(sharding.vary(kept, x), (None, *PLACE))
     (x, kept), _ = jax.lax.scan(step, (x, kept), (params, inside, place), unroll=min(cfg.unroll, cfg.layers))
     return x, jnp.zeros((0, *x.shape), x.dtype) if kept is None else kept[:-1]
 
@@ -199,7 +211,7 @@ def _scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> jax.Array:
-    split = ("batch", None, "heads", None)
+    split = ("batch", "length", "heads", None)
 
     def project(name: str) -> jax.Array:
         y = sharding.dense(x, params[name]["kernel"], split)
@@ -216,5 +228,5 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
     if turn is not None:
         q, k = (rotary.rotate(x, *turn, cfg.rope.pairs) for x in (q, k))
     out, _ = attend(q, k, v, order, lo, hi)
-    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
+    y = sharding.dense(out, params["out"]["kernel"], PLACE)
     return y + params["out"]["bias"][None, None] if cfg.has_bias("out") else y

@@ -11,6 +11,7 @@ from mmjax.core import sharding
 from mmjax.core.sharding import Rules
 from mmjax.models import decoder, vlm
 from mmjax.objectives import next_token
+from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY
@@ -61,8 +62,8 @@ def train_step(
 
 
 def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
-    """Rows over the data axes, everything else whole."""
-    return jax.tree.map(lambda x: sharding.named(mesh, ("batch",) + (None,) * (x.ndim - 1), rules, x.shape), batch)
+    """Where every field lies on a mesh."""
+    return jax.tree.map(lambda x, axes: sharding.named(mesh, axes, rules, x.shape), batch, batches.axes(batch))
 
 
 def compile_step(
