@@ -18,7 +18,7 @@ from mmjax.connectors import Connector
 from mmjax.connectors.qformer_labels import Pattern, Text, ends, labels, looks
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import linear, mlp, norm, position_embed
 from mmjax.nn.attention import attend
 
@@ -240,7 +240,10 @@ def _run(
     x = sharding.vary(norm.apply(params["norm"], x, cfg.norm), (media, see))
     start, every = x, cfg.cross_every
 
+    own = spec(cfg)
+
     def layer(x: jax.Array, p: dict, cross: dict | None = None) -> tuple[jax.Array, jax.Array | None]:
+        p, cross = gradients_laid(p, own["layers"]), cross and gradients_laid(cross, own["cross"])
         x = _attention(p["attention"], x, x, cfg, *see)
         parts = []
         if count:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import cross_attention, norm, transformer
 
 
@@ -84,10 +84,11 @@ def apply(
     if media is None or media_lo is None or media_hi is None:
         raise InputError("This decoder looks at media by cross-attention; give media tokens, media_lo and media_hi.")
     every = cfg.cross.every
-    some = dataclasses.replace(cfg.blocks, layers=every)
+    some, own = dataclasses.replace(cfg.blocks, layers=every), cross_attention.spec(cfg.cross)
 
     def group(x: jax.Array, of: tuple[dict, dict]) -> tuple[jax.Array, None]:
         cross, blocks = of
+        cross = gradients_laid(cross, own)
         x = cross_attention.apply(cross, x, media[0], cfg.cross, order=media[1], lo=media_lo, hi=media_hi)
         return transformer.apply(blocks, x, some, **see), None
 

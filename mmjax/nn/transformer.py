@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import mlp, norm
 from mmjax.nn import rope as rotary
 from mmjax.nn.attention import RESULTS, attend
@@ -174,14 +174,47 @@ def apply_with_taps(
         raise InputError("Windowed blocks and window intervals go together; give both or neither.")
     if list(taps) != sorted(set(taps)) or not all(0 <= i < cfg.layers for i in taps):
         raise InputError(f"Taps {taps} must rise and name blocks from 0 to {cfg.layers - 1}.")
+    count = x.shape[1]
+    room = -count % sharding.parts("length")
+    if room:
+        # Rows that devices cannot share evenly get empty places at the end, which nothing sees.
+        x, lo, position, length = _with_room((x, lo, position, length), room, 0)
+        order, hi = _with_room((order, hi), room, -1)
+        window = None if window is None else (_with_room(window[0], room, 0), _with_room(window[1], room, -1))
     turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
-    x = sharding.constrain(x, PLACE)
-    order = sharding.constrain(order, ("batch", None))  # once, not in every block
+    # Labels are gathered once, not in every block.
+    x, kept = _blocks(params, sharding.constrain(x, PLACE), cfg, taps, sharding.unsplit(order), (lo, hi), window, turn)
+    if room:
+        x = sharding.unsplit(x)[:, :count]
+        kept = sharding.constrain(kept, (None, "batch", None, None))[:, :, :count]
+    return x, kept
+
+
+def _with_room(tree: Any, room: int, fill: int) -> Any:
+    """Arrays [B, L, …] with so many places more at the end of every row."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+
+    return jax.tree.map(one, sharding.unsplit(tree))
+
+
+def _blocks(
+    params: dict,
+    x: jax.Array,
+    cfg: Config,
+    taps: tuple[int, ...],
+    order: jax.Array,
+    sees: tuple,
+    window: Any,
+    turn: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """What all blocks put out, and those named in `taps`."""
 
     def block(x: jax.Array, layer: dict, inside: Any) -> jax.Array:
         h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
-        sees = (lo, hi) if window is None else [jnp.where(inside, w, a) for w, a in zip(window, (lo, hi), strict=True)]
-        h = _attention(layer["attention"], h, cfg, order, *sees, turn)
+        lo, hi = sees if window is None else (jnp.where(inside, w, a) for w, a in zip(window, sees, strict=True))
+        h = _attention(layer["attention"], h, cfg, order, lo, hi, turn)
         x = x + _scaled(h, layer.get("attention_scale"))
         h = mlp.apply(layer["mlp"], norm.apply(layer["mlp_norm"], x, cfg.norm_config), cfg.mlp)
         return sharding.constrain(x + _scaled(h, layer.get("mlp_scale")), PLACE)
@@ -191,11 +224,13 @@ def apply_with_taps(
 
     def step(carry: tuple[jax.Array, Any], of: tuple[dict, Any, Any]) -> tuple[tuple[jax.Array, Any], None]:
         (x, kept), (layer, inside, place) = carry, of
+        layer = gradients_laid(layer, own)
         x = block(x, layer, inside)
         # Blocks that nobody asked for write to one more place, past the end.
         kept = None if kept is None else jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
         return (x, kept), None
 
+    own = spec(cfg)
     inside = jnp.array([i in cfg.windowed for i in range(cfg.layers)]) if cfg.windowed else None
     kept = place = None
     if taps:

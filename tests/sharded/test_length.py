@@ -11,6 +11,7 @@ from tiny import randomised
 from mmjax.core import spec as specs
 from mmjax.core.sharding import MeshConfig, Rules, make_mesh
 from mmjax.models import vlm
+from mmjax.nn import attention, transformer
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Bucket
 from mmjax.train.config import Objective
@@ -64,5 +65,15 @@ def test_every_system_and_connector(name):
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", ["causal", "resampled, all images", "merger"])
 @pytest.mark.parametrize("bucket", [Bucket(4, 111, 48, 7), Bucket(4, 112, 47, 7), Bucket(4, 111, 47, 7)])
-def test_lengths_that_do_not_divide_stay_whole(name, bucket, explicit):
+def test_lengths_that_do_not_divide(name, bucket, explicit, monkeypatch):
+    """They stay whole, but not in the blocks of encoder and decoder."""
+    queries = set()
+
+    def attend(q, *args, **kwargs):
+        if explicit and not jax.typeof(q).sharding.mesh.empty:
+            queries.add((q.shape[1] % 4, jax.typeof(q).sharding.spec[1]))
+        return attention.attend(q, *args, **kwargs)
+
+    monkeypatch.setattr(transformer, "attend", attend)
     compare(name, MeshConfig(1, 2, 1, 4, explicit=explicit), bucket)
+    assert queries == ({(0, "sequence")} if explicit else set())
