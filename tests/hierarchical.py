@@ -23,7 +23,7 @@ def check_everywhere(module, cfg, params, images):
     run = jax.value_and_grad(functools.partial(loss, module=module, cfg=cfg))
     expected = jax.jit(run)(params, images)
     for explicit in (False, True):
-        mesh = make_mesh(MeshConfig(2, 2, 2, explicit))
+        mesh = make_mesh(MeshConfig(2, 2, 2, explicit=explicit))
         placed = jax.tree.map(jax.device_put, params, specs.shardings(module.spec(cfg), mesh, Rules()))
         rows = jax.device_put(images, named(mesh, ("batch", None, None, None), Rules(), images.shape))
         with jax.set_mesh(mesh):

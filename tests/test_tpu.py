@@ -28,7 +28,7 @@ from mmjax.train.step import compile_step
 name, extra, shape, explicit = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4] == "explicit"
 devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices
 kind = AxisType.Explicit if explicit else AxisType.Auto
-mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(kind,) * 3)
+mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(kind,) * 4)
 cfg = config.load("quickstart")
 tx = state.optimizer(cfg.optimizer, cfg.steps)
 abstract = state.abstract(vlm.spec(cfg.model), tx, mesh, Rules())
@@ -45,9 +45,9 @@ for bucket in source.plan.buckets:
 @pytest.mark.parametrize(
     ("topology", "extra", "shape", "mode"),
     [
-        ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, [1, 1, 1], "auto"),
-        ("v5e:2x2", {}, [2, 2, 1], "auto"),
-        ("v5e:2x2", {}, [1, 2, 2], "explicit"),
+        ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, [1, 1, 1, 1], "auto"),
+        ("v5e:2x2", {}, [2, 2, 1, 1], "auto"),
+        ("v5e:2x2", {}, [1, 2, 1, 2], "explicit"),
     ],
 )
 def test_the_quick_start_compiles_for_v5e(topology, extra, shape, mode):

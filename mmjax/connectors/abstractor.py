@@ -130,6 +130,7 @@ def bottleneck(
     return sharding.constrain(jax.nn.silu(h + (convolved("shortcut", x) if "shortcut" in p else x)), whole)
 
 
+@sharding.whole_rows("features", "image", "order", "grid")
 def apply(
     params: dict,
     features: Float[Array, "b p d"],

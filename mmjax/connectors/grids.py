@@ -35,9 +35,9 @@ def check(grid: tuple[int, int, int], side: int) -> int:
 
 def squares(x: Float[Array, "b p d"], side: int) -> Float[Array, "b m s d"]:
     """[B, P, D] in squares' order → [B, M = P // side², side², D]; a rest of P holds no patches."""
-    b, p, d = x.shape
+    _, p, d = x.shape
     area = side * side
-    return x[:, : p // area * area].reshape(b, p // area, area, d)
+    return sharding.regroup(sharding.unsplit(x)[:, : p // area * area] if p % area else x, (area, d))
 
 
 def concatenate(x: Float[Array, "b p d"], side: int, channels: Channels = "patch") -> Float[Array, "b m e"]:
@@ -54,7 +54,7 @@ def concatenate(x: Float[Array, "b p d"], side: int, channels: Channels = "patch
 
 def present(order: Int[Array, "b p"], side: int) -> Bool[Array, "b m"]:
     """Which squares exist."""
-    return order[:, : order.shape[1] // side**2 * side**2 : side**2] >= 0
+    return sharding.unsplit(order)[:, : order.shape[1] // side**2 * side**2 : side**2] >= 0
 
 
 @flax.struct.dataclass

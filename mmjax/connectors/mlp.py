@@ -49,7 +49,7 @@ def apply(params: dict, features: Float[Array, "b p d"], cfg: Config) -> Float[A
     """[B, P, inputs] → [B, M = P, outputs]."""
     if cfg.depth == 2:
         return mlp.apply(params, features, cfg.mlp)
-    act, split = mlp.ACTIVATIONS[cfg.activation], ("batch", None, "mlp")
+    act, split = mlp.ACTIVATIONS[cfg.activation], ("batch", "length", "mlp")
 
     def layer(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
         return sharding.constrain(act(linear.apply(p, x, cfg.middle)), split), None

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from mmjax.connectors import Connector
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import mlp, norm, position_embed
 from mmjax.nn.attention import attend
 from mmjax.sequence import behind
@@ -162,6 +162,7 @@ def layer(
     return sharding.constrain(x, ("batch", None, None))
 
 
+@sharding.whole_rows("features", "image", "order", "grid", "number")
 def apply(
     params: dict,
     features: Float[Array, "b p d"],
@@ -191,7 +192,10 @@ def apply(
     keys, lo, hi = behind.labels(image, order, grid, cfg.latents)
     x = behind.start(params["latents"], features, grid.shape[1])
 
+    own = spec(cfg)["layers"]
+
     def step(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
+        p = gradients_laid(p, own)
         return layer(p, x, features, cfg, order=keys, lo=lo, hi=hi), None
 
     x, _ = jax.lax.scan(step, x, params["layers"])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 from mmjax.connectors import Connector, perceiver_layer
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Normal, ParamSpec, Spec, stack
+from mmjax.core.spec import Normal, ParamSpec, Spec, gradients_laid, stack
 from mmjax.nn import linear, position_embed
 from mmjax.sequence import behind
 
@@ -166,7 +166,10 @@ def encode(
     z = behind.start(params["latents"], x, grid.shape[1])
     z = perceiver_layer.apply(params["encoder"], z, cfg.encoder, order=of_inputs, lo=lo, hi=hi, inputs=x)
 
+    own = perceiver_layer.spec(cfg.layer)
+
     def step(z: jax.Array, p: dict) -> tuple[jax.Array, None]:
+        p = gradients_laid(p, own)
         return perceiver_layer.apply(p, z, cfg.layer, order=own, lo=lo, hi=hi), None
 
     def block(z: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -202,10 +205,11 @@ def decode(
         return linear.apply(params["out"], y, cfg.out)
     if cfg.tied:
         bias = sharding.constrain(params["head_bias"], ("vocab",))
-        return sharding.dense(y, params["embed"].T, ("batch", None, "vocab")) + bias[None, None]
+        return sharding.dense(y, params["embed"].T, ("batch", None, "vocab"), wide=True) + bias[None, None]
     return y
 
 
+@sharding.whole_rows("x", "image", "order", "grid", "queries")
 def apply(
     params: dict,
     x: Num[Array, "b l ..."],

@@ -18,7 +18,7 @@ from mmjax.connectors import Connector
 from mmjax.connectors.qformer_labels import Pattern, Text, ends, labels, looks
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import linear, mlp, norm, position_embed
 from mmjax.nn.attention import attend
 
@@ -163,6 +163,7 @@ def project(params: dict, queries: Float[Array, "b m d"], cfg: Config) -> Float[
     return queries if cfg.outputs is None else linear.apply(params["projection"], queries, cfg.projection)
 
 
+@sharding.whole_rows("features", "image", "order", "grid", "text")
 def encode(
     params: dict,
     features: Float[Array, "b p d"],
@@ -206,6 +207,7 @@ def encode(
     return Encoded(out[:, : n * q], None if text is None else out[:, n * q :], hidden)
 
 
+@sharding.whole_rows("text")
 def encode_text(params: dict, text: Text, cfg: Config, *, pictures: int, intermediates: bool = False) -> Encoded:
     """Hidden states of texts without their pictures: what `encode` makes of them in the contrastive pattern."""
     x = _embed(params, text, cfg, pictures)
@@ -238,7 +240,10 @@ def _run(
     x = sharding.vary(norm.apply(params["norm"], x, cfg.norm), (media, see))
     start, every = x, cfg.cross_every
 
+    own = spec(cfg)
+
     def layer(x: jax.Array, p: dict, cross: dict | None = None) -> tuple[jax.Array, jax.Array | None]:
+        p, cross = gradients_laid(p, own["layers"]), cross and gradients_laid(cross, own["cross"])
         x = _attention(p["attention"], x, x, cfg, *see)
         parts = []
         if count:

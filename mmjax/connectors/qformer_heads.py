@@ -86,7 +86,7 @@ def language(
     p = params["language"]
     h = mlp.ACTIVATIONS[cfg.activation](linear.apply(p["transform"], hidden, cfg.transform))
     h = norm.apply(p["norm"], h, cfg.norm)
-    logits = sharding.dense(h, words.T, ("batch", None, "vocab"))
+    logits = sharding.dense(h, words.T, ("batch", "length", "vocab"), wide=True)
     return (logits + sharding.constrain(p["bias"], ("vocab",))[None, None]).astype(jnp.float32)
 
 

@@ -57,6 +57,7 @@ def spec(cfg: Config) -> Spec:
     }
 
 
+@sharding.whole_rows("features", "image", "order", "grid", "slices")
 def apply(
     params: dict,
     features: Float[Array, "b p d"],

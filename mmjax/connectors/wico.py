@@ -141,6 +141,7 @@ class Expanded:
     last: Array  # i32[B, L], where each token is now (a media token: the last it became), -1 if nowhere
 
 
+@sharding.whole_rows("x", "picture", "document", "order", "lo", "hi")
 def expand(
     x: Float[Array, "b l d"],
     times: int,

@@ -1,15 +1,20 @@
 """Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and the helpers.
 
-Model code names logical axes only ("batch", "heads", "mlp" …). `constrain`, `dense`, `take`, `take_rows` and `local`
+Model code names logical axes only ("batch", "length", "heads" …). `constrain`, `dense`, `take`, `take_rows` and `local`
 read the mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto
 axes (the compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
 `shard_map` (arrays are already local).
+
+What works token by token keeps rows split along their `length`. What mixes the tokens of a row makes it whole first:
+`unsplit`, or `whole_rows` for a function that does little else.
 """
 
 import contextlib
 import contextvars
+import functools
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,18 +26,23 @@ from jax.sharding import PartitionSpec as P
 from mmjax.core.errors import InputError
 
 Axes = tuple[str | None, ...]
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the least traffic to the most, as jax.make_mesh wants it: the last axis gets the nearest neighbours. Gradients
+# are summed over `data` once a step, and a layer's parameters are gathered over `fsdp` ahead of use; but attention
+# waits for keys and values gathered over `sequence`, and every product for activations summed over `tensor`.
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 @dataclass(frozen=True)
 class Rules:
     """Which mesh axes carry each logical axis; a logical axis that is not named here is never split.
 
-    The first four are axes of parameters and of activations, `embed` is an axis of parameters alone: it is gathered
-    for the moment of use (fully sharded data parallelism), while activations keep their width whole.
+    `batch` and `length`, a row's tokens or patches, are axes of activations; heads, mlp and vocab of parameters too.
+    `embed` is an axis of parameters alone: it is gathered for the moment of use (fully sharded data parallelism), while
+    activations keep their width whole.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ("sequence",)
     heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
@@ -55,6 +65,13 @@ def use_rules(rules: Rules) -> Iterator[None]:
         _rules.reset(token)
 
 
+@contextlib.contextmanager
+def whole(logical: str) -> Iterator[None]:
+    """Traces what is inside with one logical axis split over nothing."""
+    with use_rules(replace(_rules.get(), **{logical: ()})):
+        yield
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """The mesh: how many devices along each axis. One of them may be -1: all devices that are left."""
@@ -62,41 +79,43 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
     explicit: bool = False  # Explicit axes (shardings in types) instead of Auto ones (the compiler propagates)
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-    """A mesh (data, fsdp, tensor) over the given devices, or over all.
+    """A mesh of MESH_AXES over the given devices, or over all.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    sizes = [getattr(cfg, name) for name in MESH_AXES]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         wanted = " × ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise InputError(
-            f"The mesh {wanted} does not fit {len(devices)} device(s); set mesh.data, mesh.fsdp and mesh.tensor to "
-            f"sizes whose product is {len(devices)} (one of them may be -1)."
+            f"The mesh {wanted} does not fit {len(devices)} device(s); set mesh.data, mesh.fsdp, "
+            f"mesh.sequence and mesh.tensor to sizes whose product is {len(devices)} (one of them may be -1)."
         )
     kind = AxisType.Explicit if cfg.explicit else AxisType.Auto
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(kind,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(kind,) * len(MESH_AXES), devices=devices)
 
 
 def partition(axes: Axes, rules: Rules, sizes: dict[str, int], shape: tuple[int, ...] | None = None) -> P:
     """The PartitionSpec of logical axes on a mesh with these axis sizes.
 
     A mesh axis is used once, by the first dimension that names it. Where `shape` is given, a dimension that does not
-    divide evenly stays whole (two key heads on four tensor devices are repeated, not cut).
+    divide evenly stays whole (two key heads on four tensor devices are repeated, not cut). So does one that would have
+    a single part: with Explicit axes, types are then the same as without the axis.
     """
     used, entries = set(), []
     for i, logical in enumerate(axes):
         mesh_axes = tuple(a for a in rules.mesh_axes(logical) if a in sizes and a not in used)
         parts = int(np.prod([sizes[a] for a in mesh_axes]))
-        if shape is not None and shape[i] % parts:
+        if parts == 1 or (shape is not None and shape[i] % parts):
             mesh_axes = ()
         used.update(mesh_axes)
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
@@ -131,6 +150,29 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return x
 
 
+def gradient_laid(w: jax.Array, axes: Axes) -> jax.Array:
+    """w, with its gradient laid out along logical axes. With Explicit axes its type says so already."""
+    return _gradient_laid(w, axes) if _mode() is AxisType.Auto else w
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gradient_laid(w: jax.Array, axes: Axes) -> jax.Array:
+    return w
+
+
+@_gradient_laid.defjvp
+def _tangent_laid(axes: Axes, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return primals[0], constrain(tangents[0], axes)
+
+
+def fitting(axes: Axes, shape: tuple[int, ...]) -> Axes:
+    """The axes with None where the dimension is not split: what `local` may be given for an array of this shape."""
+    if _mode() is None:
+        return (None,) * len(axes)
+    spec = _partition_here(axes, shape)
+    return tuple(None if entry is None else axis for axis, entry in zip(axes, spec, strict=True))
+
+
 def _gathered(w: jax.Array, x: jax.Array) -> jax.Array:
     """w without the mesh axes that x is split over: the all-gather of fully sharded data parallelism."""
     taken = {a for entry in jax.typeof(x).sharding.spec for a in (entry if isinstance(entry, tuple) else (entry,))}
@@ -141,23 +183,49 @@ def _gathered(w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(w, P(*[e[0] if len(e) == 1 else e or None for e in entries]))
 
 
-def dense(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array, axes: Axes, *, wide: bool = False) -> jax.Array:
     """The product of an activation with a parameter, over all axes of x after the first two.
 
     Args:
       x: [B, L, in…].
       w: [in…, out…].
       axes: logical axes of the result [B, L, out…].
+      wide: a float32 result of bfloat16 operands, not rounded to their type. Its cotangent is: the products of the
+        backward pass are of bfloat16 as well.
     """
+    axes, kind = fitting(axes, x.shape[:2] + w.shape[x.ndim - 2 :]), jnp.result_type(x, w)
+    x, w = x.astype(kind), w.astype(kind)
+    if wide and kind.itemsize < 4:
+        return _wide(x, w, axes)
+    return _product(x, w, axes)
+
+
+def _product(x: jax.Array, w: jax.Array, axes: Axes, dtype: Any = None) -> jax.Array:
     inner = x.ndim - 2
+    shape = x.shape[:2] + w.shape[inner:]
+    dims = ((tuple(range(2, x.ndim)), tuple(range(inner))), ((), ()))
     if _mode() is AxisType.Explicit:
-        out = _partition_here(axes, x.shape[:2] + w.shape[inner:])
-        dims = ((tuple(range(2, x.ndim)), tuple(range(inner))), ((), ()))
-        return jax.lax.dot_general(x, _gathered(w, x), dims, out_sharding=out)
-    # One flat matrix product: on CPUs its gradients take two thirds of the time of a product in three dimensions.
-    width = int(np.prod(w.shape[:inner]))
-    y = x.reshape(-1, width) @ w.reshape(width, -1)
-    return constrain(y.reshape(x.shape[:2] + w.shape[inner:]), axes)
+        out = _partition_here(axes, shape)
+        return jax.lax.dot_general(x, _gathered(w, x), dims, preferred_element_type=dtype, out_sharding=out)
+    if axes[1]:
+        return constrain(jax.lax.dot_general(x, w, dims, preferred_element_type=dtype), axes)
+    # Rows as one: on CPUs the gradients of a flat product take two thirds of the time of one in three dimensions. (Not
+    # where rows are split along their length: their parts do not follow each other in the flat array.) The parameter
+    # keeps its shape, or a scan would keep a copy of every layer's for its backward pass.
+    flat = ((tuple(range(1, inner + 1)), tuple(range(inner))), ((), ()))
+    y = jax.lax.dot_general(x.reshape(-1, *x.shape[2:]), w, flat, preferred_element_type=dtype)
+    return constrain(y.reshape(shape), axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _wide(x: jax.Array, w: jax.Array, axes: Axes) -> jax.Array:
+    return _product(x, w, axes, jnp.float32)
+
+
+@_wide.defjvp
+def _wide_tangent(axes: Axes, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, w), (dx, dw) = primals, tangents
+    return _wide(x, w, axes), (_product(dx, w, axes) + _product(x, dw, axes)).astype(jnp.float32)
 
 
 def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
@@ -171,7 +239,9 @@ def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[b, index[b, l]] for every row b, with zeros where index is negative: never leaves the row, so it is local.
+    """x[b, index[b, l]] for every row b, with zeros where index is negative: never leaves the row.
+
+    Every device reads whole rows of x for its part of the index; the result is split along its length as that is.
 
     Args:
       x: [B, M, ...].
@@ -180,9 +250,70 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     Returns:
       [B, L, ...].
     """
-    # "fill" would wrap -1 around first, as Python does: send every negative index past the end instead.
-    outside = jnp.where(index < 0, x.shape[1], index)
-    return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, outside)
+
+    def read(x: jax.Array, index: jax.Array) -> jax.Array:
+        # "fill" would wrap -1 around first, as Python does: send every negative index past the end instead.
+        outside = jnp.where(index < 0, x.shape[1], index)
+        return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, outside)
+
+    if parts("length") == 1:
+        return read(x, index)
+    rows, split = fitting(("batch", "length"), index.shape)
+    rest = (None,) * (x.ndim - 2)
+    return local(read, (x, index), ((rows, None, *rest), (rows, split)), (rows, split, *rest))
+
+
+def unsplit(tree: Any) -> Any:
+    """Arrays [B, …] with every row whole: for what mixes the tokens of a row."""
+    if parts("length") == 1:
+        return tree
+    return jax.tree.map(lambda a: constrain(a, ("batch",) + (None,) * (a.ndim - 1)), tree)
+
+
+def whole_rows(*names: str) -> Callable:
+    """For a function that mixes the tokens of a row: the arguments of these names, trees of arrays [B, …], are made
+    whole but for their rows, nothing inside is split along `length`, nor is what comes out.
+    """
+
+    def decorate(f: Callable) -> Callable:
+        signature = inspect.signature(f)
+
+        @functools.wraps(f)
+        def on_whole_rows(*args: Any, **kwargs: Any) -> Any:
+            if parts("length") == 1:
+                return f(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.arguments |= {k: unsplit(v) for k, v in given.arguments.items() if k in names}
+            with whole("length"):
+                return f(*given.args, **given.kwargs)
+
+        return on_whole_rows
+
+    return decorate
+
+
+def regroup(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x[B, L, …] as [B, n · L or L / n, *shape]: tokens taken apart, or neighbours put together.
+
+    Where a split along the length would tear neighbours apart, rows are made whole first.
+    """
+    inner, outer = int(np.prod(x.shape[2:])), int(np.prod(shape))
+    length = x.shape[1] * inner // outer
+    # In two steps: arrays whose sharding is part of their type are split or merged, not both at once.
+    middle = (inner // outer, *shape) if outer <= inner else (outer // inner, *x.shape[2:])
+
+    def cut(x: jax.Array) -> jax.Array:
+        b, here = x.shape[0], x.shape[1] * inner // outer
+        between = x.reshape(b, min(here, x.shape[1]), *middle)
+        return between.reshape(b, here, *shape)
+
+    many = parts("length")
+    if many == 1:
+        return cut(x)
+    rows = fitting(("batch",), x.shape[:1])[0]
+    split = "length" if x.shape[1] % many == length % many == 0 else None
+    rest = (None,) * (x.ndim - 2), (None,) * len(shape)
+    return local(cut, (x,), ((rows, split, *rest[0]),), (rows, split, *rest[1]))
 
 
 def local(f: Callable, args: Any, in_axes: Any, out_axes: Any) -> Any:
@@ -191,10 +322,11 @@ def local(f: Callable, args: Any, in_axes: Any, out_axes: Any) -> Any:
     For what a compiler cannot split by itself: loops whose bounds are data, and hand-written kernels.
 
     Args:
-      f: a function of local arrays. A dimension that is split in one argument must be split alike in all.
+      f: a function of local arrays. A dimension that is split in one argument must be split alike in all. An argument
+        that is whole where others are split is read by several devices: its cotangent is the sum of theirs.
       args: a tuple of trees of arrays.
       in_axes: the same trees with `Axes` in the place of arrays, None where there is None.
-      out_axes: the same of the results; a dimension may be named only where its size divides evenly.
+      out_axes: the same of the results; a dimension may be named only where its size divides evenly (see `fitting`).
     """
     if _mode() is None:
         return f(*args)

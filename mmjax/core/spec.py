@@ -73,6 +73,21 @@ def stack(spec: Spec, layers: int) -> Spec:
     return map_specs(lambda p: replace(p, shape=(layers, *p.shape), axes=("layers", *p.axes)), spec)
 
 
+def gradients_laid(params: dict, spec: Spec) -> dict:
+    """The same parameters, whose gradients lie on the mesh in force as the spec says. For the body of a scan.
+
+    There, a compiler that propagates shardings sees no reason to split a gradient before the loop has collected those
+    of all layers: each device would hold all of them whole.
+
+    Args:
+      params: of `spec`, or of one layer where it is that of a stack.
+      spec: theirs.
+    """
+    return jax.tree.map(
+        lambda p, x: sharding.gradient_laid(x, p.axes[len(p.axes) - x.ndim :]), spec, params, is_leaf=_is_leaf
+    )
+
+
 def count(spec: Spec) -> int:
     """How many numbers the parameters hold."""
     return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(spec, is_leaf=_is_leaf))

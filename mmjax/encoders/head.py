@@ -117,8 +117,10 @@ def apply(
 
 def mean(features: Float[Array, "b p d"], image: Int[Array, "b p"], pictures: int) -> Float[Array, "b n d"]:
     """The mean of every picture's features [B, N, D], computed in float32; zeros for pictures that have none."""
-    own = (image[:, None, :] == jnp.arange(pictures, dtype=image.dtype)[None, :, None]).astype(jnp.float32)
+    features, image = sharding.unsplit((features, image))
+    own = (image[:, None, :] == jnp.arange(pictures, dtype=image.dtype)[None, :, None]).astype(features.dtype)
     # As a batched product of each row with itself: it never leaves the row.
-    total = jnp.einsum("bnp,bpd->bnd", own, features.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    out = total / jnp.maximum(own.sum(-1), 1.0)[..., None]
+    precise = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    total = jnp.einsum("bnp,bpd->bnd", own, features, **precise)
+    out = total / jnp.maximum(own.sum(-1, dtype=jnp.float32), 1.0)[..., None]
     return sharding.constrain(out.astype(features.dtype), ("batch", None, None))

@@ -121,6 +121,7 @@ def spec(cfg: Config) -> Spec:
     return out
 
 
+@sharding.whole_rows("images")
 def apply(params: dict, images: Num[Array, "b h w c"], cfg: Config) -> Features:
     """Pictures [B, H, W, C] of one size → `Features`.
 

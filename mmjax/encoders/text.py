@@ -52,8 +52,8 @@ def embed(
     params: dict, tokens: Int[Array, "b l"], cfg: Config, *, position: Int[Array, "b l"]
 ) -> Float[Array, "b l d"]:
     """Token and position vectors; positions count from 0 in every text, and both must be in range."""
-    x = sharding.take(params["embed"], tokens, ("batch", None, None))
-    return x + sharding.take(params["position"], position, ("batch", None, None))
+    x = sharding.take(params["embed"], tokens, ("batch", "length", None))
+    return x + sharding.take(params["position"], position, ("batch", "length", None))
 
 
 def apply(
@@ -88,7 +88,7 @@ def pool(params: dict, hidden: Float[Array, "b l d"], cfg: Config, at: Int[Array
     CLIP looks at the first end-of-text token, SigLIP at the last token, padding included. Zeros, projected, where `at`
     is negative.
     """
-    x = sharding.constrain(sharding.take_rows(hidden, at), ("batch", None, None))
+    x = sharding.constrain(sharding.take_rows(hidden, at), ("batch", "length", None))
     return x if cfg.outputs is None else linear.apply(params["project"], x, cfg.project)
 
 

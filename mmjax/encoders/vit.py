@@ -162,6 +162,8 @@ def encode(
     count = x.shape[1]
     places, see = position, {"order": order, "lo": lo, "hi": hi}
     if cfg.prefix:
+        # Patches and tokens change places here: rows are whole until the blocks split them again.
+        x, position, order, lo, hi, image = sharding.unsplit((x, position, order, lo, hi, image))
         x = jnp.concatenate([x, _prefix(params, x, cfg, grid.shape[1])], axis=1)
         see = _see(order, lo, hi, image, grid, cfg.prefix)
         places = jnp.pad(position, ((0, 0), (0, x.shape[1] - count), (0, 0)))
@@ -174,7 +176,8 @@ def encode(
         x = norm.apply(params["norm"], x, cfg.norm)
     features, prefix, prefix_taps = x, None, None
     if cfg.prefix:
-        features, prefix = _split(x, count, cfg.prefix)
+        features, prefix = _split(sharding.unsplit(x), count, cfg.prefix)
+        kept = sharding.constrain(kept, (None, "batch", None, None)) if taps else kept
         kept, prefix_taps = _split(kept, count, cfg.prefix)
     pooled = None
     if cfg.head is not None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import cross_attention, norm, transformer
 
 
@@ -51,7 +51,7 @@ def spec(cfg: Config) -> Spec:
 
 def embed(params: dict, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     """The vectors of token ids; the ids must be in range (Batch checks them)."""
-    return sharding.take(params["embed"], tokens, ("batch", None, None))
+    return sharding.take(params["embed"], tokens, ("batch", "length", None))
 
 
 def apply(
@@ -84,10 +84,11 @@ def apply(
     if media is None or media_lo is None or media_hi is None:
         raise InputError("This decoder looks at media by cross-attention; give media tokens, media_lo and media_hi.")
     every = cfg.cross.every
-    some = dataclasses.replace(cfg.blocks, layers=every)
+    some, own = dataclasses.replace(cfg.blocks, layers=every), cross_attention.spec(cfg.cross)
 
     def group(x: jax.Array, of: tuple[dict, dict]) -> tuple[jax.Array, None]:
         cross, blocks = of
+        cross = gradients_laid(cross, own)
         x = cross_attention.apply(cross, x, media[0], cfg.cross, order=media[1], lo=media_lo, hi=media_hi)
         return transformer.apply(blocks, x, some, **see), None
 
@@ -99,4 +100,4 @@ def apply(
 def logits(params: dict, hidden: Float[Array, "b l d"], cfg: Config) -> Float[Array, "b l vocab"]:
     """f32[B, L, V]."""
     table = params["embed"] if cfg.tied else params["head"]
-    return sharding.dense(hidden, table.T, ("batch", None, "vocab")).astype(jnp.float32)
+    return sharding.dense(hidden, table.T, ("batch", "length", "vocab"), wide=True).astype(jnp.float32)

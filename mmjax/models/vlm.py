@@ -106,7 +106,7 @@ def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
     if connector.per_picture:
         return jnp.repeat(batch.grid.prod(-1) > 0, connector.per_picture, axis=1)
     if connector.square > 1:
-        kind = batch.patch_kind[:, :: connector.square**2]
+        kind = sharding.unsplit(batch.patch_kind)[:, :: connector.square**2]
         return kind == PIXEL if batch.media_lo is None else kind > 0
     return None
 
@@ -142,7 +142,7 @@ def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -
     """Tokens with the vector of their modality added, where the model has such."""
     if not cfg.segments:
         return x
-    return x + sharding.take(params["segments"], batch.modality.astype(jnp.int32), ("batch", None, None)).astype(
+    return x + sharding.take(params["segments"], batch.modality.astype(jnp.int32), ("batch", "length", None)).astype(
         x.dtype
     )
 

@@ -9,23 +9,28 @@
 
 A label of -1 is never seen, because lo >= 0 wherever lo <= hi. Mask memory is O(L): no [L, S] array exists, forwards or
 backwards, and tiles of scores that no interval reaches are not computed (nn.kernels.xla). On a mesh every device works
-on its own rows and heads, without communication.
+on its own rows, heads and queries. Where rows are split along their length, it gathers their keys and values for the
+moment of use, and the keys' cotangents are summed over the devices; else there is no communication.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.xla import Inputs, Static
+
+RESULTS = ("attention_out", "attention_lse")  # what jax.checkpoint_policies know attend's results by
 
 
 @flax.struct.dataclass
@@ -43,6 +48,16 @@ class Bias:
     params: Any = None
     query: Any = None
     key: Any = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The logical axes that dimensions are split along; None where they do not divide."""
+
+    rows: str | None
+    heads: str | None
+    queries: str | None
+    keys: str | None  # of keys and values; what is small, as their labels, is whole everywhere
 
 
 def attend(
@@ -116,12 +131,13 @@ def received(
     static, inputs, axes = _prepare(q, k, k, order, lo, hi, key_bias, bias, softcap, None, scale)
     kv = inputs.k.shape[1]
     lse = lse.reshape(*lse.shape[:2], kv, -1).transpose(0, 2, 3, 1)
-    rows, heads = axes
+    # Queries together: what a key receives is a sum over them.
+    axes = replace(axes, queries=None, keys=None)
     mass = sharding.local(
         functools.partial(xla.received, static),
         jax.lax.stop_gradient((inputs, lse, weight.astype(jnp.float32))),
-        (_axes(inputs, axes), (rows, heads, None, None), (rows, None)),
-        (rows, heads, None, None),
+        (_axes(inputs, axes), (axes.rows, axes.heads, None, None), (axes.rows, None)),
+        (axes.rows, axes.heads, None, None),
     )
     return _heads_last(mass, q.shape[2])
 
@@ -147,8 +163,8 @@ def merge(
     return mixed.astype(out.dtype), jnp.where(seen, top + jnp.log(safe), -jnp.inf)
 
 
-def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> tuple[Static, Inputs, tuple]:
-    """Heads first, and which logical axes the rows and key heads are split along."""
+def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> tuple[Static, Inputs, Split]:
+    """Heads first, and how everything is split."""
     b, length, heads, size = q.shape
     kv = k.shape[2]
     if heads % kv:
@@ -159,10 +175,12 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
         times = split // math.gcd(kv, split)
         if heads // kv % times == 0:
             # Whole before, and so are their cotangents: jax 0.7 cannot name a sharding over half an axis.
-            k, v = (sharding.constrain(x, ("batch", None, "heads", None)) for x in (k, v))
+            k, v = (sharding.constrain(x, ("batch", "length", "heads", None)) for x in (k, v))
             k, v = jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
             kv *= times
-    axes = ("batch" if b % sharding.parts("batch") == 0 else None, "heads" if kv % split == 0 else None)
+    axes = Split(
+        *sharding.fitting(("batch", "heads", "length"), (b, kv, length)), *sharding.fitting(("length",), k.shape[1:2])
+    )
     static = Static(size**-0.5 if scale is None else float(scale), softcap, None if bias is None else bias.function)
     q = q.reshape(b, length, kv, heads // kv, size).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -173,20 +191,26 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
     return static, jax.tree.map(sharding.constrain, inputs, _axes(inputs, axes)), axes
 
 
-def _axes(x: Inputs, axes: tuple) -> Inputs:
+def _axes(x: Inputs, axes: Split) -> Inputs:
     """The logical axes of every input."""
-    rows, heads = axes
 
-    def first(axis: str | None, tree: Any) -> Any:
-        return jax.tree.map(lambda a: (axis,) + (None,) * (a.ndim - 1), tree)
+    def first(*names: str | None) -> Callable:
+        return lambda a: names + (None,) * (a.ndim - len(names))
 
-    by_row = jax.tree.map(lambda a: (rows,) + (None,) * (a.ndim - 1), x)
-    return by_row.replace(
-        q=(rows, heads, None, None, None),
-        k=(rows, heads, None, None),
-        v=(rows, heads, None, None),
-        sinks=first(heads, x.sinks),
-        bias_params=first(heads, x.bias_params),
+    by_row, by_query, by_head = first(axes.rows), first(axes.rows, axes.queries), first(axes.heads)
+    heads_first = (axes.rows, axes.heads)
+    return Inputs(
+        q=(*heads_first, None, axes.queries, None),
+        k=(*heads_first, axes.keys, None),
+        v=(*heads_first, axes.keys, None),
+        order=(axes.rows, None),
+        lo=(axes.rows, axes.queries),
+        hi=(axes.rows, axes.queries),
+        key_bias=jax.tree.map(by_row, x.key_bias),
+        sinks=jax.tree.map(by_head, x.sinks),
+        bias_params=jax.tree.map(by_head, x.bias_params),
+        bias_query=jax.tree.map(by_query, x.bias_query),
+        bias_key=jax.tree.map(by_row, x.bias_key),
     )
 
 
@@ -196,26 +220,34 @@ def _heads_last(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, *x.shape[4:])
 
 
+def _results(axes: Split) -> tuple[tuple, tuple]:
+    """The logical axes of out and log-sum-exp, heads first."""
+    return (axes.rows, axes.heads, None, axes.queries, None), (axes.rows, axes.heads, None, axes.queries)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(static: Static, axes: tuple, x: Inputs) -> tuple[jax.Array, jax.Array]:
-    rows, heads = axes
-    out = ((rows, heads, None, None, None), (rows, heads, None, None))
-    return sharding.local(functools.partial(xla.forward, static), (x,), (_axes(x, axes),), out)
+def _attend(static: Static, axes: Split, x: Inputs) -> tuple[jax.Array, jax.Array]:
+    # Keys come split and are gathered in here, so that the backward pass keeps a device's own alone.
+    reads = _axes(x, replace(axes, keys=None))
+    return sharding.local(functools.partial(xla.forward, static), (x,), (reads,), _results(axes))
 
 
-def _forward(static: Static, axes: tuple, x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    out, lse = _attend(static, axes, x)
+def _forward(static: Static, axes: Split, x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    # Named here, where they are also what the backward pass needs, so that a remat policy can keep them.
+    out, lse = (checkpoint_name(y, name) for y, name in zip(_attend(static, axes, x), RESULTS, strict=True))
     return (out, lse), (x, out, lse)
 
 
-def _backward(static: Static, axes: tuple, saved: tuple, cotangents: tuple) -> tuple[Inputs]:
-    x = saved[0]
-    rows, heads = axes
-    of_x, out, lse = _axes(x, axes), (rows, heads, None, None, None), (rows, heads, None, None)
-    given = of_x.replace(order=None, lo=None, hi=None, bias_query=None, bias_key=None)
-    args = (*saved, *cotangents)
-    found = sharding.local(functools.partial(xla.backward, static), args, (of_x, out, lse, out, lse), given)
-    return (found,)
+def _backward(static: Static, axes: Split, saved: tuple, cotangents: tuple) -> tuple[Inputs]:
+    no_gradient = {"order": None, "lo": None, "hi": None, "bias_query": None, "bias_key": None}
+    lies, reads = (_axes(saved[0], of) for of in (axes, replace(axes, keys=None)))
+    found = sharding.local(
+        functools.partial(xla.backward, static),
+        (*saved, *cotangents),
+        (reads, *_results(axes), *_results(axes)),
+        reads.replace(**no_gradient),
+    )
+    return (jax.tree.map(sharding.constrain, found, lies.replace(**no_gradient)),)
 
 
 _attend.defvjp(_forward, _backward)

@@ -77,7 +77,7 @@ def apply(
       order: i32[B, P], labels of the features.
       lo, hi: i32[B, N], which of them each picture has; a picture that has none (lo > hi) gives a constant.
     """
-    split = ("batch", None, "heads", None)
+    split = ("batch", "length", "heads", None)
     probe = jnp.repeat(params["probe"][None].astype(features.dtype), lo.shape[0], axis=0)
     # One probe per row, repeated after its product: all pictures ask the same.
     q = sharding.dense(sharding.vary(probe, features), params["q"]["kernel"], split) + params["q"]["bias"][None, None]
@@ -87,5 +87,5 @@ def apply(
         for name in ("k", "v")
     )
     out, _ = attend(q, k, v, order, lo, hi)
-    x = sharding.dense(out, params["out"]["kernel"], ("batch", None, None)) + params["out"]["bias"][None, None]
+    x = sharding.dense(out, params["out"]["kernel"], ("batch", "length", None)) + params["out"]["bias"][None, None]
     return x + mlp.apply(params["mlp"], norm.apply(params["norm"], x, cfg.norm), cfg.mlp)

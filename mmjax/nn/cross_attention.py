@@ -74,12 +74,12 @@ def apply(
       order: i32[B, M], the media tokens' labels, -1 where there is none.
       lo, hi: i32[B, L], which of them each text token sees.
     """
-    split = ("batch", None, "heads", None)
+    split = ("batch", "length", "heads", None)
     h = norm.apply(params["attention_norm"], x, cfg.norm)
     q = sharding.dense(h, params["q"]["kernel"], split)
     k, v = (sharding.dense(media, params[name]["kernel"], split) for name in ("k", "v"))
     out, _ = attend(q, k, v, order, lo, hi)
-    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
+    y = sharding.dense(out, params["out"]["kernel"], ("batch", "length", None))
     x = x + jnp.tanh(params["attention_gate"]).astype(x.dtype)[None, None] * y
     y = mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm), cfg.mlp)
     return x + jnp.tanh(params["mlp_gate"]).astype(x.dtype)[None, None] * y

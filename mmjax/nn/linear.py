@@ -33,5 +33,5 @@ def apply(params: dict, x: Float[Array, "b l inputs"], cfg: Config) -> Float[Arr
     The result's last axis is split as the kernel's is, except over "embed", along which activations are whole.
     """
     out = None if cfg.axes[1] == "embed" else cfg.axes[1]
-    y = sharding.dense(x, params["kernel"], ("batch", None, out))
+    y = sharding.dense(x, params["kernel"], ("batch", "length", out))
     return y + sharding.constrain(params["bias"], (out,))[None, None] if cfg.bias else y

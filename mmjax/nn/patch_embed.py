@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, Spec
 from mmjax.nn import linear, norm
@@ -93,7 +94,7 @@ def _linear(stage: linear.Config, cfg: Config) -> Spec:
 
 
 def apply(params: dict, patches: Num[Array, "b p c"], cfg: Config) -> Float[Array, "b p d"]:
-    """u8 or f32[B, P, C] → f32[B, P, D].
+    """u8 or f32[B, P, C] → [B, P, D] in the kernels' dtype.
 
     C runs over (row, column, channel) of a patch, or over (frame, row, column, channel) where cfg has several frames.
     Bytes mean 0…255; floats are taken as normalised already. A matrix product: on every backend faster than the
@@ -103,20 +104,18 @@ def apply(params: dict, patches: Num[Array, "b p c"], cfg: Config) -> Float[Arra
     if cfg.patch_norm:
         patches = norm.apply(params["norm"], patches, norm.Config(cfg.values, "layer", SMOOTH))
     *stem, last = cfg.stages
+    patches = patches.astype(params["kernel"].dtype)
     if not stem:
         if patches.shape[-1] < last.inputs:
             kernel = params["kernel"].reshape(cfg.frames, cfg.values, cfg.width).sum(0)
             params, last = params | {"kernel": kernel}, dataclasses.replace(last, inputs=cfg.values)
         return linear.apply(params, patches, last)
-    b, p, _ = patches.shape
     x = patches[..., _by_squares(cfg)]
     for i, stage in enumerate(stem):
-        # In two steps: arrays whose sharding is part of their type are split or merged, not both at once.
-        x = x.reshape(b, p, -1, stage.inputs)
-        count = x.shape[2]
-        x = linear.apply(params[f"stem_{i}"], x.reshape(b, p * count, -1), stage)
+        count = x.shape[2] // stage.inputs
+        x = linear.apply(params[f"stem_{i}"], sharding.regroup(x, (stage.inputs,)), stage)
         x = jax.nn.gelu(norm.apply(params[f"stem_{i}"]["norm"], x, norm.Config(stage.outputs, "layer", 1e-5)))
-        x = x.reshape(b, p, count, -1).reshape(b, p, -1)
+        x = sharding.regroup(x, (count * stage.outputs,))
     return linear.apply(params, x, last)
 
 

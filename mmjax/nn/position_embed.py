@@ -105,7 +105,7 @@ def centred(index: Int[Array, "... axes"], grid: Int[Array, "... axes"]) -> Floa
 def learned(table: Float[Array, "n d"], index: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     """Rows of a learned table; zeros where the index is negative, NaN past the end: nothing was learned there."""
     rows = table.shape[0]
-    out = sharding.take(table, jnp.clip(index, 0, rows - 1), ("batch", None, None))
+    out = sharding.take(table, jnp.clip(index, 0, rows - 1), ("batch", "length", None))
     out = jnp.where((index >= 0)[..., None], out, 0.0)
     return jnp.where((index < rows)[..., None], out, jnp.nan)
 
@@ -136,7 +136,7 @@ def interpolate(
     )
     both = down[..., :, None] * across[..., None, :]
     flat = both.reshape(*both.shape[:2], -1).astype(table.dtype)
-    return sharding.dense(flat, table.reshape(-1, table.shape[-1]), ("batch", None, None))
+    return sharding.dense(flat, table.reshape(-1, table.shape[-1]), ("batch", "length", None))
 
 
 def _weights(

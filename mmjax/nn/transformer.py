@@ -9,16 +9,25 @@ from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import mlp, norm
 from mmjax.nn import rope as rotary
-from mmjax.nn.attention import attend
+from mmjax.nn.attention import RESULTS, attend
 
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+Remat = Literal["none", "dots", "attention", "dots_attention", "full"]
+
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESULTS)
+# What the backward pass finds ready of a block, besides its input. The rest it computes again.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything: the most memory, nothing is computed twice
+    "dots": _DOTS,  # products with parameters; attention runs again, norms and activations too
+    "attention": _ATTENTION,  # attention's results; products with parameters run again
+    "dots_attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, _ATTENTION),  # both; the cheap rest again
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing: the least memory, a third more products
 }
+
+PLACE = ("batch", "length", None)  # the logical axes of what goes from block to block
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,8 @@ class Config:
     layer_scale: both branches times a vector that starts at this value (Touvron et al. 2021, CaiT, eq. 4; DINOv2).
     rope: the rotary embedding of queries and keys, if any.
     windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention).
-    remat: what the backward pass recomputes: nothing, all but matrix products, everything.
+    remat: what the backward pass keeps of each block, see REMAT: everything ("none"), products with parameters
+      ("dots"), attention's results ("attention"), both, or nothing ("full").
     unroll: scanned layers per loop turn. On CPU small models gain about a tenth from unrolling all; wide ones lose more
       (ViT-B/16: XLA's concatenation of the gradients alone is a fifth of the step). Compile time grows with it.
     """
@@ -54,7 +64,7 @@ class Config:
     layer_scale: float | None = None
     rope: rotary.Config | None = None
     windowed: tuple[int, ...] = ()
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     unroll: int = 1
 
     def __post_init__(self):
@@ -164,32 +174,69 @@ def apply_with_taps(
         raise InputError("Windowed blocks and window intervals go together; give both or neither.")
     if list(taps) != sorted(set(taps)) or not all(0 <= i < cfg.layers for i in taps):
         raise InputError(f"Taps {taps} must rise and name blocks from 0 to {cfg.layers - 1}.")
+    count = x.shape[1]
+    room = -count % sharding.parts("length")
+    if room:
+        # Rows that devices cannot share evenly get empty places at the end, which nothing sees.
+        x, lo, position, length = _with_room((x, lo, position, length), room, 0)
+        order, hi = _with_room((order, hi), room, -1)
+        window = None if window is None else (_with_room(window[0], room, 0), _with_room(window[1], room, -1))
     turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
+    # Labels are gathered once, not in every block.
+    x, kept = _blocks(params, sharding.constrain(x, PLACE), cfg, taps, sharding.unsplit(order), (lo, hi), window, turn)
+    if room:
+        x = sharding.unsplit(x)[:, :count]
+        kept = sharding.constrain(kept, (None, "batch", None, None))[:, :, :count]
+    return x, kept
+
+
+def _with_room(tree: Any, room: int, fill: int) -> Any:
+    """Arrays [B, L, …] with so many places more at the end of every row."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, room)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+
+    return jax.tree.map(one, sharding.unsplit(tree))
+
+
+def _blocks(
+    params: dict,
+    x: jax.Array,
+    cfg: Config,
+    taps: tuple[int, ...],
+    order: jax.Array,
+    sees: tuple,
+    window: Any,
+    turn: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """What all blocks put out, and those named in `taps`."""
 
     def block(x: jax.Array, layer: dict, inside: Any) -> jax.Array:
         h = norm.apply(layer["attention_norm"], x, cfg.norm_config)
-        sees = (lo, hi) if window is None else [jnp.where(inside, w, a) for w, a in zip(window, (lo, hi), strict=True)]
-        h = _attention(layer["attention"], h, cfg, order, *sees, turn)
+        lo, hi = sees if window is None else (jnp.where(inside, w, a) for w, a in zip(window, sees, strict=True))
+        h = _attention(layer["attention"], h, cfg, order, lo, hi, turn)
         x = x + _scaled(h, layer.get("attention_scale"))
         h = mlp.apply(layer["mlp"], norm.apply(layer["mlp_norm"], x, cfg.norm_config), cfg.mlp)
-        return sharding.constrain(x + _scaled(h, layer.get("mlp_scale")), ("batch", None, None))
+        return sharding.constrain(x + _scaled(h, layer.get("mlp_scale")), PLACE)
 
     if cfg.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
 
     def step(carry: tuple[jax.Array, Any], of: tuple[dict, Any, Any]) -> tuple[tuple[jax.Array, Any], None]:
         (x, kept), (layer, inside, place) = carry, of
+        layer = gradients_laid(layer, own)
         x = block(x, layer, inside)
         # Blocks that nobody asked for write to one more place, past the end.
         kept = None if kept is None else jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
         return (x, kept), None
 
+    own = spec(cfg)
     inside = jnp.array([i in cfg.windowed for i in range(cfg.layers)]) if cfg.windowed else None
     kept = place = None
     if taps:
         place = jnp.array([taps.index(i) if i in taps else len(taps) for i in range(cfg.layers)], jnp.int32)
         kept = jnp.repeat(jnp.zeros_like(x)[None], len(taps) + 1, axis=0)
-        kept = sharding.constrain(sharding.vary(kept, x), (None, "batch", None, None))
+        kept = sharding.constrain(sharding.vary(kept, x), (None, *PLACE))
     (x, kept), _ = jax.lax.scan(step, (x, kept), (params, inside, place), unroll=min(cfg.unroll, cfg.layers))
     return x, jnp.zeros((0, *x.shape), x.dtype) if kept is None else kept[:-1]
 
@@ -199,7 +246,7 @@ def _scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> jax.Array:
-    split = ("batch", None, "heads", None)
+    split = ("batch", "length", "heads", None)
 
     def project(name: str) -> jax.Array:
         y = sharding.dense(x, params[name]["kernel"], split)
@@ -216,5 +263,5 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
     if turn is not None:
         q, k = (rotary.rotate(x, *turn, cfg.rope.pairs) for x in (q, k))
     out, _ = attend(q, k, v, order, lo, hi)
-    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
+    y = sharding.dense(out, params["out"]["kernel"], PLACE)
     return y + params["out"]["bias"][None, None] if cfg.has_bias("out") else y

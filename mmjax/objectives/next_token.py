@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mmjax.core import sharding
+
 
 class Loss(NamedTuple):
     """Sums over tokens, and what a z-loss needs."""
@@ -32,6 +34,7 @@ def loss(
     """The loss without [B, L, V] logits: they exist for `chunk` tokens of every row at a time, forwards and backwards.
 
     The backward pass computes each chunk's logits again: a third more products for memory that does not grow with L.
+    Where rows are split along their length, each device takes `chunk` of its own tokens at a time.
 
     Args:
       logits: hidden states [B, n, D] → logits f32[B, n, V], token by token (a head with its parameters bound). V may be
@@ -39,26 +42,37 @@ def loss(
       hidden: [B, L, D].
       target: i32[B, L], in range even where the weight is 0.
       weight: f32[B, L], 0 for prompt, media and padding.
-      chunk: tokens of a row; a row that is not longer goes in one piece and is computed once.
+      chunk: tokens of a row on a device; one that has no more goes in one piece and is computed once.
     """
 
     def part(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         scores = logits(hidden)
         return _log_partition(scores), _of_target(scores, target), scores.max(-1)
 
-    b, length, _ = hidden.shape
+    rows, split = sharding.fitting(("batch", "length"), target.shape)
+    length = target.shape[1] // (sharding.parts("length") if split else 1)
     if length <= chunk:
         log_partition, picked, best = part(hidden, target)
     else:
         count = -(-length // chunk)
+        whole, turns = (rows, split), (None, rows, split)
 
-        def cut(x: jax.Array) -> jax.Array:
-            x = jnp.pad(x, [(0, count * chunk - length if axis == 1 else 0) for axis in range(x.ndim)])
-            return jnp.moveaxis(x.reshape(b, count, chunk, *x.shape[2:]), 1, 0)
+        def cut(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """A device's own tokens in chunks [count, B, chunk, …], so that all devices work in every turn."""
+
+            def one(x: jax.Array) -> jax.Array:
+                x = jnp.pad(x, [(0, count * chunk - length if axis == 1 else 0) for axis in range(x.ndim)])
+                return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+            return one(hidden), one(target)
+
+        def join(*parts: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in parts)
 
         again = jax.checkpoint(lambda xs: part(*xs), prevent_cse=False)
-        out = jax.lax.map(again, (cut(hidden), cut(target)))
-        log_partition, picked, best = (jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :length] for x in out)
+        cuts = sharding.local(cut, (hidden, target), ((*whole, None), whole), ((*turns, None), turns))
+        out = jax.lax.map(again, cuts)
+        log_partition, picked, best = sharding.local(join, out, (turns,) * 3, (whole,) * 3)
     return Loss(
         ((log_partition - picked) * weight).sum(), weight.sum(), ((best <= picked) * weight).sum(), log_partition
     )

@@ -1,5 +1,6 @@
 """The batch: rows of packed documents in one static shape, one descriptor per token."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,19 @@ class Batch:
     frame_order: Field  # i32[B, F]
     frame_lo: Field  # i32[B, F]
     frame_hi: Field  # i32[B, F]
+
+
+def axes(batch: Batch) -> Batch:
+    """The logical axes of every field (core.sharding): rows, and the row's length where it is tokens, patches, frames.
+
+    Every other dimension is whole, and so are the few numbers of each picture, which patches on all devices look up.
+    """
+
+    def of(name: str, x: Field) -> tuple[str | None, ...] | None:
+        along = None if name == "grid" else "length"
+        return None if x is None else ("batch", along) + (None,) * (x.ndim - 2)
+
+    return Batch(**{f.name: of(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)})
 
 
 @dataclass(frozen=True)

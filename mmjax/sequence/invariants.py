@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
@@ -42,6 +43,8 @@ def violations(batch: Batch, vocab_size: int, placeholder: Placeholder = None, m
       placeholder: the ids that stand where media tokens go (vocab.placeholders); None leaves them unchecked.
       media: bool[B, M], which media tokens the connector makes; None for one per patch.
     """
+    # What is counted runs along the row, and is a few numbers per token: every device counts whole rows.
+    batch, media = sharding.unsplit((batch, media))
     return _count(batch, vocab_size, placeholder, media, _Device)
 
 

@@ -43,13 +43,13 @@ def greedy(
 
     def write(i: jax.Array, tokens: jax.Array) -> jax.Array:
         hidden = vlm.hidden(params, batch.replace(tokens=tokens), cfg, media=media)
-        at = jax.vmap(lambda h, s: h[s])(hidden, safe + i)
-        likeliest = jnp.argmax(decoder.logits(params["decoder"], at, cfg.decoder), -1)
+        at = sharding.take_rows(hidden, safe + i)
+        likeliest = sharding.unsplit(jnp.argmax(decoder.logits(params["decoder"], at, cfg.decoder), -1))
         place = jnp.where(start >= 0, start + i + 1, tokens.shape[1])  # past the end: dropped
         put = jax.vmap(lambda t, p, new: t.at[p].set(new, mode="drop"))  # row by row: local on any mesh
         return put(tokens, place, likeliest.astype(tokens.dtype))
 
-    tokens = jax.lax.fori_loop(0, answer, write, batch.tokens)
+    tokens = jax.lax.fori_loop(0, answer, write, sharding.unsplit(batch.tokens))
     places = safe[:, :, None] + 1 + jnp.arange(answer)[None, None]
     return jax.vmap(lambda t, p: t[p])(tokens, places)
 

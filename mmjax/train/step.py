@@ -13,6 +13,7 @@ from mmjax.core import sharding, tree
 from mmjax.core.sharding import Rules
 from mmjax.models import decoder, vlm
 from mmjax.objectives import next_token
+from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY
@@ -141,9 +142,10 @@ def _counted(norm: jax.Array, usable: jax.Array, guard: Guard) -> Guard:
 
 
 def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules, parts: int = 1) -> Batch:
-    """Rows over the data axes, everything else whole. With `parts` > 1 the rows are the second axis of every field."""
-    axes = ("batch",) if parts == 1 else (None, "batch")
-    return jax.tree.map(lambda x: sharding.named(mesh, (*axes, *[None] * (x.ndim - len(axes))), rules, x.shape), batch)
+    """Where every field lies on a mesh. With `parts` > 1 (see `cut`) they have one more axis, in front, which is whole."""
+    front = () if parts == 1 else (None,)
+    of = batches.axes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(front) :], x.dtype), batch))
+    return jax.tree.map(lambda x, axes: sharding.named(mesh, front + axes, rules, x.shape), batch, of)
 
 
 def cut(batch: Any, parts: int) -> Any:

@@ -32,7 +32,7 @@ def compiled(name: str) -> dict:
     """Seconds, and bytes of each chip's memory, of a forward and backward pass."""
     of, cfg, call, arguments, keywords = published.case(name, remat=True)
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices).reshape(1, 4, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(np.array(devices).reshape(1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = ("batch",) + (None,) * (x.ndim - 1)

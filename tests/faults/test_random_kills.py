@@ -136,7 +136,8 @@ def test_a_killed_run_leaves_no_process_behind(tmp_path):
     with start(tmp_path) as process:
         until = time.monotonic() + 200
         while not list((tmp_path / "checkpoints" / "done").glob("[1-9]*.json")):
-            assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
             time.sleep(0.01)
         children = descendants(process.pid)
         process.kill()

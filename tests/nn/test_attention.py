@@ -339,12 +339,15 @@ def setting():
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])  # two key heads on four devices: repeated
+# Two key heads on four devices are repeated; 30 tokens are split over two devices, but not over four.
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1), (2, 1, 2, 2), (1, 1, 4, 2), (1, 2, 1, 4)])
 def test_any_mesh_gives_the_same(setting, sizes, explicit):
     inputs, expected = setting
     mesh = make_mesh(MeshConfig(*sizes, explicit=explicit))
     with jax.set_mesh(mesh):
         got = jax.jit(everything)(*inputs)
+    split = sizes[3:] == (2,)
+    assert got[0].addressable_shards[0].data.shape[1] == (15 if split else 30)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), got, expected)
 
 
@@ -388,3 +391,19 @@ def test_parts_of_the_mesh_in_force():
     assert sharding.parts("batch") == 1
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         assert (sharding.parts("batch"), sharding.parts("heads"), sharding.parts("nothing")) == (4, 2, 1)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))):
+        assert sharding.parts("length") == 2
+        with sharding.whole("length"):
+            assert (sharding.parts("length"), sharding.parts("heads")) == (1, 2)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_keys_are_kept_split_and_gathered_in_use(rng, explicit):
+    """What the backward pass keeps of keys and values is each device's own half."""
+    q, k, v = (jnp.asarray(x) for x in draw(rng, 1, 32, 32, 2, 2))
+    see = stack([masks(32)["packed"]], 32)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1, 2, explicit=explicit), jax.devices()[:2])):
+        kept = jax.jit(lambda *x: jax.vjp(lambda *x: attention.attend(*x, *see), *x)[1])(q, k, v)
+    parts = {x.shape: x.addressable_shards[0].data.shape for x in jax.tree.leaves(kept)}
+    assert parts[1, 2, 32, 6] == (1, 2, 16, 6)
+    assert parts[1, 2, 32, 10] == (1, 2, 16, 10)

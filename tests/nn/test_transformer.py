@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 from tiny import randomised
 
 from mmjax.core import spec as specs
+from mmjax.core.sharding import MeshConfig, Rules, make_mesh, named
 from mmjax.nn import rope, transformer
 from mmjax.sequence import intervals
 
@@ -76,7 +78,7 @@ def test_equals_the_formula_written_straight_down(rng):
     np.testing.assert_allclose(ours, oracle(p, x, CFG, **see), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 3}])
+@pytest.mark.parametrize("change", [*({"remat": name} for name in list(transformer.REMAT)[1:]), {"unroll": 3}])
 def test_how_it_runs_does_not_change_what_it_computes(rng, change):
     x, see = inputs(rng)
     p = randomised(transformer.spec(CFG))
@@ -96,3 +98,69 @@ def test_spec_is_the_truth():
     assert jax.tree.map(lambda x: x.shape, made) == specs.map_specs(lambda p: p.shape, spec)
     assert specs.count(spec) == sum(x.size for x in jax.tree.leaves(made))
     assert all(p.axes[0] == "layers" and p.shape[0] == 3 for p in jax.tree.leaves(spec, is_leaf=specs._is_leaf))
+
+
+def test_remat_policies_keep_what_their_names_say(rng):
+    """What the backward pass is handed from the forward pass, by layer, and which products it runs again."""
+    x, see = inputs(rng)
+    cfg = dataclasses.replace(CFG, qk_norm="none", bias=False)
+    p = randomised(transformer.spec(cfg))
+    b, n = x.shape[:2]
+    width, hidden, heads, kv = 16, 20, 4 * 8, 2 * 8
+    layer_input = b * n * width
+    products = b * n * (heads + 2 * kv + width + 2 * hidden)  # q, k, v, out, up, gate; the backward pass reads no other
+    results = b * n * (heads + 4)  # out and log-sum-exp
+    wanted = {"dots": products, "attention": results, "dots_attention": products + results, "full": 0}
+    products_again = {"none": 0, "dots": 0, "attention": 6, "dots_attention": 0, "full": 6}
+    exps = {}
+    for name in transformer.REMAT:
+        one = dataclasses.replace(cfg, remat=name)
+        loss = lambda p, x, one=one: jnp.square(transformer.apply(p, x, one, **see)).sum()  # noqa: E731
+        scans = [e for e in jax.make_jaxpr(jax.grad(loss))(p, x).jaxpr.eqns if e.primitive.name == "scan"]
+        forward, backward = scans
+        stacked = [v.aval.shape for v in forward.outvars[forward.params["num_carry"] :]]
+        kept = sum(np.prod(shape[1:]) for shape in stacked)
+        assert not set(stacked) & {a.shape for a in jax.tree.leaves(p) if a.ndim > 2}, name  # no copies of kernels
+        if name != "none":  # the input of each block, and what the policy keeps of it
+            assert kept == layer_input + wanted[name], name
+        counts = _count(backward.params["jaxpr"].jaxpr)
+        # Two products with parameters for each, one for the input's cotangent and one for the parameter's.
+        assert counts["dot_general without batch"] == 2 * 7 + products_again[name], (name, counts)
+        exps[name] = counts["exp"]
+    # Attention's forward pass has an exponential of scores and one of sums; the backward pass has one of its own.
+    assert exps["attention"] == exps["dots_attention"] < exps["dots"] == exps["full"]
+
+
+def _count(jaxpr) -> dict:
+    """How often each primitive stands in a jaxpr and all within it; products with and without batch dimensions."""
+    found = collections.Counter()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            name += " with batch" if eqn.params["dimension_numbers"][1][0] else " without batch"
+        found[name] += 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                found += _count(inner) if hasattr(inner, "eqns") else collections.Counter()
+    return found
+
+
+def test_gradients_of_a_stack_are_split_in_the_loop_that_makes_them():
+    """Fully sharded parameters, axes that the compiler propagates: no device ever holds a whole stack of kernels."""
+    cfg = dataclasses.replace(CFG, width=32, heads=3, kv_heads=3, hidden=40, remat="full")
+    spec, mesh = transformer.spec(cfg), make_mesh(MeshConfig(1, 8, 1))
+    with jax.set_mesh(mesh):
+        params = specs.abstract(spec, mesh, Rules())
+        x = jax.ShapeDtypeStruct((8, 6, 32), jnp.float32, sharding=named(mesh, ("batch", None, None), Rules()))
+        see = {k: jax.ShapeDtypeStruct((8, 6), jnp.int32) for k in ("order", "lo", "hi")}
+        see["position"] = jax.ShapeDtypeStruct((8, 6, 3), jnp.int32)
+        gradient = jax.grad(lambda p, x, see: jnp.square(transformer.apply(p, x, cfg, **see)).sum())
+        program = jax.jit(gradient).lower(params, x, see).compile()
+    stacks = {(3, 32, 3, 8), (3, 3, 8, 32), (3, 32, 40), (3, 40, 32)}
+    assert stacks <= {p.shape for p in jax.tree.leaves(spec, is_leaf=specs._is_leaf)}
+    text = program.as_text()
+    for shape in stacks:
+        assert f"f32[{','.join(map(str, shape))}]" not in text, shape
+    for got, p in zip(jax.tree.leaves(program.output_shardings), jax.tree.leaves(params), strict=True):
+        assert p.shape not in stacks or got.is_equivalent_to(p.sharding, len(p.shape))

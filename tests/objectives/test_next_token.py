@@ -58,7 +58,7 @@ def both_ways(hidden, table, target, weight, chunk):
     """Loss and gradients of a head that multiplies by a table."""
 
     def total(hidden, table):
-        head = lambda h: sharding.dense(h, table.T, ("batch", None, "vocab"))  # noqa: E731
+        head = lambda h: sharding.dense(h, table.T, ("batch", "length", "vocab"))  # noqa: E731
         found = next_token.loss(head, hidden, target, weight, chunk=chunk)
         return found.loss + 1e-2 * found.z(weight), found
 
@@ -69,24 +69,43 @@ def both_ways(hidden, table, target, weight, chunk):
 def setting():
     rng = np.random.default_rng(3)
     arrays = (
-        jnp.asarray(rng.normal(size=(8, 11, 16)), jnp.float32),
+        jnp.asarray(rng.normal(size=(8, 12, 16)), jnp.float32),
         jnp.asarray(rng.normal(size=(24, 16)), jnp.float32),
-        jnp.asarray(rng.integers(0, 24, (8, 11))),
-        jnp.asarray(rng.random((8, 11)), jnp.float32),
+        jnp.asarray(rng.integers(0, 24, (8, 12))),
+        jnp.asarray(rng.random((8, 12)), jnp.float32),
     )
     return arrays, jax.jit(functools.partial(both_ways, chunk=128))(*arrays)
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-def test_chunks_and_meshes_change_nothing(setting, explicit):
-    """The vocabulary is split over the tensor axis, the table over fsdp as well, rows over data and fsdp."""
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 2, 2)])
+def test_chunks_and_meshes_change_nothing(setting, sizes, explicit):
+    """The vocabulary is split over the tensor axis, the table over fsdp as well, rows over the rest."""
     arrays, expected = setting
-    mesh, rules = make_mesh(MeshConfig(2, 2, 2, explicit=explicit)), Rules()
-    axes = (("batch", None, None), ("vocab", "embed"), ("batch", None), ("batch", None))
+    mesh, rules = make_mesh(MeshConfig(*sizes, explicit=explicit)), Rules()
+    axes = (("batch", "length", None), ("vocab", "embed"), ("batch", "length"), ("batch", "length"))
     placed = [jax.device_put(x, sharding.named(mesh, a, rules, x.shape)) for x, a in zip(arrays, axes, strict=True)]
     with jax.set_mesh(mesh):
-        got = jax.jit(functools.partial(both_ways, chunk=4))(*placed)
+        got = jax.jit(functools.partial(both_ways, chunk=5))(*placed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, expected)
+
+
+def test_every_device_works_in_every_turn():
+    """24 tokens on 4 devices in chunks of 3: two turns, in each of which every device has 3 of its own 6 tokens."""
+    mesh, seen = make_mesh(MeshConfig(2, 1, 1, 4, explicit=True)), []
+
+    def head(hidden):
+        seen.append((hidden.shape, jax.typeof(hidden).sharding.spec))
+        return hidden
+
+    rng = np.random.default_rng(1)
+    arrays = rng.normal(size=(2, 24, 5)).astype(np.float32), rng.integers(0, 5, (2, 24)), np.ones((2, 24), np.float32)
+    expected = next_token.loss(itself, *map(jnp.asarray, arrays))
+    with jax.set_mesh(mesh):
+        placed = [sharding.constrain(jnp.asarray(x), ("batch", "length", None)[: x.ndim]) for x in arrays]
+        found = jax.jit(lambda *x: next_token.loss(head, *x, chunk=3))(*placed)
+    assert set(seen) == {((2, 12, 5), jax.sharding.PartitionSpec("data", "sequence", None))}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
 def test_logits_never_exist_for_a_whole_row():

@@ -5,7 +5,8 @@ import pytest
 from small import BUCKET, PAD, PICTURE, VALUES, VOCAB, document
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.batch import Batch, Bucket, abstract, build, empty
+from mmjax.sequence.batch import Batch, Bucket, Values, abstract, axes, build, empty
+from mmjax.sequence.interleave import Config
 
 UNUSED = ("media_lo", "media_hi", "window_lo", "window_hi", "frames", "frame_order", "frame_lo", "frame_hi")
 FIELDS = [f.name for f in dataclasses.fields(Batch) if f.name not in UNUSED]
@@ -130,3 +131,14 @@ def test_too_many_rows():
 def test_pictures_that_are_not_as_laid_out(pictures):
     with pytest.raises(InputError, match=r"'a' was laid out for 2 patches of 12 bytes"):
         build([[B], [(A[0], pictures)]], BUCKET, VALUES, VOCAB)
+
+
+def test_every_field_says_how_it_may_be_split():
+    """Rows, then tokens, patches or frames; what is a few numbers per picture is whole."""
+    batch = empty(Bucket(2, 6, 4, 3, frames=5), Values(VALUES, 7), VOCAB, Config(cross="last_image", window=2))
+    named = axes(batch)
+    for f in dataclasses.fields(Batch):
+        x, names = getattr(batch, f.name), getattr(named, f.name)
+        along = {6: "length", 4: "length", 5: "length", 3: None}[x.shape[1]]
+        assert names == ("batch", along, None)[: x.ndim], f.name
+    assert axes(empty(BUCKET, VALUES, VOCAB)).frames is None

@@ -6,9 +6,11 @@ import pytest
 from small import BUCKET, PICTURE, SIZE, VALUES, VOCAB, document
 
 from mmjax.core.errors import InputError
+from mmjax.core.sharding import MeshConfig, Rules, make_mesh
 from mmjax.sequence.batch import Bucket, build
 from mmjax.sequence.invariants import KINDS, _count, _Host, check, violations
 from mmjax.sequence.layout import AUDIO, TEXT
+from mmjax.train.step import batch_shardings
 
 A, B, C = document("a", (1, 2)), document("b", words=3), document("c", (2, 1), (1, 3), words=1)  # 6, 4 and 9 tokens
 count = jax.jit(functools.partial(violations, vocab_size=SIZE, placeholder=PICTURE))
@@ -72,6 +74,21 @@ def test_every_violation_is_counted_in_its_row_and_refused_on_the_host(name):
     with pytest.raises(InputError, match=f"^Row 1 .the documents b, a. .*[1-9] {KINDS[kind]}"):
         check(batch, VOCAB, [["c"], ["b", "a"], []])
     np.testing.assert_array_equal(_count(batch, SIZE, PICTURE, None, _Host), found)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_rows_that_are_split_along_their_length_are_counted_whole(explicit):
+    batch = build([[C], [B, A]], Bucket(2, 20, 10, 3), VALUES, VOCAB)
+    for name in VIOLATIONS:
+        for field, values in VIOLATIONS[name][0].items():
+            for place, value in values.items():
+                getattr(batch, field)[1, place] = value
+    mesh = make_mesh(MeshConfig(2, 1, 1, 2, explicit=explicit), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, batch_shardings(batch, mesh, Rules()))
+        assert placed.tokens.addressable_shards[0].data.shape == (1, 10)
+        found = jax.jit(functools.partial(violations, vocab_size=SIZE, placeholder=PICTURE))(placed)
+    np.testing.assert_array_equal(found, _count(batch, SIZE, PICTURE, None, _Host))
 
 
 def test_patch_beyond_a_row_that_is_full():
