@@ -81,15 +81,18 @@ class Dataset(Sequence):
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same documents in the same files, on every machine: names, sizes, texts, picture sizes.
+        """The same for the same documents in the same files, on every machine.
 
-        Two datasets of one fingerprint may differ in the pixels of pictures that are of the same size.
+        Of files names and sizes; of documents all that is said, what is learnt of it, and what is declared of media; of
+        pictures sizes, and of their files the length and the first bytes (image.START). So two datasets of one
+        fingerprint may still differ in the pixels that follow, and in videos' and sounds'. A picture that is exchanged
+        in its place after the index was made, for one of its size, is not noticed: the index is read, not the picture.
         """
         out = hashlib.sha256(f"{self.name} {self.schema} ".encode())
         for shard in self.container.shards:
             out.update(f"{shard.name} {shard.size} ".encode(errors="surrogateescape"))
-        for array in (self.entries.address, self.entries.crc, self.entries.first, self.entries.sizes):
-            out.update(np.ascontiguousarray(array).tobytes())
+        for name in ("address", "crc", "first", "sizes", "marks"):
+            out.update(np.ascontiguousarray(getattr(self.entries, name)).tobytes())
         return out.hexdigest()[:32]
 
 

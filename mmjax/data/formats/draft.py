@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
@@ -65,8 +65,18 @@ class Draft:
         return tuple(span for span in self.spans if isinstance(span, Picture))
 
 
-def measure(picture: Picture, limits: Limits) -> tuple[int, int]:
-    """Height and width from the header; (0, 0) for one that is to be left out.
+class Seen(NamedTuple):
+    """What a picture's file says before it is decoded: height and width, and a mark of its content (image.Found)."""
+
+    size: tuple[int, int]
+    mark: int
+
+
+ABSENT = Seen((0, 0), 0)
+
+
+def look(picture: Picture, limits: Limits) -> Seen:
+    """Reads the header; ABSENT for a picture that is to be left out.
 
     Raises:
       InputError: the picture is not there and may not be left out, or is not sound as far as a header shows.
@@ -79,12 +89,12 @@ def measure(picture: Picture, limits: Limits) -> tuple[int, int]:
             paths.require_regular(source)
     except paths.Missing as error:
         if picture.optional:
-            return 0, 0
+            return ABSENT
         raise InputError(f"{error}; allow it with missing='skip_image'" if source is None else str(error)) from None
     found = images.find(source.read() if isinstance(source, Encoded) else source, limits.picture)
     if picture.size and found.size != picture.size:
         raise InputError(f"a picture is declared as {picture.size} but is {found.size}; make the file again")
-    return found.size
+    return Seen(found.size, found.mark)
 
 
 def finish(draft: Draft, id: str, sizes: Iterable[tuple[int, int]]) -> Document:

@@ -533,7 +533,7 @@ def test_whatever_a_record_says_only_input_errors_come_of_it(name, data):
         return
     for picture in made.pictures:
         with pytest.raises(InputError):
-            draft.measure(picture, Limits())
+            draft.look(picture, Limits())
 
 
 @settings(max_examples=300, deadline=None)
