@@ -105,6 +105,8 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
     """
     if not cfg.sources:
         raise InputError("data.sources is empty; name at least one dataset.")
+    if cfg.held_out < 0 or cfg.epochs < 0:
+        raise InputError(f"data.held_out is {cfg.held_out} and data.epochs {cfg.epochs}; give 0 or more of each.")
     if cfg.epochs and any(isinstance(source, Drawings) for source in cfg.sources):
         raise InputError(
             f"data.epochs is {cfg.epochs}, but there is no end to drawings; leave them out, or mix by weights (epochs "

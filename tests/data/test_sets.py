@@ -147,6 +147,12 @@ def test_no_source():
         opened()
 
 
+@pytest.mark.parametrize("wrong", [{"held_out": -1}, {"epochs": -1}])
+def test_negative_numbers(cats, wrong):
+    with pytest.raises(InputError, match=r"data\.held_out is .* and data\.epochs .*; give 0 or more"):
+        opened(cats, **wrong)
+
+
 @pytest.mark.parametrize("held_out", [9, 10])
 def test_too_few_documents(cats, dogs, held_out):
     with pytest.raises(
