@@ -152,9 +152,27 @@ def picture(given: Any, keys: tuple[str | int, ...], record: Record, options: Op
     return Picture(paths.inside(options.root, options.images.get(given, given)), role, name=given)
 
 
+PICTURES = re.compile(r"(^|\.)(jpe?g|png|webp|gif)$")
+# Media that are not read: to pass them over would leave a document that speaks of what it does not show.
+OTHERS = re.compile(
+    r"(^|\.)(bmp|tiff?|heic|heif|avif|jp2|jxl|svg|ico|ppm|pgm|pbm|pnm|tga|psd|eps|pdf|exr|hdr|dcm"
+    r"|mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|flv|ogv|3gp|wav|mp3|flac|ogg|oga|opus|m4a|aac|wma|aiff?)$"
+)
+
+
 def pictures_beside(record: Record, role: Role = "user") -> list[Picture]:
-    """The pictures among a tar record's files, by name, numbers in it counted: "2.jpg" comes before "10.jpg"."""
-    named = [name for name in record.files if re.search(r"(^|\.)(jpe?g|png|webp|gif)$", name)]
+    """The pictures among a tar record's files, by name, numbers in it counted: "2.jpg" comes before "10.jpg".
+
+    Raises:
+      InputError: there are other media among them.
+    """
+    others = [name for name in record.files if OTHERS.search(name)]
+    if others:
+        raise InputError(
+            f"the file {shown(others[0])} of the record is no JPEG, PNG, WebP or GIF, and no other media are read from "
+            f"archives; convert it, or leave the record out"
+        )
+    named = [name for name in record.files if PICTURES.search(name)]
     named.sort(
         key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
     )

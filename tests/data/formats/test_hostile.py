@@ -506,13 +506,14 @@ def test_row_groups_over_the_limit(root):
 
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.binary(max_size=4)
 WORDS = (
-    "from value role content type text image image_url url index bytes path image_name matched_text_index input_audio"
+    "from value role content type text image image_url url index bytes path image_name matched_text_index input_audio "
+    "weight reasoning_content"
 )
 KEY = st.sampled_from([*WORDS.split(), "image_path"]) | st.text(max_size=3)
 VALUES = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEY, x, max_size=4), max_leaves=12)
 KEYS = {
-    "llava": ["id", "image", "images", "conversations"],
-    "messages": ["id", "image", "images", "messages"],
+    "llava": ["id", "image", "images", "conversations", "video"],
+    "messages": ["id", "image", "images", "messages", "audios", "tools"],
     "obelics": ["id", "images", "texts"],
     "mmc4": ["url", "text_list", "image_info"],
     "comm": ["data_id", "title", "summary_info", "step_info"],
