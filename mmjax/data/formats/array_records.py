@@ -57,6 +57,7 @@ class Records:
                     yield number, record, 0
 
     def read(self, address: Address) -> Record:
+        # The library tells a record's size only by decompressing it: what it takes until it is refused, it takes.
         data = self.files.read(self.shards[address[0]], address[1])
         if len(data) > self.limits.record_bytes:
             raise InputError(

@@ -151,7 +151,7 @@ def _indexed(
     """The index from its file, or made now and written there."""
     key = index.key(container, options, found.folder, found.name)
     if kept and os.path.lexists(kept):
-        made = _load(kept, key)
+        made = _load(kept, key, found)
         if isinstance(made, Index) and schema in (None, made.schema):
             return made
         reason = made if isinstance(made, str) else f"was made with the schema {made.schema}"
@@ -165,9 +165,15 @@ def _indexed(
     return made
 
 
-def _load(path: Path, key: str) -> Index | str:
+def _load(path: Path, key: str, found: Found) -> Index | str:
     with open(paths.open_regular(Path(os.path.realpath(path))), "rb") as file:
-        return index.load(file.read(), key, str(path))
+        size = os.fstat(file.fileno()).st_size
+        if file.read(len(index.MAGIC)) != index.MAGIC:
+            return "is not an index"
+        if size > index.most_bytes(sum(shard.size for shard in found.shards)):
+            return f"has {size:,} bytes, more than an index of these files takes"
+        file.seek(0)
+        return index.load(file.read(size), key, str(path))
 
 
 __all__ = ["Bad", "Dataset", "open_dataset"]

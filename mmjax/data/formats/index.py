@@ -214,6 +214,15 @@ def write(path: Path, index: Index, key: str) -> None:
     write_atomic(path, data + zlib.crc32(data).to_bytes(4, "little"))
 
 
+def most_bytes(dataset: int) -> int:
+    """How many bytes the index of files of so many bytes takes at most: what is planted beside them is not read whole.
+
+    A document or a picture takes a byte of its file, and here less than 64. (A Parquet file could pack its rows closer;
+    its index would then be made each time.)
+    """
+    return LONGEST_HEADER + 64 * (dataset + 1)
+
+
 def load(data: bytes, key: str, where: str) -> Index | str:
     """The index, or in a few words why it is of no use. It came with the dataset: nothing is believed unchecked."""
     if len(data) < HEAD.size + 4 or not data.startswith(MAGIC):

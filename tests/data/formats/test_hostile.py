@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.core.errors import InputError
-from mmjax.data import convert
-from mmjax.data.formats import Limits, draft, open_dataset, paths, schemas
+from mmjax.data import convert, summary
+from mmjax.data.formats import Limits, draft, index, open_dataset, paths, schemas
 from mmjax.data.formats.draft import Options
 from mmjax.data.formats.record import Record
 from mmjax.sequence.document import Document, Encoded, Image, Text
@@ -197,6 +197,19 @@ def test_shards_that_lead_elsewhere(root):
     os.mkfifo(root / "s" / "d.jsonl.mmjax-index")
     with pytest.raises(InputError, match="not a regular file"):
         open_dataset(root / "s" / "d.jsonl")
+
+
+def test_an_index_that_was_planted_is_not_read_whole(root, caplog):
+    """A file with holes: it takes no place on the disk, and would take all memory."""
+    lines(root / "d.jsonl", good(0))
+    for begin, says in ((b"", "is not an index"), (index.MAGIC + bytes(8), "more than an index of these files takes")):
+        caplog.clear()
+        with open(root / "d.jsonl.mmjax-index", "wb") as file:
+            file.write(begin)
+            file.truncate(2**42)
+        assert [d.id for d in open_dataset(root / "d.jsonl")] == ["d/r0"]
+        assert says in caplog.text
+        assert (root / "d.jsonl.mmjax-index").stat().st_size < 1000
 
 
 TEXTS = {
