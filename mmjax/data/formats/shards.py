@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmjax.core.errors import InputError
+from mmjax.core.strict_json import shown
 from mmjax.data.formats import paths
 
 KINDS = {
@@ -105,7 +106,8 @@ def find(path: str | os.PathLike, root: Path | None = None) -> Found:
     that is named itself may be any link. They are sorted by name.
 
     Raises:
-      InputError: there are none, or of several kinds; a path leads elsewhere, or to something that is not a file.
+      InputError: there are none, or of several kinds; a path leads elsewhere, or to something that is not a file; a
+        name is not UTF-8.
     """
     text = os.fspath(path)
     if paths.is_address(text):
@@ -124,12 +126,19 @@ def find(path: str | os.PathLike, root: Path | None = None) -> Found:
             folder, names, re.sub(r"[*?\[\]{}]+", "", given.stem).strip("-_.") or folder.name, folder / plain, root
         )
     kind = KINDS.get(given.suffix.lower())
+    _refuse_bytes(given.name)
     found = paths.require_regular(Path(os.path.realpath(given)))
     if kind is None:
         raise InputError(f"{given} is of no known kind; its name should end in {', '.join(KINDS)}")
     shard = Shard(Path(os.path.realpath(given)), given.name, found.st_size, found.st_mtime_ns)
     folder = Path(os.path.realpath(given.parent))
     return Found((shard,), kind, folder, given.stem, given.with_name(f"{given.name}.mmjax-index"))
+
+
+def _refuse_bytes(name: str) -> None:
+    """InputError for a name that is not text: ids, the index and messages have it in them."""
+    if not paths.is_text(name):
+        raise InputError(f"the name {shown(name)} is not UTF-8; rename the file or folder")
 
 
 def _many(folder: Path, names: list[str], name: str, base: Path, root: Path | None) -> Found:
@@ -140,6 +149,8 @@ def _many(folder: Path, names: list[str], name: str, base: Path, root: Path | No
         raise InputError(f"{folder} has {found}; give the path of one kind of file, as {folder / '*.jsonl'}")
     folder = Path(os.path.realpath(folder))
     shards = []
+    for n in [name, *names]:
+        _refuse_bytes(n)
     for n in names:
         path = Path(os.path.realpath(folder / n))
         if not path.is_relative_to(root or folder):

@@ -181,6 +181,22 @@ def test_a_link_put_there_after_indexing(root, tmp_path):
         data[0]
 
 
+def test_names_that_are_not_unicode(root):
+    def made(name):
+        path = os.path.join(os.fsencode(root), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(json.dumps(good(0)).encode())
+        return os.fsdecode(path)
+
+    inside = made(b"s\xff/d.jsonl")
+    assert [d.id for d in open_dataset(inside)] == ["d/r0"]  # only names from here on are the dataset's
+    file = made(b"t/\xff.jsonl")
+    for path in (os.path.dirname(inside), f"{os.path.dirname(inside)}/*.jsonl", file, root / "t", root / "t" / "*"):
+        with pytest.raises(InputError, match=r"the name '.*\\udcff.*' is not UTF-8; rename"):
+            open_dataset(path)
+
+
 def test_shards_that_lead_elsewhere(root):
     (root / "s").mkdir()
     os.symlink("../../canary.jsonl", root / "s" / "d.jsonl")
