@@ -20,8 +20,9 @@ class Files:
 
     name: in ids and results; "": the file's own. weight: how many documents of it come, in proportion to the others.
     schema: how its records are read; "": what the first record speaks for. root: the folder of its pictures, None: its
-    own. errors: how many records may be left out. place: where LLaVA's pictures go; "bare" for LLaVA's own conventions.
-    missing: what becomes of a page whose picture is not there.
+    own. errors: how many places may be left out: records, and damaged parts of a file (a row group is one). place:
+    where LLaVA's pictures go; "bare" for LLaVA's own conventions. missing: what becomes of a page whose picture is not
+    there.
     """
 
     path: Path

@@ -115,7 +115,8 @@ def open_dataset(
         `*`.
       schema: one of schemas.SCHEMAS; None: what the first record speaks for, which is said in the log.
       root: the folder that pictures given by path lie in; None: where the dataset's files are. Nothing outside is read.
-      errors: how many places (records, or damaged parts of a file) may be left out.
+      errors: how many places may be left out. A place is a record that cannot be read, or a damaged part of a file,
+        whatever it held: a Parquet file's row group is one, and so is a file whose list of contents is lost.
       place: where LLaVA's pictures go, see conversations.llava.
       missing: what becomes of an interleaved document whose picture is not there, see interleaved.
       images: the path, relative to root, of pictures that records give by address.
@@ -140,8 +141,11 @@ def open_dataset(
     kept = None if cache is False else Path(cache) if cache else found.index
     made = _indexed(found, container, options, schema, errors, kept)
     index.refuse(made.left_out, errors)
+    name, absent = shards.told(found.name), int((made.sizes[:, 0] == 0).sum())
     if made.left_out:
-        log.warning("%s: %d places are left out, the first: %s", found.name, len(made.left_out), made.left_out[0])
+        log.warning("%s: %d places are left out, the first: %s", name, len(made.left_out), made.left_out[0])
+    if absent:
+        log.warning("%s: %d of %d pictures are not there and are left out", name, absent, len(made.sizes))
     return Dataset(found.name, container, options, made)
 
 

@@ -145,7 +145,7 @@ class _Pass:
         try:
             yield from self.container.scan(shard)
         except InputError as error:
-            yield Bad(self.container.shards[shard].name, str(error))
+            yield Bad(self.container.shards[shard].told, str(error))
 
     def _record(self, address: Address, number: int) -> Bad | None:
         """Takes a record in; if that fails, says why."""
@@ -198,8 +198,8 @@ def key(container: Container, options: Options, folder: Path, name: str) -> str:
     plain = dataclasses.asdict(options) | {"root": "", "images": sorted(options.images.items())}
     # Relative, so that a dataset may be moved with its index.
     root = str(options.root.relative_to(folder)) if options.root.is_relative_to(folder) else str(options.root)
-    shards = [(s.name, s.size, s.mtime, s.checksum()) for s in container.shards]
-    told = json.dumps([VERSION, name, plain, root, shards], sort_keys=True)
+    files = [(s.name, s.size, s.mtime, s.checksum()) for s in container.shards]
+    told = json.dumps([VERSION, name, plain, root, files], sort_keys=True)
     return blake2b(told.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -243,8 +243,9 @@ def load(data: bytes, key: str, where: str) -> Index | str:
             arrays[name] = np.frombuffer(data, kind, count, at).reshape((-1, width) if width else -1)
             at += arrays[name].nbytes
         schemas.find(header["schema"] or "mmjax")
-        out = Index(str(header["schema"]), tuple(Bad(str(p), str(r)) for p, r in header["left_out"]), **arrays)
-    except (InputError, KeyError, TypeError, ValueError):
+        left_out = tuple(Bad(shards.told(place), shards.told(reason)) for place, reason in header["left_out"])
+        out = Index(str(header["schema"]), left_out, **arrays)
+    except (AttributeError, InputError, KeyError, TypeError, ValueError):
         return "is damaged"
     steps = np.diff(out.first)
     whole = at == len(data) - 4 and out.first[0] == 0 and out.first[-1] == m and (steps >= 0).all()

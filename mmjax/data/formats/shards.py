@@ -30,13 +30,18 @@ ENDS = 2**16  # bytes at both ends of a file by which a changed one is recognise
 class Shard:
     """One file, opened for each read: thousands of them need no file descriptors, and nothing is tied to a process.
 
-    name: relative to the dataset, for messages. size, mtime: what they were when the dataset was opened.
+    name: relative to the dataset. size, mtime: what they were when the dataset was opened.
     """
 
     path: Path
     name: str
     size: int
     mtime: int
+
+    @property
+    def told(self) -> str:
+        """The name, for messages."""
+        return told(self.name)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -45,7 +50,7 @@ class Shard:
         try:
             found = os.fstat(fd)
             if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime):
-                raise InputError(f"{self.name} was changed while in use; open the dataset again")
+                raise InputError(f"{self.told} was changed while in use; open the dataset again")
             yield fd
         finally:
             os.close(fd)
@@ -53,13 +58,18 @@ class Shard:
     def read(self, start: int, length: int) -> bytes:
         """So many bytes from an offset; InputError if the file has fewer."""
         with self.opened() as fd:
-            return read_all(fd, start, length, self.name)
+            return read_all(fd, start, length, self.told)
 
     def checksum(self) -> int:
         """CRC-32 of both ends, which are where formats keep their lists of contents."""
         with self.opened() as fd:
             first = os.pread(fd, ENDS, 0)
             return zlib.crc32(os.pread(fd, ENDS, max(0, self.size - ENDS)), zlib.crc32(first))
+
+
+def told(text: str) -> str:
+    """A stranger's text as it may reach a terminal: as it is, or quoted where it holds more than signs and spaces."""
+    return text if text.isprintable() else shown(text)
 
 
 def read_all(fd: int, start: int, length: int, name: str) -> bytes:
@@ -154,7 +164,9 @@ def _many(folder: Path, names: list[str], name: str, base: Path, root: Path | No
     for n in names:
         path = Path(os.path.realpath(folder / n))
         if not path.is_relative_to(root or folder):
-            raise InputError(f"{folder / n} leads out of {root or folder} through a link; give as root what holds both")
+            raise InputError(
+                f"{told(str(folder / n))} leads out of {root or folder} through a link; give as root what holds both"
+            )
         found = paths.require_regular(path)
         shards.append(Shard(path, n, found.st_size, found.st_mtime_ns))
     return Found(tuple(shards), kinds[0], folder, name, base.with_name(f"{base.name}.mmjax-index"))

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -26,7 +27,7 @@ from mmjax.core.errors import InputError
 from mmjax.data import convert, summary
 from mmjax.data.formats import Limits, draft, index, open_dataset, paths, schemas
 from mmjax.data.formats.draft import Options
-from mmjax.data.formats.record import Record
+from mmjax.data.formats.record import Bad, Record
 from mmjax.sequence.document import Document, Encoded, Image, Text
 
 COUNT = 40
@@ -165,6 +166,28 @@ def test_the_other_ways_to_name_a_picture(root, name, says):
     page = lines(root / "f.jsonl", {"images": ["http://a"], "texts": [None]})
     with pytest.raises(InputError, match=says):
         open_dataset(page, images={"http://a": name})
+
+
+@pytest.mark.parametrize("make", ["jsonl", "json", "tar", "parquet", "array_record"])
+def test_names_do_not_reach_the_terminal_as_they_are(root, make, caplog):
+    path = root / "s" / f"\x1b[31m.{make}"
+    path.parent.mkdir()
+    path.write_bytes(b'{"conversations": 5}\n' * 60)
+    with pytest.raises(InputError, match=r"'\\x1b\[31m\.") as error:
+        open_dataset(path)
+    assert str(error.value).isprintable()
+    for _ in range(2):  # made, and from the kept index
+        data = open_dataset(path, errors=100)
+        assert data.left_out
+        assert all(str(bad).isprintable() for bad in data.left_out)
+        assert summary.table(data, "d").replace("\n", "").isprintable()
+        assert caplog.text.replace("\n", "").isprintable()
+    # Nor what an index says that came with the dataset.
+    index_file = path.with_name(f"{path.name}.mmjax-index")
+    key = json.loads(index_file.read_bytes()[16:].split(b"}")[0] + b"}")["key"]
+    made = dataclasses.replace(data.entries, left_out=(Bad("\x1b[2J", "\x1b[2J"),))
+    index.write(index_file, made, key)
+    assert str(open_dataset(path, errors=100).left_out[0]) == r"'\x1b[2J': '\x1b[2J'"
 
 
 def test_a_link_that_stays_inside_is_followed(root):

@@ -380,7 +380,7 @@ def page(height, width):
     return picture(height, width, "document")
 
 
-def test_obelics(folder):
+def test_obelics(folder, caplog):
     records = [
         {"images": ["2x3.png", None, "http://a/b.png", None], "texts": [None, "one", None, "two"]},
         {"images": [None, "http://a/c.png", None], "texts": ["one", None, "two"]},
@@ -390,6 +390,7 @@ def test_obelics(folder):
     assert plain(data[0])[1] == [page(2, 3), told("one"), page(4, 5), told("two")]
     assert plain(data[1])[1] == [told("one\n\ntwo")]
     assert data.sizes(1) == [(0, 0)]
+    assert "d: 1 of 3 pictures are not there and are left out" in caplog.text
     with pytest.raises(InputError, match=r"'http://a/b.png' is not here, and nothing is fetched.*missing='skip_image'"):
         opened(folder / "e.jsonl", records)
     with pytest.raises(InputError, match="says nothing"):
