@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     for command, unset in ((index, "no limit"), (to, "0")):
         command.add_argument("--schema", choices=SCHEMAS, help="how records are read; otherwise as the first one looks")
         command.add_argument("--root", metavar="DIR", help="the folder that pictures lie in; otherwise the dataset's")
-        command.add_argument("--errors", type=int, metavar="N", help=f"places that may be left out; otherwise {unset}")
+        parts = "records, or damaged parts of files (a row group is one), that may be left out"
+        command.add_argument("--errors", type=int, metavar="N", help=f"{parts}; otherwise {unset}")
         command.add_argument(
             "--place", choices=["as_written", "front", "bare"], default="as_written", help="LLaVA's pictures"
         )

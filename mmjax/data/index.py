@@ -1,5 +1,6 @@
 """The index pass: lengths of all documents, from text and image headers alone, and the plan of every step."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mmjax.core.errors import InputError
+from mmjax.data.mixture import permute
 from mmjax.sequence import buckets
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document
@@ -142,15 +144,14 @@ def training(
         last = start + WINDOW >= len(documents)
         packed, left = pack_shapes(sizes, [s.row for s in shapes], 0 if last else WINDOW // KEEP)
         taken |= {int(numbers[i]): sizes[i] for _, row in packed for i in row}
-        rng = np.random.default_rng((seed, start))
         ready = []
-        for j in rng.permutation(len(packed)):
+        for j in _shuffled(len(packed), f"{seed}/{start}/rows"):
             b, row = packed[j]
             waiting[b].append(tuple(int(numbers[i]) for i in row))
             if len(waiting[b]) == rows:
                 ready.append(Step(b, tuple(waiting[b])))
                 waiting[b] = []
-        done += [ready[i] for i in rng.permutation(len(ready))]
+        done += [ready[i] for i in _shuffled(len(ready), f"{seed}/{start}/steps")]
         numbers, sizes = numbers[left], sizes[left]
         if steps is not None and len(done) >= steps:
             return _plan(shapes, done[:steps], taken, parts)
@@ -160,6 +161,12 @@ def training(
         f"{len(documents)} documents fill {len(done)} steps of {rows} rows × {tokens} tokens, not {steps or 'one'}; "
         f"ask for fewer steps or give more documents."
     )
+
+
+def _shuffled(size: int, name: str) -> list[int]:
+    """All numbers below `size`, in an order that is the name's in every version of everything (see mixture.permute)."""
+    key = hashlib.blake2b(name.encode(), digest_size=32).digest()
+    return [permute(i, size, key) for i in range(size)]
 
 
 def once(

@@ -20,8 +20,9 @@ class Files:
 
     name: in ids and results; "": the file's own. weight: how many documents of it come, in proportion to the others.
     schema: how its records are read; "": what the first record speaks for. root: the folder of its pictures, None: its
-    own. errors: how many records may be left out. place: where LLaVA's pictures go; "bare" for LLaVA's own conventions.
-    missing: what becomes of a page whose picture is not there.
+    own. errors: how many places may be left out: records, and damaged parts of a file (a row group is one). place:
+    where LLaVA's pictures go; "bare" for LLaVA's own conventions. missing: what becomes of a page whose picture is not
+    there.
     """
 
     path: Path
@@ -105,6 +106,8 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
     """
     if not cfg.sources:
         raise InputError("data.sources is empty; name at least one dataset.")
+    if cfg.held_out < 0 or cfg.epochs < 0:
+        raise InputError(f"data.held_out is {cfg.held_out} and data.epochs {cfg.epochs}; give 0 or more of each.")
     if cfg.epochs and any(isinstance(source, Drawings) for source in cfg.sources):
         raise InputError(
             f"data.epochs is {cfg.epochs}, but there is no end to drawings; leave them out, or mix by weights (epochs "

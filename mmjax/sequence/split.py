@@ -13,33 +13,48 @@ def split(document: Document, layout: Callable[[Document], Layout], room: Size) 
     Each part takes as many spans as fit and is laid out as a document of its own: its first turn begins with its role's
     marker, and nothing in it sees the parts before. Parts are named id#0, id#1, …
 
+    Where one span more can make a document shorter (a budget that lowers all pictures of a document, words that become
+    one token across a border), a part fits and would not with the next span, but may not be the longest that fits.
+
     Args:
       document: to split.
-      layout: counts it.
+      layout: counts it. It is called a few times for each part, with about as many spans as the part will have.
       room: what a row holds (Bucket.row).
 
     Raises:
       InputError: a single span that is larger than a row.
     """
-
-    def too_large(part: Document) -> bool:
-        return any(n > most for n, most in zip(layout(part).size, room, strict=True))
-
-    if not too_large(document):
-        return [document]
-    parts, start = [], 0
     spans = document.spans
+
+    def fits(part: tuple) -> bool:
+        return all(n <= most for n, most in zip(layout(Document(document.id, part)).size, room, strict=True))
+
+    if fits(spans):
+        return [document]
+    parts: list[Document] = []
+    start, length = 0, 1
     while start < len(spans):
-        stop = start + 1
-        while stop < len(spans) and not too_large(Document(document.id, spans[start : stop + 1])):
-            stop += 1
-        part = Document(f"{document.id}#{len(parts)}", spans[start:stop])
-        if stop == start + 1 and too_large(part):
-            what = ", ".join(f"{n} {name}" for n, name in zip(layout(part).size, DIMENSIONS, strict=True))
+        length = _most(lambda n, start=start: fits(spans[start : start + n]), len(spans) - start, length)
+        if not length:
+            size = layout(Document(document.id, spans[start : start + 1])).size
+            what = ", ".join(f"{n} {name}" for n, name in zip(size, DIMENSIONS, strict=True))
             raise InputError(
                 f"Document {document.id!r}, span {start} alone takes {what}, more than a row of {room}; raise the "
                 f"row's sizes or lower the resolution."
             )
-        parts.append(part)
-        start = stop
+        parts.append(Document(f"{document.id}#{len(parts)}", spans[start : start + length]))
+        start += length
     return parts
+
+
+def _most(fits: Callable[[int], bool], most: int, guess: int) -> int:
+    """The largest number up to `most` that fits, 0 if 1 does not: in steps that double from a guess, then by halves."""
+    low, high = 0, most + 1  # what fits, and what does not
+    probe, step = min(guess, most), 1
+    while high - low > 1:
+        low, high = (probe, high) if fits(probe) else (low, probe)
+        if low and high <= most:
+            probe = (low + high) // 2
+        else:
+            probe, step = min(low + step, most) if low else max(high - step, 1), 2 * step
+    return low

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmjax.core.errors import InputError
@@ -41,7 +42,9 @@ class Chat:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal fingerprints write every conversation with equal ids."""
-        told = f"{self.tokenizer.fingerprint} {self.convention}"
+        template = self.convention.template
+        told = f"{self.tokenizer.fingerprint} {replace(self.convention, template=None)}"
+        told += "" if template is None else f" {template.fingerprint}"
         return hashlib.sha256(told.encode()).hexdigest()
 
 

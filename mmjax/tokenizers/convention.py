@@ -42,6 +42,10 @@ class Template(Protocol):
 
     symbols: Collection[str]  # the control tokens it may write
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal ones write every document alike."""
+
     def parts(self, document: Document, *, answer: bool = False) -> list[Part]: ...
 
 

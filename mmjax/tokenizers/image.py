@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ READERS = {
 }
 MOST = 4  # times the bytes of the largest picture allowed as an array: what decoding may take
 ARRAY_BYTES = 8  # per pixel that a picture given as an array takes at most
+START = 4096  # bytes of a file by which another one of its size is told apart; its header needs them anyway
 STRIP = 2**16  # pixels that are flattened or handed over at a time, so that no second picture is ever in memory
 # How to set a picture of each EXIF orientation upright.
 TURNS = {
@@ -69,6 +71,7 @@ class Found:
 
     size: height and width in pixels, upright.
     memory: bytes that decoding it takes at most, the file and the pixels included.
+    mark: CRC-32 of the file's first START bytes, begun with its length; 0 for an array.
     """
 
     source: Source
@@ -76,6 +79,7 @@ class Found:
     memory: int
     limits: Limits
     header: Header | None
+    mark: int = 0
 
     def load(self, background: Color = (255, 255, 255), *, least: tuple[int, int] | None = None) -> Image.Image:
         """The picture in RGB, upright, on `background` where it is transparent; errors as for `decode`.
@@ -116,6 +120,8 @@ def find(source: Source, limits: Limits = LIMITS) -> Found:
             size = _check_size(_check_array(source).shape[0], source.shape[1], limits)
             return Found(source, size, ARRAY_BYTES * size[0] * size[1], limits, None)
         with _opened(source, limits) as file:
+            start = file.read(START)
+            file.seek(0)
             header = scan(file)
             size = _check_size(*header.size, limits)
             length = file.seek(0, io.SEEK_END)
@@ -126,7 +132,7 @@ def find(source: Source, limits: Limits = LIMITS) -> Found:
                 f"decode, over {MOST} times what the limit of {limits.max_pixels:,} pixels is as an array; save it as "
                 f"a plain JPEG or PNG, shrink it, or raise Limits.max_pixels"
             )
-        return Found(source, size, memory, limits, header)
+        return Found(source, size, memory, limits, header, zlib.crc32(start, length))
 
 
 def read_size(source: Source, limits: Limits = LIMITS) -> tuple[int, int]:

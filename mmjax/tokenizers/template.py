@@ -9,6 +9,7 @@ Templates are programs of strangers, and so are texts:
 * Media are counted: as many places as the document has media, or the document is refused.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -61,6 +62,12 @@ class Template:
 
     def __reduce__(self):  # for data loaders that are processes: each starts its own
         return _again, (self.source, self.symbols, self.media, self.content, self.limits)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of all that what it writes depends on; limits are not among that."""
+        told = [self.source, sorted(self.symbols), sorted(self.media.items()), self.content]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def close(self) -> None:
         """Ends the process, as the end of the program does; the next document starts another."""

@@ -166,6 +166,15 @@ def test_deterministic_and_shuffled_by_the_seed():
     assert one.buckets == other.buckets
 
 
+def test_the_order_of_steps_is_the_same_in_every_version():
+    """A resumed run would otherwise see documents twice; NumPy's own orders may change."""
+    documents = Documents(0)
+    documents.sizes = np.tile([TOKENS, 0, 0, 0], (120, 1))  # a row each, packed in order
+    documents.extend(Document(str(i), (Text("a"),)) for i in range(120))
+    rows = [step.rows for step in training(documents, 30, k=1, seed=7).steps]
+    assert rows[:3] == [((1,), (18,), (10,)), ((15,), (0,), (13,)), ((4,), (20,), (24,))]
+
+
 def test_no_more_is_measured_than_is_needed():
     documents, measured = Documents(230), []
 

@@ -1,13 +1,15 @@
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mmjax.core.errors import InputError
-from mmjax.data import drawings
+from mmjax.data import drawings, index
 from mmjax.data.sets import Drawings, Files, Mixed, open_sources
 from mmjax.sequence.document import Image
+from mmjax.sequence.layout import Layout
 
 DRAWN = Drawings(drawings.Config(concepts=5))
 
@@ -124,6 +126,23 @@ def test_epochs(cats, dogs):
         opened(cats, dataclasses.replace(dogs, weight=2.0), epochs=2)
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_plan_of_whole_epochs_uses_every_document_so_often(cats, dogs, epochs):
+    """Which no number of steps that is set beforehand does."""
+    documents = opened(cats, dogs, epochs=epochs).training
+
+    def lay(document):
+        return Layout(document.id, (), sum(len(s.text) for s in document.spans), 0, 0)
+
+    plan = index.training(documents, lay, steps=None, k=2, tokens=128, rows=3, seed=0)
+    numbers = [n for step in plan.steps for row in step.rows for n in row]
+    assert sorted(numbers) == list(range(epochs * (16 + 5)))
+    counts = Counter(documents[n].spans for n in numbers)
+    assert (len(counts), set(counts.values())) == (16 + 5, {epochs})
+    with pytest.raises(InputError, match=f"fill .* steps of 3 rows .* not {len(plan.steps) + 1}"):
+        index.training(documents, lay, steps=len(plan.steps) + 1, k=2, tokens=128, rows=3, seed=0)
+
+
 def test_nothing_held_out(cats):
     found = opened(cats, held_out=0)
     assert found.held_out == {}
@@ -145,6 +164,12 @@ def test_names(cats, dogs, tmp_path):
 def test_no_source():
     with pytest.raises(InputError, match=r"data\.sources is empty"):
         opened()
+
+
+@pytest.mark.parametrize("wrong", [{"held_out": -1}, {"epochs": -1}])
+def test_negative_numbers(cats, wrong):
+    with pytest.raises(InputError, match=r"data\.held_out is .* and data\.epochs .*; give 0 or more"):
+        opened(cats, **wrong)
 
 
 @pytest.mark.parametrize("held_out", [9, 10])

@@ -2,7 +2,9 @@
 
 200 random conversations of each family: several turns, several pictures of any size, text with line ends and white
 space at its ends. Templates are those of the published directories, with the generation tag that transformers asks for
-to tell what is trained. What has no processor there is compared with its authors' own code, or with fastchat's.
+to tell what is trained. What has no processor there is compared with fastchat (LLaVA v0 and v1) or with strings written
+here after OpenFlamingo's code; Idefics 1 and BERT in ids alone. mmjax's own, generic and markers, have nothing to be
+compared with.
 """
 
 import random

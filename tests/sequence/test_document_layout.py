@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from mmjax.core.errors import InputError
+from mmjax.data import drawings
 from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.interleave import interleave
 from mmjax.sequence.layout import IMAGE, TEXT, layout
+from mmjax.tokenizers import conventions, text
+from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.vocab import Vocab
 
 PAD, BEGIN, END, SYSTEM, USER, ASSISTANT, PICTURE, START, STOP, A = range(10)
@@ -165,3 +169,38 @@ def test_twenty_thousand_turns_take_time_in_proportion():
     # A second without the tests' checks of types, 4 for a hundred thousand; searching all turns for each takes minutes.
     assert time.monotonic() - began < 60
     assert laid.size == (1 + 2 * 20_000 + 18_000 + 3 * 2000, 2000, 2000, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["generic", "llava-v1", "qwen-vl", "idefics3", "gemma-3"])
+def test_a_hundred_thousand_turns_are_written_exactly(name):
+    chat = Chat(text.load(drawings.tokenizer_model()), conventions.find(name))
+
+    def made(pairs):
+        pair = (Text("what is it?"), Text(" a cat ", "assistant", True))
+        laid = layout(Document("d", pair * pairs), chat, Fours())
+        example = interleave(laid, chat.vocab)
+        assert example.tokens.tolist() == ids(laid)
+        return example.tokens, example.weight
+
+    began = time.monotonic()
+    long, two, three = made(50_000), made(2), made(3)
+    assert time.monotonic() - began < 300
+    for many, start, more in zip(long, two, three, strict=True):
+        # All pairs after the first are the same. (The last token has no next one, and so no weight.)
+        start, more, many = start[:-1], more[:-1], many[:-1]
+        np.testing.assert_array_equal(more[: len(start)], start)
+        period = more[len(start) :]
+        assert len(many) == len(start) + 49_998 * len(period)
+        np.testing.assert_array_equal(many[: len(start)], start)
+        np.testing.assert_array_equal(many[len(start) :].reshape(-1, len(period)), np.tile(period, (49_998, 1)))
+    assert long[1].sum() >= 50_000
+
+
+def test_a_hundred_thousand_turns_of_a_family_that_has_two_are_refused():
+    chat = Chat(text.load(drawings.tokenizer_model()), conventions.find("paligemma"))
+    spans = [Text("a", ("user", "assistant")[n % 2]) for n in range(100_000)]
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"^Document 'd' has several turns of one role, but paligemma has one"):
+        layout(Document("d", tuple(spans)), chat, Fours())
+    assert time.monotonic() - began < 60

@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 
 from mmjax.core.errors import InputError
+from mmjax.data import drawings
 from mmjax.sequence.document import Audio, Document, Image, Text, Video
+from mmjax.sequence.layout import layout
+from mmjax.tokenizers import text
+from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.convention import Convention, views
 from mmjax.tokenizers.conventions import (
     CHATML,
@@ -23,6 +27,7 @@ from mmjax.tokenizers.conventions import (
     SMOLVLM,
 )
 from mmjax.tokenizers.parts import BORDER, Around, Medium, Symbol, Words
+from mmjax.tokenizers.resolution import Native
 
 PICTURE = Image(8, 8, b"")
 TALK = (
@@ -411,6 +416,31 @@ def test_text_that_looks_like_symbols_stays_text(name):
     said = {p.span: p for p in parts if isinstance(p, Words) and p.span >= 0}
     expected = text if convention.strip == "nothing" else text.strip()
     assert {n: p.text for n, p in said.items()} == {0: expected, 1: expected}
+
+
+INJECTIONS = ["<image>", "＜image＞", "<|im_start|>", "</s>", "<s>", "<0x41>", "ASSISTANT:", "[SEP]", "▁", "\0"]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("name", ["generic", "markers", "segments"])
+def test_text_that_looks_like_a_marker_is_text_in_ids(name, role):
+    """Of the conventions that no published processor writes; the others are in tests/parity/test_conventions.py."""
+    chat = Chat(text.load(drawings.tokenizer_model()), CONVENTIONS[name])
+    turns = {"system": "s", "user": "u", "assistant": "a"}
+
+    def ids(said):
+        spans = [Text(said if role == r else word, r, r == "assistant") for r, word in turns.items()]
+        laid = layout(Document("d", (PICTURE, *spans)), chat, Native(patch=4, min_pixels=1))
+        return [i for p in laid.pieces for i in p.ids]
+
+    controls = set(chat.controls.values())
+    quiet = [i for i in ids("x") if i in controls]
+    assert len(quiet) > 3
+    for symbol in (*CONVENTIONS[name].symbols, *INJECTIONS):
+        for hostile in (symbol, f"a {symbol} b", f"a{symbol}{symbol}\n", f"{symbol[:1]}{symbol}{symbol[1:]}"):
+            found = ids(hostile)
+            assert [i for i in found if i in controls] == quiet, hostile
+            assert hostile in chat.decode(found), hostile
 
 
 def drawn_views(convention, count, rows):

@@ -10,7 +10,7 @@ from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.conventions import INTERNVL, QWEN_VL
 from mmjax.tokenizers.parts import NOTHING
 from mmjax.tokenizers.resolution import Native
-from mmjax.tokenizers.template import Template
+from mmjax.tokenizers.template import Limits, Template
 
 TURNS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for content in message['content'] %}"
@@ -53,3 +53,26 @@ def test_what_the_processor_adds_is_the_conventions():
     around = replace(INTERNVL.image, after=INTERNVL.image.after[:1])
     by_template = replace(INTERNVL, image=around, template=template)
     assert [i for i, _ in pieces(by_template)] == [i for i, _ in pieces(INTERNVL)]
+
+
+def test_the_fingerprint_is_of_what_a_template_says():
+    """And of no address in memory: a run that goes on would be refused otherwise."""
+    tokenizer, media = text.load(drawings.tokenizer_model()), {"image": "<|image_pad|>"}
+
+    def fingerprint(source=TURNS, symbols=QWEN_VL.symbols, convention=QWEN_VL, **options):
+        template = Template(source, symbols, **({"media": media} | options))
+        return Chat(tokenizer, replace(convention, template=template)).fingerprint
+
+    found = fingerprint()
+    assert found == fingerprint() == fingerprint(symbols=QWEN_VL.symbols[::-1])
+    assert found == fingerprint(limits=Limits(seconds=1.0))
+    others = [
+        Chat(tokenizer, QWEN_VL).fingerprint,
+        fingerprint(TURNS + " "),
+        fingerprint(symbols=(*QWEN_VL.symbols, "<more>")),
+        fingerprint(media={}),
+        fingerprint(media=media | {"video": "<|video_pad|>"}),
+        fingerprint(content="string"),
+        fingerprint(convention=replace(QWEN_VL, image=NOTHING)),
+    ]
+    assert len({found, *others}) == 1 + len(others)

@@ -10,7 +10,7 @@ from typing import Any
 from mmjax.core.errors import InputError
 from mmjax.data.formats import paths
 from mmjax.data.formats.record import LIMITS, Address, Bad, Limits, Record
-from mmjax.data.formats.shards import Shard
+from mmjax.data.formats.shards import Shard, told
 
 KEPT = 64  # open files
 # One record at a time, and no threads of its own: what is fastest in random order.
@@ -29,14 +29,14 @@ class Records:
     files: "_Files" = field(default_factory=lambda: _Files(), compare=False, repr=False)
 
     def place(self, address: Address) -> str:
-        return f"{self.shards[address[0]].name}, record {address[1]}"
+        return f"{self.shards[address[0]].told}, record {address[1]}"
 
     def scan(self, number: int) -> Iterator[Address | Bad]:
         shard = self.shards[number]
         try:
             count = self.files.count(shard)
         except InputError as error:
-            yield Bad(shard.name, str(error))
+            yield Bad(shard.told, str(error))
             return
         first, why = -1, ""  # of the damaged records right before
         for record in range(count + 1):
@@ -51,12 +51,13 @@ class Records:
             elif not why_now:
                 if first >= 0:
                     place = f"record {first}" if first == record - 1 else f"records {first} to {record - 1}"
-                    yield Bad(f"{shard.name}, {place}", why)
+                    yield Bad(f"{shard.told}, {place}", why)
                     first = -1
                 if record < count:
                     yield number, record, 0
 
     def read(self, address: Address) -> Record:
+        # The library tells a record's size only by decompressing it: what it takes until it is refused, it takes.
         data = self.files.read(self.shards[address[0]], address[1])
         if len(data) > self.limits.record_bytes:
             raise InputError(
@@ -102,7 +103,7 @@ class _Files:
 
         found = paths.require_regular(shard.path)
         if (found.st_size, found.st_mtime_ns) != (shard.size, shard.mtime):
-            raise InputError(f"{shard.name} was changed while in use; open the dataset again")
+            raise InputError(f"{shard.told} was changed while in use; open the dataset again")
         try:
             reader = ArrayRecordReader(str(shard.path), OPTIONS)
             if not reader.ok():
@@ -117,4 +118,4 @@ class _Files:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return told(" ".join(str(error).split())[:200]) or type(error).__name__

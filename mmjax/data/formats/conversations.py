@@ -1,6 +1,7 @@
 """Conversations: LLaVA's JSON, the messages of OpenAI's API, and Hugging Face's `images` with `messages`."""
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +21,20 @@ SPEAKERS: dict[str, Role] = {
     "system": "system",
 }
 Pieces = list[Span | Picture]
+# What records and messages may say that no span here says: to pass it over would change what is learnt.
+MEDIA = ("videos", "video", "audios", "audio")
+TOOLS = ("tools", "functions")
+CALLS = ("tool_calls", "function_call")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+ASIDE = frozenset((*MEDIA, "images", "image", *THOUGHTS, "weight"))  # of a message
 
 
 def llava(record: Record, options: Options) -> Draft:
     """{"id", "image": path or paths, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}.
 
-    Each `<image>` in a value stands for the next of the images (in a tar archive: of the pictures beside the JSON) and
-    becomes a span; the counts must agree.
+    Each `<image>` in a value stands for the next of the images and becomes a span; the counts must agree. In a tar
+    archive they are the pictures beside the JSON if there are any, which its "image" may name but need not. A turn of
+    "weight" 0 is not learnt. A record with video or sound is refused.
 
     options.place: "as_written" keeps pictures where the markers are, and every character around them. "front" does what
     LLaVA's own training does (`preprocess_multimodal` in llava/train/train.py): a value's pictures come first, then a
@@ -46,7 +54,7 @@ def llava(record: Record, options: Options) -> Draft:
             words = value.replace(MARKER, "").strip()
             line = "\n" if options.place == "front" and words else ""
             value = MARKER * value.count(MARKER) + line + words
-        spans += _begun(_marked(value, left, role, id), role, before)
+        spans += _begun(_weighed(_marked(value, left, role, id), turn, f"conversations.{n}", role), role, before)
         before = role
     _require_used(left, len(images), id)
     return Draft(id, tuple(spans))
@@ -62,11 +70,15 @@ def messages(record: Record, options: Options) -> Draft:
     Where the record has images, each `<image>` in contents that are text alone stands for the next of them, as in
     LLaMA-Factory; if there is none in the whole record they come first in the first user message, as TRL has it. Where
     it has no such field, and in parts, `<image>` is text like any other.
+
+    What the assistant says in a message of "weight" 0 is not learnt. Refused are records that offer or call tools, keep
+    thoughts apart from contents, or have video or sound in files.
     """
     fields = record.fields
     id = draft.own_id(fields, "id", "__key__")
     listed = "images" in fields or "image" in fields or bool(draft.pictures_beside(record))
     images = _images(record, options, "images", "image")
+    _refuse(fields, TOOLS, f"record {shown(id)}", "which cannot be learnt here")
     said = [draft.dict_of(m, f"messages.{n}") for n, m in enumerate(draft.list_of(fields.get("messages"), "messages"))]
     reader = _Contents(record, options, images, id)
     marked = any(isinstance(m.get("content"), str) and MARKER in m["content"] for m in said)
@@ -75,10 +87,7 @@ def messages(record: Record, options: Options) -> Draft:
     for n, message in enumerate(said):
         role = _role(message.get("role"), f"messages.{n}.role")
         content = message.get("content")
-        if message.get("tool_calls"):
-            raise InputError(
-                f"record {shown(id)} calls tools in messages.{n}, which cannot be learnt here; leave it out"
-            )
+        _refuse(message, CALLS, f"record {shown(id)}, messages.{n}", "so it calls tools, which cannot be learnt here")
         if isinstance(content, str):
             pieces: Pieces = []
             if ahead and role == "user":
@@ -88,7 +97,7 @@ def messages(record: Record, options: Options) -> Draft:
                 pieces += _marked(content, reader.left, role, id) if listed else [_text(content, role)]
         else:
             pieces = reader.parts(draft.list_of(content, f"messages.{n}.content"), ("messages", n, "content"), role)
-        spans += _begun(pieces, role, before)
+        spans += _begun(_weighed(pieces, message, f"messages.{n}", role), role, before)
         before = role
     _require_used(reader.left, len(images), id)
     return Draft(id, tuple(spans))
@@ -137,16 +146,73 @@ class _Contents:
 
 
 def _images(record: Record, options: Options, *names: str) -> list[Picture]:
-    """The record's list of images: pictures beside it, or the first of these fields that is not empty."""
-    if record.files:
-        return draft.pictures_beside(record)
-    for name in names:
-        given = record.fields.get(name)
-        if isinstance(given, list):
-            return [draft.picture(i, (name, n), record, options) for n, i in enumerate(given)]
-        if given is not None and given != "":
-            return [draft.picture(given, (name,), record, options)]
-    return []
+    """The record's list of images: pictures beside it, or what the one of these fields says that is not empty.
+
+    Pictures beside it are in the order in which the field names them, if it does, and else in that of their names.
+
+    Raises:
+      InputError: both fields say something; there are pictures beside it and others in a field; video or sound.
+    """
+    where = f"record {shown(draft.own_id(record.fields, 'id', '__key__'))}"
+    _refuse(record.fields, MEDIA, where, "which are not read from files yet")
+    fields = {name: given for name in names if _holds(given := record.fields.get(name))}
+    found = [list(_items(name, given)) for name, given in fields.items()]
+    if any([item for _, item in other] != [item for _, item in found[0]] for other in found[1:]):
+        raise InputError(f"{where} has {' and '.join(fields)}, which differ; keep one of them")
+    given = found[0] if found else []
+    beside = draft.pictures_beside(record)
+    if not beside:
+        return [draft.picture(item, keys, record, options) for keys, item in given]
+    if not given:
+        return beside
+    written = [item for _, item in given if isinstance(item, str) and item[:5].lower() != "data:"]
+    if not len(written) == len(given) == len(beside):
+        raise InputError(
+            f"{where} has {len(given)} images in its JSON and {len(beside)} beside it; keep one kind, or name in the "
+            f"JSON those that are beside it"
+        )
+    key = str(record.fields.get("__key__")).rpartition("/")[2].lower()
+    named = {f"{key}.{picture.name}": picture for picture in beside}
+    ordered = [name.rpartition("/")[2].lower() for name in written]
+    return [named[name] for name in ordered] if sorted(ordered) == sorted(named) else beside
+
+
+def _items(name: str, given: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What a field gives, one or a list, each with where it is found."""
+    if isinstance(given, list):
+        yield from (((name, n), item) for n, item in enumerate(given))
+    else:
+        yield (name,), given
+
+
+def _holds(given: Any) -> bool:
+    """Whether a field says anything: tables have all fields in every row."""
+    if isinstance(given, dict):
+        return any(value is not None for value in given.values())
+    return given is not None and given != "" and given != []
+
+
+def _refuse(fields: Mapping[str, Any], names: tuple[str, ...], where: str, why: str) -> None:
+    if fields.keys().isdisjoint(names):
+        return
+    found = next((name for name in names if _holds(fields.get(name))), None)
+    if found:
+        raise InputError(f"{where} has {found}, {why}; leave the record out")
+
+
+def _weighed(pieces: Pieces, message: Mapping[str, Any], where: str, role: Role) -> Pieces:
+    """A message's spans, not learnt where its weight is 0; InputError for what of it is in none of them."""
+    if message.keys().isdisjoint(ASIDE):  # as in nearly all
+        return pieces
+    _refuse(message, ("images", "image", *MEDIA), where, "which belong in the record's own fields or in the content")
+    _refuse(message, THOUGHTS, where, "which no convention writes (put it into the content if it is to be learnt)")
+    weight = message.get("weight")
+    if weight is None:
+        return pieces
+    if weight not in ((0, 1) if role == "assistant" else (0,)):
+        can = "0 and 1" if role == "assistant" else f"0, for what the {role} says is not learnt"
+        raise InputError(f"{where}.weight is {shown(weight)}; known are {can}")
+    return [replace(p, train=p.train and weight == 1) if isinstance(p, Text) else p for p in pieces]
 
 
 def _marked(value: str, left: deque[Picture], role: Role, id: str | None) -> Pieces:

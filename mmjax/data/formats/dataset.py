@@ -81,15 +81,18 @@ class Dataset(Sequence):
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same documents in the same files, on every machine: names, sizes, texts, picture sizes.
+        """The same for the same documents in the same files, on every machine.
 
-        Two datasets of one fingerprint may differ in the pixels of pictures that are of the same size.
+        Of files names and sizes; of documents all that is said, what is learnt of it, and what is declared of media; of
+        pictures sizes, and of their files the length and the first bytes (image.START). So two datasets of one
+        fingerprint may still differ in the pixels that follow, and in videos' and sounds'. A picture that is exchanged
+        in its place after the index was made, for one of its size, is not noticed: the index is read, not the picture.
         """
         out = hashlib.sha256(f"{self.name} {self.schema} ".encode())
         for shard in self.container.shards:
             out.update(f"{shard.name} {shard.size} ".encode(errors="surrogateescape"))
-        for array in (self.entries.address, self.entries.crc, self.entries.first, self.entries.sizes):
-            out.update(np.ascontiguousarray(array).tobytes())
+        for name in ("address", "crc", "first", "sizes", "marks"):
+            out.update(np.ascontiguousarray(getattr(self.entries, name)).tobytes())
         return out.hexdigest()[:32]
 
 
@@ -112,7 +115,8 @@ def open_dataset(
         `*`.
       schema: one of schemas.SCHEMAS; None: what the first record speaks for, which is said in the log.
       root: the folder that pictures given by path lie in; None: where the dataset's files are. Nothing outside is read.
-      errors: how many places (records, or damaged parts of a file) may be left out.
+      errors: how many places may be left out. A place is a record that cannot be read, or a damaged part of a file,
+        whatever it held: a Parquet file's row group is one, and so is a file whose list of contents is lost.
       place: where LLaVA's pictures go, see conversations.llava.
       missing: what becomes of an interleaved document whose picture is not there, see interleaved.
       images: the path, relative to root, of pictures that records give by address.
@@ -137,8 +141,11 @@ def open_dataset(
     kept = None if cache is False else Path(cache) if cache else found.index
     made = _indexed(found, container, options, schema, errors, kept)
     index.refuse(made.left_out, errors)
+    name, absent = shards.told(found.name), int((made.sizes[:, 0] == 0).sum())
     if made.left_out:
-        log.warning("%s: %d places are left out, the first: %s", found.name, len(made.left_out), made.left_out[0])
+        log.warning("%s: %d places are left out, the first: %s", name, len(made.left_out), made.left_out[0])
+    if absent:
+        log.warning("%s: %d of %d pictures are not there and are left out", name, absent, len(made.sizes))
     return Dataset(found.name, container, options, made)
 
 
@@ -148,7 +155,7 @@ def _indexed(
     """The index from its file, or made now and written there."""
     key = index.key(container, options, found.folder, found.name)
     if kept and os.path.lexists(kept):
-        made = _load(kept, key)
+        made = _load(kept, key, found)
         if isinstance(made, Index) and schema in (None, made.schema):
             return made
         reason = made if isinstance(made, str) else f"was made with the schema {made.schema}"
@@ -162,9 +169,15 @@ def _indexed(
     return made
 
 
-def _load(path: Path, key: str) -> Index | str:
+def _load(path: Path, key: str, found: Found) -> Index | str:
     with open(paths.open_regular(Path(os.path.realpath(path))), "rb") as file:
-        return index.load(file.read(), key, str(path))
+        size = os.fstat(file.fileno()).st_size
+        if file.read(len(index.MAGIC)) != index.MAGIC:
+            return "is not an index"
+        if size > index.most_bytes(sum(shard.size for shard in found.shards)):
+            return f"has {size:,} bytes, more than an index of these files takes"
+        file.seek(0)
+        return index.load(file.read(size), key, str(path))
 
 
 __all__ = ["Bad", "Dataset", "open_dataset"]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
@@ -65,8 +65,18 @@ class Draft:
         return tuple(span for span in self.spans if isinstance(span, Picture))
 
 
-def measure(picture: Picture, limits: Limits) -> tuple[int, int]:
-    """Height and width from the header; (0, 0) for one that is to be left out.
+class Seen(NamedTuple):
+    """What a picture's file says before it is decoded: height and width, and a mark of its content (image.Found)."""
+
+    size: tuple[int, int]
+    mark: int
+
+
+ABSENT = Seen((0, 0), 0)
+
+
+def look(picture: Picture, limits: Limits) -> Seen:
+    """Reads the header; ABSENT for a picture that is to be left out.
 
     Raises:
       InputError: the picture is not there and may not be left out, or is not sound as far as a header shows.
@@ -79,12 +89,12 @@ def measure(picture: Picture, limits: Limits) -> tuple[int, int]:
             paths.require_regular(source)
     except paths.Missing as error:
         if picture.optional:
-            return 0, 0
+            return ABSENT
         raise InputError(f"{error}; allow it with missing='skip_image'" if source is None else str(error)) from None
     found = images.find(source.read() if isinstance(source, Encoded) else source, limits.picture)
     if picture.size and found.size != picture.size:
         raise InputError(f"a picture is declared as {picture.size} but is {found.size}; make the file again")
-    return found.size
+    return Seen(found.size, found.mark)
 
 
 def finish(draft: Draft, id: str, sizes: Iterable[tuple[int, int]]) -> Document:
@@ -142,9 +152,27 @@ def picture(given: Any, keys: tuple[str | int, ...], record: Record, options: Op
     return Picture(paths.inside(options.root, options.images.get(given, given)), role, name=given)
 
 
+PICTURES = re.compile(r"(^|\.)(jpe?g|png|webp|gif)$")
+# Media that are not read: to pass them over would leave a document that speaks of what it does not show.
+OTHERS = re.compile(
+    r"(^|\.)(bmp|tiff?|heic|heif|avif|jp2|jxl|svg|ico|ppm|pgm|pbm|pnm|tga|psd|eps|pdf|exr|hdr|dcm"
+    r"|mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|flv|ogv|3gp|wav|mp3|flac|ogg|oga|opus|m4a|aac|wma|aiff?)$"
+)
+
+
 def pictures_beside(record: Record, role: Role = "user") -> list[Picture]:
-    """The pictures among a tar record's files, by name, numbers in it counted: "2.jpg" comes before "10.jpg"."""
-    named = [name for name in record.files if re.search(r"(^|\.)(jpe?g|png|webp|gif)$", name)]
+    """The pictures among a tar record's files, by name, numbers in it counted: "2.jpg" comes before "10.jpg".
+
+    Raises:
+      InputError: there are other media among them.
+    """
+    others = [name for name in record.files if OTHERS.search(name)]
+    if others:
+        raise InputError(
+            f"the file {shown(others[0])} of the record is no JPEG, PNG, WebP or GIF, and no other media are read from "
+            f"archives; convert it, or leave the record out"
+        )
+    named = [name for name in record.files if PICTURES.search(name)]
     named.sort(
         key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
     )

@@ -23,14 +23,14 @@ import numpy as np
 from mmjax.core import strict_json
 from mmjax.core.errors import InputError
 from mmjax.core.files import write_atomic
-from mmjax.data.formats import draft, schemas
-from mmjax.data.formats.draft import Draft, Options
+from mmjax.data.formats import draft, schemas, shards
+from mmjax.data.formats.draft import Draft, Options, Picture
 from mmjax.data.formats.record import Address, Bad, Container, Record
-from mmjax.sequence.document import Text
+from mmjax.sequence.document import Audio, Image, Text, Video
 
 MAGIC = b"mmjaxidx"
 HEAD = struct.Struct("<8sQ")
-VERSION = 1  # of this format, and of what the readers make of records
+VERSION = 2  # of this format, and of what the readers make of records
 LONGEST_HEADER = 256 * 2**20
 
 
@@ -41,7 +41,8 @@ class Index:
     schema: how records were read. left_out: what could not be read.
     address: i64[n, 3]. number: i64[n], of the record among all, those left out too. repeat: i32[n], how many documents
     before it have its id. characters: i64[n], of text. crc: u32[n], of what it says. first: i64[n + 1], where its
-    pictures begin. sizes: i32[m, 2], height and width, (0, 0) for a picture that is left out.
+    pictures begin. sizes: i32[m, 2], height and width, (0, 0) for a picture that is left out. marks: u32[m], of what is
+    in the pictures' files (image.Found), read when the index was made and not since.
     """
 
     schema: str
@@ -53,6 +54,7 @@ class Index:
     crc: np.ndarray
     first: np.ndarray
     sizes: np.ndarray
+    marks: np.ndarray
 
     def __len__(self) -> int:
         return len(self.number)
@@ -66,6 +68,7 @@ ARRAYS = {
     "crc": ("<u4", 0),
     "first": ("<i8", 0),
     "sizes": ("<i4", 2),
+    "marks": ("<u4", 0),
 }
 
 
@@ -91,11 +94,21 @@ def unique_id(base: str, number: int, repeat: int) -> str:
     return base + f"#{number}" * repeat
 
 
+# What is declared of media: documents that differ only there must be told apart.
+TOLD: dict[type, tuple[str, ...]] = {
+    Picture: ("size",),
+    Image: ("height", "width"),
+    Video: ("frames", "height", "width", "fps"),
+    Audio: ("samples", "rate"),
+}
+
+
 def crc(made: Draft) -> int:
-    """CRC-32 of what a document says, and of where its pictures stand."""
+    """CRC-32 of what a document says, and of where its media stand and what is declared of them."""
     out = 0
     for span in made.spans:
-        out = zlib.crc32(f"{type(span).__name__} {span.role} {span.turn} ".encode(), out)
+        told = span.train if isinstance(span, Text) else [getattr(span, name) for name in TOLD[type(span)]]
+        out = zlib.crc32(f"{type(span).__name__} {span.role} {span.turn} {told} ".encode(), out)
         if isinstance(span, Text):
             out = zlib.crc32(span.text.encode(errors="surrogatepass"), out)
     return out
@@ -132,7 +145,7 @@ class _Pass:
         try:
             yield from self.container.scan(shard)
         except InputError as error:
-            yield Bad(self.container.shards[shard].name, str(error))
+            yield Bad(self.container.shards[shard].told, str(error))
 
     def _record(self, address: Address, number: int) -> Bad | None:
         """Takes a record in; if that fails, says why."""
@@ -140,8 +153,8 @@ class _Pass:
             record = self.container.read(address)
             self.schema = self.schema or schemas.guess(record)
             made = read(record, self.schema, self.options)
-            sizes = [draft.measure(picture, self.options.limits) for picture in made.pictures]
-            draft.finish(made, "?", sizes)
+            seen = [draft.look(picture, self.options.limits) for picture in made.pictures]
+            draft.finish(made, "?", [picture.size for picture in seen])
         except InputError as error:
             return Bad(self.container.place(address), str(error))
         base, repeat = base_id(made, self.name, number), 0
@@ -152,7 +165,8 @@ class _Pass:
         self.columns["address"].extend(address)
         for name, value in [("number", number), ("repeat", repeat), ("characters", characters), ("crc", crc(made))]:
             self.columns[name].append(value)
-        self.columns["sizes"].extend(side for size in sizes for side in size)
+        self.columns["sizes"].extend(side for picture in seen for side in picture.size)
+        self.columns["marks"].extend(picture.mark for picture in seen)
         self.columns["first"].append(len(self.columns["sizes"]) // 2)
         return None
 
@@ -184,8 +198,8 @@ def key(container: Container, options: Options, folder: Path, name: str) -> str:
     plain = dataclasses.asdict(options) | {"root": "", "images": sorted(options.images.items())}
     # Relative, so that a dataset may be moved with its index.
     root = str(options.root.relative_to(folder)) if options.root.is_relative_to(folder) else str(options.root)
-    shards = [(s.name, s.size, s.mtime, s.checksum()) for s in container.shards]
-    told = json.dumps([VERSION, name, plain, root, shards], sort_keys=True)
+    files = [(s.name, s.size, s.mtime, s.checksum()) for s in container.shards]
+    told = json.dumps([VERSION, name, plain, root, files], sort_keys=True)
     return blake2b(told.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -198,6 +212,15 @@ def write(path: Path, index: Index, key: str) -> None:
     parts += [getattr(index, name).astype(kind).tobytes() for name, (kind, _) in ARRAYS.items()]
     data = b"".join(parts)
     write_atomic(path, data + zlib.crc32(data).to_bytes(4, "little"))
+
+
+def most_bytes(dataset: int) -> int:
+    """How many bytes the index of files of so many bytes takes at most: what is planted beside them is not read whole.
+
+    A document or a picture takes a byte of its file, and here less than 64. (A Parquet file could pack its rows closer;
+    its index would then be made each time.)
+    """
+    return LONGEST_HEADER + 64 * (dataset + 1)
 
 
 def load(data: bytes, key: str, where: str) -> Index | str:
@@ -213,15 +236,16 @@ def load(data: bytes, key: str, where: str) -> Index | str:
         if header["key"] != key:
             return "is out of date: files or options are others now"
         n, m = int(header["documents"]), int(header["pictures"])
-        rows = {"first": n + 1, "sizes": m}
+        rows = {"first": n + 1, "sizes": m, "marks": m}
         at, arrays = HEAD.size + length, {}
         for name, (kind, width) in ARRAYS.items():
             count = rows.get(name, n) * (width or 1)
             arrays[name] = np.frombuffer(data, kind, count, at).reshape((-1, width) if width else -1)
             at += arrays[name].nbytes
         schemas.find(header["schema"] or "mmjax")
-        out = Index(str(header["schema"]), tuple(Bad(str(p), str(r)) for p, r in header["left_out"]), **arrays)
-    except (InputError, KeyError, TypeError, ValueError):
+        left_out = tuple(Bad(shards.told(place), shards.told(reason)) for place, reason in header["left_out"])
+        out = Index(str(header["schema"]), left_out, **arrays)
+    except (AttributeError, InputError, KeyError, TypeError, ValueError):
         return "is damaged"
     steps = np.diff(out.first)
     whole = at == len(data) - 4 and out.first[0] == 0 and out.first[-1] == m and (steps >= 0).all()

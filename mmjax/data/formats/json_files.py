@@ -24,7 +24,7 @@ class _Json:
     limits: Limits = LIMITS
 
     def place(self, address: Address) -> str:
-        return f"{self.shards[address[0]].name}, byte {address[1]}"
+        return f"{self.shards[address[0]].told}, byte {address[1]}"
 
     def read(self, address: Address) -> Record:
         number, start, length = address
@@ -103,7 +103,7 @@ class _Elements:
             yield self._bad(start, "the list does not end; the file is cut off or damaged from here on, fetch it again")
 
     def _bad(self, start: int, reason: str) -> Bad:
-        return Bad(f"{self.shard.name}, byte {start}", reason)
+        return Bad(f"{self.shard.told}, byte {start}", reason)
 
     def _string(self, chunk: bytes, at: int) -> int:
         """Goes on after the string, or to the end of the chunk."""

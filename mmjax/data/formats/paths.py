@@ -32,7 +32,7 @@ def inside(root: Path, name: str) -> Path:
     """
     if is_address(name):
         raise InputError(f"{shown(name)} is an address, and nothing is fetched; download it and give its relative path")
-    if not name or len(name) > LONGEST or "\0" in name or not _encodes(name):
+    if not name or len(name) > LONGEST or "\0" in name or not is_text(name):
         raise InputError(f"{shown(name)} is no name of a file; give a relative path of at most {LONGEST} characters")
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
         raise InputError(f"{shown(name)} leads out of {root}; give a path relative to that folder, without '..'")
@@ -42,7 +42,8 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-def _encodes(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a name is Unicode, and not bytes that Python could not read as such."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -24,7 +24,8 @@ _last = threading.local()  # record: what `Record.later` keeps
 class Limits:
     """What a record may take up; what is larger counts as one that cannot be read.
 
-    record_bytes: of a record's JSON text, of a file in a tar archive, of an ArrayRecord's record.
+    record_bytes: of a record's JSON text, of a file in a tar archive, of an ArrayRecord's record. The last is known
+      only when it has been decompressed: a stranger's small file may take gigabytes for as long as that lasts.
     entries: of lists and objects in a record's JSON, all together.
     depth: of those within each other.
     files: that make up one record of a tar archive.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmjax.core.errors import InputError
+from mmjax.core.strict_json import shown
 from mmjax.data.formats import paths
 
 KINDS = {
@@ -29,13 +30,18 @@ ENDS = 2**16  # bytes at both ends of a file by which a changed one is recognise
 class Shard:
     """One file, opened for each read: thousands of them need no file descriptors, and nothing is tied to a process.
 
-    name: relative to the dataset, for messages. size, mtime: what they were when the dataset was opened.
+    name: relative to the dataset. size, mtime: what they were when the dataset was opened.
     """
 
     path: Path
     name: str
     size: int
     mtime: int
+
+    @property
+    def told(self) -> str:
+        """The name, for messages."""
+        return told(self.name)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -44,7 +50,7 @@ class Shard:
         try:
             found = os.fstat(fd)
             if (found.st_size, found.st_mtime_ns) != (self.size, self.mtime):
-                raise InputError(f"{self.name} was changed while in use; open the dataset again")
+                raise InputError(f"{self.told} was changed while in use; open the dataset again")
             yield fd
         finally:
             os.close(fd)
@@ -52,13 +58,18 @@ class Shard:
     def read(self, start: int, length: int) -> bytes:
         """So many bytes from an offset; InputError if the file has fewer."""
         with self.opened() as fd:
-            return read_all(fd, start, length, self.name)
+            return read_all(fd, start, length, self.told)
 
     def checksum(self) -> int:
         """CRC-32 of both ends, which are where formats keep their lists of contents."""
         with self.opened() as fd:
             first = os.pread(fd, ENDS, 0)
             return zlib.crc32(os.pread(fd, ENDS, max(0, self.size - ENDS)), zlib.crc32(first))
+
+
+def told(text: str) -> str:
+    """A stranger's text as it may reach a terminal: as it is, or quoted where it holds more than signs and spaces."""
+    return text if text.isprintable() else shown(text)
 
 
 def read_all(fd: int, start: int, length: int, name: str) -> bytes:
@@ -105,7 +116,8 @@ def find(path: str | os.PathLike, root: Path | None = None) -> Found:
     that is named itself may be any link. They are sorted by name.
 
     Raises:
-      InputError: there are none, or of several kinds; a path leads elsewhere, or to something that is not a file.
+      InputError: there are none, or of several kinds; a path leads elsewhere, or to something that is not a file; a
+        name is not UTF-8.
     """
     text = os.fspath(path)
     if paths.is_address(text):
@@ -124,12 +136,19 @@ def find(path: str | os.PathLike, root: Path | None = None) -> Found:
             folder, names, re.sub(r"[*?\[\]{}]+", "", given.stem).strip("-_.") or folder.name, folder / plain, root
         )
     kind = KINDS.get(given.suffix.lower())
+    _refuse_bytes(given.name)
     found = paths.require_regular(Path(os.path.realpath(given)))
     if kind is None:
         raise InputError(f"{given} is of no known kind; its name should end in {', '.join(KINDS)}")
     shard = Shard(Path(os.path.realpath(given)), given.name, found.st_size, found.st_mtime_ns)
     folder = Path(os.path.realpath(given.parent))
     return Found((shard,), kind, folder, given.stem, given.with_name(f"{given.name}.mmjax-index"))
+
+
+def _refuse_bytes(name: str) -> None:
+    """InputError for a name that is not text: ids, the index and messages have it in them."""
+    if not paths.is_text(name):
+        raise InputError(f"the name {shown(name)} is not UTF-8; rename the file or folder")
 
 
 def _many(folder: Path, names: list[str], name: str, base: Path, root: Path | None) -> Found:
@@ -140,10 +159,14 @@ def _many(folder: Path, names: list[str], name: str, base: Path, root: Path | No
         raise InputError(f"{folder} has {found}; give the path of one kind of file, as {folder / '*.jsonl'}")
     folder = Path(os.path.realpath(folder))
     shards = []
+    for n in [name, *names]:
+        _refuse_bytes(n)
     for n in names:
         path = Path(os.path.realpath(folder / n))
         if not path.is_relative_to(root or folder):
-            raise InputError(f"{folder / n} leads out of {root or folder} through a link; give as root what holds both")
+            raise InputError(
+                f"{told(str(folder / n))} leads out of {root or folder} through a link; give as root what holds both"
+            )
         found = paths.require_regular(path)
         shards.append(Shard(path, n, found.st_size, found.st_mtime_ns))
     return Found(tuple(shards), kinds[0], folder, name, base.with_name(f"{base.name}.mmjax-index"))

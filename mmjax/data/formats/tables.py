@@ -10,7 +10,7 @@ from typing import Any
 
 from mmjax.core.errors import InputError
 from mmjax.data.formats.record import LIMITS, Address, Bad, Limits, Record
-from mmjax.data.formats.shards import Shard
+from mmjax.data.formats.shards import Shard, told
 
 KEPT = 2  # row groups in memory
 NAMES = 64 * 2**20  # bytes of text, and so many entries at most, in the list of a file's contents
@@ -28,7 +28,7 @@ class Parquet:
     kept: "_Kept" = field(default_factory=lambda: _Kept(), compare=False, repr=False)
 
     def place(self, address: Address) -> str:
-        return f"{self.shards[address[0]].name}, row group {address[1]}, row {address[2]}"
+        return f"{self.shards[address[0]].told}, row group {address[1]}, row {address[2]}"
 
     def scan(self, number: int) -> Iterator[Address | Bad]:
         shard = self.shards[number]
@@ -36,13 +36,13 @@ class Parquet:
             with _opened(shard) as file:
                 groups = file.metadata.num_row_groups
         except InputError as error:
-            yield Bad(shard.name, str(error))
+            yield Bad(shard.told, str(error))
             return
         for group in range(groups):
             try:
                 rows = self._group(number, group).num_rows
             except InputError as error:
-                yield Bad(f"{shard.name}, row group {group}", str(error))
+                yield Bad(f"{shard.told}, row group {group}", str(error))
                 continue
             yield from ((number, group, row) for row in range(rows))
 
@@ -120,4 +120,4 @@ def _opened(shard: Shard) -> Iterator[Any]:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return told(" ".join(str(error).split())[:200]) or type(error).__name__

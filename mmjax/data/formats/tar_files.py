@@ -41,7 +41,7 @@ class Tar:
     limits: Limits = LIMITS
 
     def place(self, address: Address) -> str:
-        return f"{self.shards[address[0]].name}, byte {address[1]}"
+        return f"{self.shards[address[0]].told}, byte {address[1]}"
 
     def scan(self, number: int) -> Iterator[Address | Bad]:
         shard = self.shards[number]
@@ -52,7 +52,7 @@ class Tar:
         def close(now_broken: bool) -> Iterator[Address | Bad]:
             nonlocal usual
             if open_ and open_.wrong:
-                yield Bad(f"{shard.name}, byte {open_.start}", open_.wrong)
+                yield Bad(f"{shard.told}, byte {open_.start}", open_.wrong)
             elif open_ and (not (broken or now_broken) or open_.suffixes == usual):
                 usual = open_.suffixes
                 yield number, open_.start, open_.end - open_.start
@@ -87,7 +87,7 @@ class Tar:
         files: dict[str, Encoded] = {}
         key = ""
         with shard.opened() as fd:
-            reader = functools.partial(_read, fd, shard.name)
+            reader = functools.partial(_read, fd, shard.told)
             at = start
             while at < start + length:
                 member = tar_header.member(reader, at, min(start + length, shard.size))
@@ -119,13 +119,13 @@ def _read(fd: int, name: str, start: int, length: int) -> bytes:
 
 def _members(fd: int, shard: Shard) -> Iterator[Member | Bad]:
     """All entries in order, and the places where there should be one and is not."""
-    reader = functools.partial(_read, fd, shard.name)
+    reader = functools.partial(_read, fd, shard.told)
     at, size, ended = 0, shard.size, False
     while at < size:
         try:
             found = tar_header.member(reader, at, size)
         except Broken as error:
-            yield Bad(f"{shard.name}, byte {at}", str(error))
+            yield Bad(f"{shard.told}, byte {at}", str(error))
             at, ended = _search(reader, at + BLOCK, size), True
             continue
         if found:
@@ -135,7 +135,7 @@ def _members(fd: int, shard: Shard) -> Iterator[Member | Bad]:
             # Two empty blocks end an archive, and what is padded or joined from several goes on with others.
             at, ended = _data(fd, at, size), True
     if not ended:
-        yield Bad(f"{shard.name}, byte {size}", "the archive lacks its end: it is cut off; fetch it again")
+        yield Bad(f"{shard.told}, byte {size}", "the archive lacks its end: it is cut off; fetch it again")
 
 
 def _search(read: Callable[[int, int], bytes], start: int, size: int) -> int:

@@ -19,7 +19,7 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.data import __main__ as program
 from mmjax.data import convert
-from mmjax.data.formats import open_dataset, packed
+from mmjax.data.formats import draft, index, open_dataset, packed
 from mmjax.data.source import load
 from mmjax.sequence.document import Audio, Document, Encoded, Image, Text, Video
 
@@ -184,6 +184,50 @@ def test_an_index_that_is_out_of_date_is_made_again(folder, caplog):
         file.write(b"\n")
     with pytest.raises(InputError, match="changed while in use"):
         second[0]
+
+
+FRAMES = np.zeros((2, 3, 5, 3), np.uint8)
+ALIKE = [
+    [Text("a", "assistant", True), Text("a", "assistant", False), Text("a", "assistant", True, True), Text("a")],
+    [Text("ab"), Text("a")],
+    [Image(3, 5, FRAMES[0]), Image(5, 3, FRAMES[0])],
+    [
+        Video(2, 3, 5, 2.0, FRAMES),
+        Video(2, 3, 5, 3.0, FRAMES),
+        Video(3, 2, 5, 2.0, FRAMES),
+        Video(2, 5, 3, 2.0, FRAMES),
+    ],
+    [Audio(7, 8000, FRAMES), Audio(7, 16000, FRAMES), Audio(8, 8000, FRAMES)],
+    [draft.Picture(b"", size=(2, 3)), draft.Picture(b"", size=(3, 2)), draft.Picture(b"")],
+]
+
+
+@pytest.mark.parametrize("spans", ALIKE, ids=lambda spans: type(spans[0]).__name__)
+def test_a_document_that_differs_in_what_is_declared_is_another(spans):
+    crcs = {index.crc(draft.Draft("d", (Text("before"), span))) for span in spans}
+    assert len(crcs) == len(spans)
+
+
+def test_other_pictures_of_the_same_sizes_are_another_dataset(tmp_path):
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "d.jsonl"
+    path.write_text(json.dumps(record(3)))
+
+    def opened(folder, color, kind="PNG"):
+        (tmp_path / folder).mkdir()
+        PIL.Image.new("RGB", (6, 5), color).save(tmp_path / folder / "3.png", kind)
+        return open_dataset(path, root=tmp_path / folder)
+
+    reds = opened("reds", "red")
+    blues = opened("blues", "blue")
+    again = opened("again", "red")
+    assert reds.sizes(0) == blues.sizes(0)
+    assert reds.fingerprint == again.fingerprint != blues.fingerprint
+    assert opened("jpeg", "red", "JPEG").fingerprint != reds.fingerprint
+    # Also where only the end differs, as the length tells; and it is known again from the kept index.
+    (tmp_path / "again" / "3.png").write_bytes((tmp_path / "reds" / "3.png").read_bytes() + bytes(5000))
+    assert open_dataset(path, root=tmp_path / "again", cache=False).fingerprint != reds.fingerprint
+    assert open_dataset(path, root=tmp_path / "reds").fingerprint == reds.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["array_record", "parquet"])

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -23,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.core.errors import InputError
-from mmjax.data import convert
-from mmjax.data.formats import Limits, draft, open_dataset, paths, schemas
+from mmjax.data import convert, summary
+from mmjax.data.formats import Limits, draft, index, open_dataset, paths, schemas
 from mmjax.data.formats.draft import Options
-from mmjax.data.formats.record import Record
+from mmjax.data.formats.record import Bad, Record
 from mmjax.sequence.document import Document, Encoded, Image, Text
 
 COUNT = 40
@@ -167,6 +168,28 @@ def test_the_other_ways_to_name_a_picture(root, name, says):
         open_dataset(page, images={"http://a": name})
 
 
+@pytest.mark.parametrize("make", ["jsonl", "json", "tar", "parquet", "array_record"])
+def test_names_do_not_reach_the_terminal_as_they_are(root, make, caplog):
+    path = root / "s" / f"\x1b[31m.{make}"
+    path.parent.mkdir()
+    path.write_bytes(b'{"conversations": 5}\n' * 60)
+    with pytest.raises(InputError, match=r"'\\x1b\[31m\.") as error:
+        open_dataset(path)
+    assert str(error.value).isprintable()
+    for _ in range(2):  # made, and from the kept index
+        data = open_dataset(path, errors=100)
+        assert data.left_out
+        assert all(str(bad).isprintable() for bad in data.left_out)
+        assert summary.table(data, "d").replace("\n", "").isprintable()
+        assert caplog.text.replace("\n", "").isprintable()
+    # Nor what an index says that came with the dataset.
+    index_file = path.with_name(f"{path.name}.mmjax-index")
+    key = json.loads(index_file.read_bytes()[16:].split(b"}")[0] + b"}")["key"]
+    made = dataclasses.replace(data.entries, left_out=(Bad("\x1b[2J", "\x1b[2J"),))
+    index.write(index_file, made, key)
+    assert str(open_dataset(path, errors=100).left_out[0]) == r"'\x1b[2J': '\x1b[2J'"
+
+
 def test_a_link_that_stays_inside_is_followed(root):
     os.symlink("a.png", root / "b.png")
     data = open_dataset(lines(root / "d.jsonl", shown("b.png")))
@@ -179,6 +202,22 @@ def test_a_link_put_there_after_indexing(root, tmp_path):
     os.symlink(tmp_path / "canary.png", root / "a.png")
     with pytest.raises(InputError, match=r"^d.jsonl, byte 0: .*through a link"):
         data[0]
+
+
+def test_names_that_are_not_unicode(root):
+    def made(name):
+        path = os.path.join(os.fsencode(root), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(json.dumps(good(0)).encode())
+        return os.fsdecode(path)
+
+    inside = made(b"s\xff/d.jsonl")
+    assert [d.id for d in open_dataset(inside)] == ["d/r0"]  # only names from here on are the dataset's
+    file = made(b"t/\xff.jsonl")
+    for path in (os.path.dirname(inside), f"{os.path.dirname(inside)}/*.jsonl", file, root / "t", root / "t" / "*"):
+        with pytest.raises(InputError, match=r"the name '.*\\udcff.*' is not UTF-8; rename"):
+            open_dataset(path)
 
 
 def test_shards_that_lead_elsewhere(root):
@@ -197,6 +236,19 @@ def test_shards_that_lead_elsewhere(root):
     os.mkfifo(root / "s" / "d.jsonl.mmjax-index")
     with pytest.raises(InputError, match="not a regular file"):
         open_dataset(root / "s" / "d.jsonl")
+
+
+def test_an_index_that_was_planted_is_not_read_whole(root, caplog):
+    """A file with holes: it takes no place on the disk, and would take all memory."""
+    lines(root / "d.jsonl", good(0))
+    for begin, says in ((b"", "is not an index"), (index.MAGIC + bytes(8), "more than an index of these files takes")):
+        caplog.clear()
+        with open(root / "d.jsonl.mmjax-index", "wb") as file:
+            file.write(begin)
+            file.truncate(2**42)
+        assert [d.id for d in open_dataset(root / "d.jsonl")] == ["d/r0"]
+        assert says in caplog.text
+        assert (root / "d.jsonl.mmjax-index").stat().st_size < 1000
 
 
 TEXTS = {
@@ -506,13 +558,14 @@ def test_row_groups_over_the_limit(root):
 
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.binary(max_size=4)
 WORDS = (
-    "from value role content type text image image_url url index bytes path image_name matched_text_index input_audio"
+    "from value role content type text image image_url url index bytes path image_name matched_text_index input_audio "
+    "weight reasoning_content"
 )
 KEY = st.sampled_from([*WORDS.split(), "image_path"]) | st.text(max_size=3)
 VALUES = st.recursive(LEAF, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEY, x, max_size=4), max_leaves=12)
 KEYS = {
-    "llava": ["id", "image", "images", "conversations"],
-    "messages": ["id", "image", "images", "messages"],
+    "llava": ["id", "image", "images", "conversations", "video"],
+    "messages": ["id", "image", "images", "messages", "audios", "tools"],
     "obelics": ["id", "images", "texts"],
     "mmc4": ["url", "text_list", "image_info"],
     "comm": ["data_id", "title", "summary_info", "step_info"],
@@ -533,7 +586,7 @@ def test_whatever_a_record_says_only_input_errors_come_of_it(name, data):
         return
     for picture in made.pictures:
         with pytest.raises(InputError):
-            draft.measure(picture, Limits())
+            draft.look(picture, Limits())
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tarfile
 import wave
 
 import numpy as np
@@ -222,6 +223,118 @@ def test_refused_messages(folder, message, says):
         opened(folder / "d.jsonl", [{"messages": [message]}])
 
 
+def test_what_weighs_nothing_is_not_learnt(folder):
+    said = [("user", "a", 0.0), ("assistant", "b", 0.0), ("user", "c", None), ("assistant", "d", 1.0)]
+    said.append(("assistant", "e", 0.0))
+    kept = [asked("a"), ("b", "assistant", False, False), asked("c"), answered("d"), ("e", "assistant", False, True)]
+    messages = [{"role": role, "content": content, "weight": weight} for role, content, weight in said]
+    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    turns = [{"from": role, "value": content, "weight": weight} for role, content, weight in said]
+    assert plain(opened(folder / "d.jsonl", [{"messages": messages}])[0])[1] == kept
+    assert plain(opened(folder / "e.parquet", [{"messages": messages}])[0])[1] == kept
+    assert plain(opened(folder / "f.jsonl", [{"messages": parts}])[0])[1] == kept
+    assert plain(opened(folder / "g.jsonl", [{"conversations": turns}])[0])[1] == kept
+
+
+TEXT = {"role": "user", "content": "x"}
+ANSWER = {"role": "assistant", "content": "y"}
+NOT_READ = [
+    ({"videos": ["a.mp4"]}, {}, "has videos, which are not read"),
+    ({"video": "a.mp4"}, {}, "has video, which"),
+    ({"audios": [{"bytes": b"x".hex(), "path": None}]}, {}, "has audios, which"),
+    ({"audio": "a.wav"}, {}, "has audio, which"),
+    ({}, {"weight": 0.5}, r"1\.weight is 0.5; known are 0 and 1"),
+    ({}, {"weight": "0"}, r"1\.weight is '0'; known are 0 and 1"),
+    ({}, {"image": "2x3.png"}, r"1 has image, which belong in the record's own fields"),
+    ({}, {"videos": ["a.mp4"]}, r"1 has videos, which belong"),
+    ({}, {"reasoning_content": "hm"}, r"1 has reasoning_content, which no convention writes"),
+    ({}, {"thinking": "hm"}, r"1 has thinking, which"),
+    ({"image": "2x3.png", "images": ["4x5.png"]}, {}, "has images? and images?, which differ; keep one"),
+]
+
+
+@pytest.mark.parametrize(("record", "message", "says"), NOT_READ)
+def test_what_is_not_read_is_refused(folder, record, message, says):
+    turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"} | message]
+    for name, whole in (
+        ("d.jsonl", {"messages": [TEXT, ANSWER | message]} | record),
+        ("e.jsonl", {"conversations": turns} | record),
+    ):
+        with pytest.raises(InputError, match=rf"^{name}, byte 0: .*{says}"):
+            opened(folder / name, [whole])
+        assert len(opened(folder / name, [{k: v for k, v in whole.items() if k not in record}, whole], errors=9)) < 2
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"messages": [TEXT], "tools": [{"type": "function"}]}, "has tools, which cannot be learnt here"),
+        ({"messages": [TEXT, ANSWER | {"function_call": {"name": "f"}}]}, "has function_call, so it calls tools"),
+        ({"messages": [TEXT | {"weight": 1}]}, r"0\.weight is 1; known are 0, for what the user says is not learnt"),
+    ],
+)
+def test_tools_and_weights_of_questions_are_refused(folder, record, says):
+    with pytest.raises(InputError, match=says):
+        opened(folder / "d.jsonl", [record])
+
+
+def test_fields_that_say_nothing_hide_nothing(folder):
+    nothing = {"videos": [], "video": None, "audios": None, "audio": {"bytes": None, "path": None}, "tools": []}
+    unsaid = {"weight": None, "reasoning_content": "", "tool_calls": [], "images": []}
+    named = ({"images": [], "image": "2x3.png"}, {"images": ["2x3.png"], "image": ""})
+    for shown in (*named, {"images": ["2x3.png"], "image": "2x3.png"}):
+        record = nothing | shown | {"messages": [TEXT | unsaid, ANSWER | unsaid]}
+        assert plain(opened(folder / "d.jsonl", [record])[0])[1] == [picture(2, 3), asked("x"), answered("y")]
+        record = nothing | shown | {"conversations": talk("<image>x", "y")}
+        assert plain(opened(folder / "e.jsonl", [record])[0])[1] == [picture(2, 3), asked("x"), answered("y")]
+    # Words that look like markers of other media are words.
+    assert plain(opened(folder / "f.jsonl", [{"messages": [TEXT | {"content": "the <video> tag"}]}])[0])[1] == [
+        asked("the <video> tag")
+    ]
+
+
+def archive(folder, record, *files):
+    with tarfile.open(folder / "d.tar", "w") as tar:
+        for name, data in (("s/k.json", json.dumps(record).encode()), *files):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return open_dataset(folder / "d.tar", cache=False)
+
+
+def test_images_of_a_record_in_an_archive(folder):
+    beside = [("s/k.b.png", png(8, 9)), ("s/k.a.png", png(9, 8))]
+    record = {"messages": [TEXT, ANSWER]}
+    rest = [asked("x"), answered("y")]
+    # None beside it: what the JSON names, in the folder that pictures lie in.
+    for field in ({"images": ["2x3.png"]}, {"image": "2x3.png"}):
+        assert plain(archive(folder, record | field)[0])[1] == [picture(2, 3), *rest]
+        talked = {"conversations": talk("<image>x", "y")} | field
+        assert plain(archive(folder, talked)[0])[1] == [picture(2, 3), *rest]
+    # Beside it, named or not.
+    assert plain(archive(folder, record, *beside)[0])[1] == [picture(9, 8), picture(8, 9), *rest]
+    for names, order in (
+        (["k.b.png", "s/k.a.png"], [(8, 9), (9, 8)]),
+        (["k.a.png", "k.b.png"], [(9, 8), (8, 9)]),
+        (["photos/x.jpg", "photos/y.jpg"], [(9, 8), (8, 9)]),
+    ):
+        found = plain(archive(folder, record | {"images": names}, *beside)[0])[1]
+        assert found == [*(picture(*size) for size in order), *rest]
+    url = "data:image/png;base64," + base64.b64encode(png(8, 9)).decode()
+    for field in (["2x3.png"], ["2x3.png"] * 3, [url, url]):
+        with pytest.raises(
+            InputError, match=rf"^d\.tar, byte 0: .* has {len(field)} images in its JSON and 2 beside it"
+        ):
+            archive(folder, record | {"images": field}, *beside)
+
+
+@pytest.mark.parametrize("name", ["mp4", "tiff", "left.tif", "wav", "2.webm", "bmp"])
+@pytest.mark.parametrize("record", [{"messages": [TEXT]}, {"conversations": talk("x", "y")}, {"caption": "x"}])
+def test_other_media_in_an_archive_are_not_passed_over(folder, name, record):
+    with pytest.raises(InputError, match=rf"^d\.tar, byte 0: the file '{name}' of the record is no JPEG"):
+        archive(folder, record, (f"s/k.{name}", b"x"), ("s/k.png", png(8, 9)))
+
+
 def hugging(*messages, images=((2, 3), (4, 5))):
     return {"messages": list(messages), "images": [{"bytes": png(*size), "path": None} for size in images]}
 
@@ -267,7 +380,7 @@ def page(height, width):
     return picture(height, width, "document")
 
 
-def test_obelics(folder):
+def test_obelics(folder, caplog):
     records = [
         {"images": ["2x3.png", None, "http://a/b.png", None], "texts": [None, "one", None, "two"]},
         {"images": [None, "http://a/c.png", None], "texts": ["one", None, "two"]},
@@ -277,6 +390,7 @@ def test_obelics(folder):
     assert plain(data[0])[1] == [page(2, 3), told("one"), page(4, 5), told("two")]
     assert plain(data[1])[1] == [told("one\n\ntwo")]
     assert data.sizes(1) == [(0, 0)]
+    assert "d: 1 of 3 pictures are not there and are left out" in caplog.text
     with pytest.raises(InputError, match=r"'http://a/b.png' is not here, and nothing is fetched.*missing='skip_image'"):
         opened(folder / "e.jsonl", records)
     with pytest.raises(InputError, match="says nothing"):
