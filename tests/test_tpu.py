@@ -48,6 +48,7 @@ for bucket in source.plan.buckets:
         ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}, [1, 1, 1, 1], "auto"),
         ("v5e:2x2", {}, [2, 2, 1, 1], "auto"),
         ("v5e:2x2", {}, [1, 2, 1, 2], "explicit"),
+        ("v5e:2x2", {}, [1, 2, 2, 1], "auto"),
     ],
 )
 def test_the_quick_start_compiles_for_v5e(topology, extra, shape, mode):

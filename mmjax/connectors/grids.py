@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
+from mmjax.nn import linear
 from mmjax.nn.attention import Bias, attend
 
 Channels = Literal["patch", "channel"]
@@ -141,7 +142,7 @@ def depthwise(x: Float[Array, "b p d"], kernel: Float[Array, "k k d"], where: Pl
     @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gradients would keep all shifted copies
     def add(out: jax.Array, one: tuple) -> tuple[jax.Array, None]:
         index, scale = one
-        return out + sharding.take_rows(x, index) * scale[None, None].astype(x.dtype), None
+        return out + linear.times(sharding.take_rows(x, index), scale), None
 
     start = sharding.vary(jnp.zeros_like(x), (x, index, kernel))
     return jax.lax.scan(add, start, (index, kernel.reshape(size * size, -1)))[0]

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ParamSpec, Spec, fan_in
-from mmjax.nn import mlp, norm
+from mmjax.nn import linear, mlp, norm
 from mmjax.nn.attention import attend
 
 
@@ -103,12 +103,12 @@ def apply(
 
     def project(name: str, of: Float[Array, "b n c"]) -> Float[Array, "b n h e"]:
         y = sharding.dense(of, params[name]["kernel"], split)
-        return y + params[name]["bias"][None, None] if cfg.bias else y
+        return linear.plus(y, params[name]["bias"]) if cfg.bias else y
 
     h = norm.apply(params["norm"], x, cfg.norm)
     seen = h if inputs is None else norm.apply(params["input_norm"], inputs, cfg.input_norm)
     out, _ = attend(project("q", h), project("k", seen), project("v", seen), order, lo, hi)
-    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None)) + params["out"]["bias"][None, None]
+    y = linear.plus(sharding.dense(out, params["out"]["kernel"], ("batch", None, None)), params["out"]["bias"])
     x = x + y if cfg.residual else y
     if cfg.hidden:
         x = x + mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm), cfg.mlp)

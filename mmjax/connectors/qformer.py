@@ -197,7 +197,8 @@ def encode(
         raise InputError("A Q-Former needs queries of its own or handed over, and not both; see Config.queries.")
     queries = params["queries"] if queries is None else queries
     (b, n, _), q = grid.shape, queries.shape[0]
-    start = jnp.repeat(jnp.tile(queries, (n, 1))[None], b, axis=0).astype(features.dtype)
+    # In float32, as the queries' gradient is a sum over rows and pictures.
+    start = jnp.repeat(jnp.tile(queries.astype(jnp.float32), (n, 1))[None], b, axis=0).astype(features.dtype)
     x = sharding.constrain(start, ("batch", None, None))
     if text is not None:
         x = jnp.concatenate([x, _embed(params, text, cfg, n).astype(x.dtype)], axis=1)
@@ -289,8 +290,8 @@ def _attention(params: dict, x: jax.Array, of: jax.Array, cfg: Config, order, lo
 
     def project(x: jax.Array, name: str) -> jax.Array:
         y = sharding.dense(x, params[name]["kernel"], ("batch", None, "heads", None))
-        return y + params[name]["bias"][None, None]
+        return linear.plus(y, params[name]["bias"])
 
     out, _ = attend(project(x, "q"), project(of, "k"), project(of, "v"), order, lo, hi)
-    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None)) + params["out"]["bias"][None, None]
+    y = linear.plus(sharding.dense(out, params["out"]["kernel"], ("batch", None, None)), params["out"]["bias"])
     return norm.apply(params["norm"], x + y, cfg.norm)

@@ -23,6 +23,7 @@ from mmjax.connectors import Connector, grids
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec, fan_in
+from mmjax.nn import linear
 from mmjax.nn.attention import attend
 
 
@@ -81,7 +82,7 @@ def apply(
     """
     where, maps = grids.places(image, order, grid, slices), grids.wholes(grid, slices)
     near = grids.depthwise(features, params["local"]["kernel"], where)
-    near = near + params["local"]["bias"].astype(features.dtype)[None, None]
+    near = linear.plus(near, params["local"]["bias"])
     small = attended(params, grids.average(features, where, maps, cfg.side), cfg, maps)
     # The first picture of a whole holds its map: that one's bins are read.
     first = image if slices is None else sharding.take_rows(slices[..., 0], image)

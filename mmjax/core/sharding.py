@@ -232,10 +232,33 @@ def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
     """table[ids] for a parameter table ("vocab", …) that may be split; ids must be in range (see Batch)."""
     # Gathered over "embed" first, as `dense` does: looked up in narrow slices, it would be laid out twice.
     table = constrain(table, ("vocab",) + (None,) * (table.ndim - 1))
-    if _mode() is AxisType.Explicit:
-        out = _partition_here(axes, (*ids.shape, *table.shape[1:]))
-        return table.at[ids].get(out_sharding=out)
-    return constrain(table[ids], axes)
+    axes = fitting(axes, (*ids.shape, *table.shape[1:]))
+
+    def read(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if _mode() is AxisType.Explicit:
+            out = _partition_here(axes, (*ids.shape, *table.shape[1:]))
+            return table.at[ids].get(out_sharding=out)
+        return constrain(table[ids], axes)
+
+    return _read(read, table, ids)
+
+
+def _read(f: Callable, x: jax.Array, index: jax.Array) -> jax.Array:
+    """f(x, index), linear in x, whose gradient adds up in float32: thousands of tokens may have read the same place."""
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize >= 4:
+        return f(x, index)
+    return _read_narrow(f, x, index)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _read_narrow(f: Callable, x: jax.Array, index: jax.Array) -> jax.Array:
+    return f(x, index)
+
+
+@_read_narrow.defjvp
+def _read_tangent(f: Callable, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, index), (dx, _) = primals, tangents
+    return _read_narrow(f, x, index), f(dx.astype(jnp.float32), index).astype(x.dtype)
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -257,10 +280,14 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, outside)
 
     if parts("length") == 1:
-        return read(x, index)
+        return _read(read, x, index)
     rows, split = fitting(("batch", "length"), index.shape)
     rest = (None,) * (x.ndim - 2)
-    return local(read, (x, index), ((rows, None, *rest), (rows, split)), (rows, split, *rest))
+
+    def each(x: jax.Array, index: jax.Array) -> jax.Array:
+        return local(read, (x, index), ((rows, None, *rest), (rows, split)), (rows, split, *rest))
+
+    return _read(each, x, index)
 
 
 def unsplit(tree: Any) -> Any:

@@ -88,12 +88,12 @@ def attention_spec(width: int, heads: int, bias: bool) -> Spec:
 def heads(params: dict, x: Float[Array, "b l d"]) -> Float[Array, "b l h e"]:
     """One of q, k, v."""
     y = sharding.dense(x, params["kernel"], ("batch", None, "heads", None))
-    return y + params["bias"][None, None] if "bias" in params else y
+    return linear.plus(y, params["bias"]) if "bias" in params else y
 
 
 def back(params: dict, x: Float[Array, "b l h e"]) -> Float[Array, "b l d"]:
     """The projection `out`."""
-    return sharding.dense(x, params["kernel"], ("batch", None, None)) + params["bias"][None, None]
+    return linear.plus(sharding.dense(x, params["kernel"], ("batch", None, None)), params["bias"])
 
 
 def classifier(width: int, classes: int | None) -> linear.Config:

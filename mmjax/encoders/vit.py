@@ -16,7 +16,7 @@ from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec
 from mmjax.encoders import head as heads
-from mmjax.nn import norm, patch_embed, position_embed, transformer
+from mmjax.nn import linear, norm, patch_embed, position_embed, transformer
 from mmjax.sequence import behind
 
 
@@ -200,7 +200,7 @@ def embed(
     if masked is not None:
         if not cfg.mask:
             raise InputError("This encoder has no vector for masked patches; set `mask`, or leave `masked` out.")
-        x = jnp.where(masked[..., None], params["mask"].astype(x.dtype)[None, None], x)
+        x = jnp.where(masked[..., None], linear.plus(jnp.zeros_like(x), params["mask"]), x)
     if cfg.table is None:
         return x
     own = sharding.take_rows(grid[..., 1:], image)

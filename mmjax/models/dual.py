@@ -38,6 +38,7 @@ def unit(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
 
 
 def apply(params: dict, images: Float[Array, "i e"], texts: Float[Array, "t e"], cfg: Config) -> Float[Array, "i t"]:
-    """Logits of every picture with every text, from the towers' vectors (vit.encode's `pooled`, text.pool)."""
-    logits = jnp.exp(params["scale"])[None] * (unit(images) @ unit(texts).T)
+    """f32 logits of every picture with every text, from the towers' vectors (vit.encode's `pooled`, text.pool)."""
+    alike = jnp.matmul(unit(images), unit(texts).T, preferred_element_type=jnp.float32)
+    logits = jnp.exp(params["scale"].astype(jnp.float32))[None] * alike
     return logits + params["bias"][None] if cfg.bias else logits

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in
-from mmjax.nn import mlp, norm
+from mmjax.nn import linear, mlp, norm
 from mmjax.nn.attention import attend
 
 
@@ -80,12 +80,12 @@ def apply(
     split = ("batch", "length", "heads", None)
     probe = jnp.repeat(params["probe"][None].astype(features.dtype), lo.shape[0], axis=0)
     # One probe per row, repeated after its product: all pictures ask the same.
-    q = sharding.dense(sharding.vary(probe, features), params["q"]["kernel"], split) + params["q"]["bias"][None, None]
+    q = linear.plus(sharding.dense(sharding.vary(probe, features), params["q"]["kernel"], split), params["q"]["bias"])
     q = sharding.constrain(jnp.repeat(q, lo.shape[1], axis=1), split)
     k, v = (
-        sharding.dense(features, params[name]["kernel"], split) + params[name]["bias"][None, None]
+        linear.plus(sharding.dense(features, params[name]["kernel"], split), params[name]["bias"])
         for name in ("k", "v")
     )
     out, _ = attend(q, k, v, order, lo, hi)
-    x = sharding.dense(out, params["out"]["kernel"], ("batch", "length", None)) + params["out"]["bias"][None, None]
+    x = linear.plus(sharding.dense(out, params["out"]["kernel"], ("batch", "length", None)), params["out"]["bias"])
     return x + mlp.apply(params["mlp"], norm.apply(params["norm"], x, cfg.norm), cfg.mlp)

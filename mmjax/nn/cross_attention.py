@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from mmjax.core import sharding
 from mmjax.core.spec import ZEROS, ParamSpec, Spec, fan_in
-from mmjax.nn import mlp, norm
+from mmjax.nn import linear, mlp, norm
 from mmjax.nn.attention import attend
 
 
@@ -80,6 +80,6 @@ def apply(
     k, v = (sharding.dense(media, params[name]["kernel"], split) for name in ("k", "v"))
     out, _ = attend(q, k, v, order, lo, hi)
     y = sharding.dense(out, params["out"]["kernel"], ("batch", "length", None))
-    x = x + jnp.tanh(params["attention_gate"]).astype(x.dtype)[None, None] * y
+    x = x + linear.times(y, jnp.tanh(params["attention_gate"]))
     y = mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm), cfg.mlp)
-    return x + jnp.tanh(params["mlp_gate"]).astype(x.dtype)[None, None] * y
+    return x + linear.times(y, jnp.tanh(params["mlp_gate"]))

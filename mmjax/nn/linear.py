@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmjax.core import sharding
@@ -34,4 +36,22 @@ def apply(params: dict, x: Float[Array, "b l inputs"], cfg: Config) -> Float[Arr
     """
     out = None if cfg.axes[1] == "embed" else cfg.axes[1]
     y = sharding.dense(x, params["kernel"], ("batch", "length", out))
-    return y + sharding.constrain(params["bias"], (out,))[None, None] if cfg.bias else y
+    return plus(y, sharding.constrain(params["bias"], (out,))) if cfg.bias else y
+
+
+def plus(x: Float[Array, "*axes"], p: Float[Array, "*last"]) -> Float[Array, "*axes"]:
+    """x + p for a parameter of x's last axes, in x's dtype.
+
+    Computed in float32, and so is the parameter's gradient, a sum over all tokens: in bfloat16 that would come to rest
+    after some hundreds of them.
+    """
+    return (_wide(x) + _wide(p)[(None,) * (x.ndim - p.ndim)]).astype(x.dtype)
+
+
+def times(x: Float[Array, "*axes"], p: Float[Array, "*last"]) -> Float[Array, "*axes"]:
+    """x · p, likewise."""
+    return (_wide(x) * _wide(p)[(None,) * (x.ndim - p.ndim)]).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
-from mmjax.nn import mlp, norm
+from mmjax.nn import linear, mlp, norm
 from mmjax.nn import rope as rotary
 from mmjax.nn.attention import RESULTS, attend
 
@@ -242,7 +242,7 @@ def _blocks(
 
 
 def _scaled(x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return x if scale is None else x * scale.astype(x.dtype)[None, None]
+    return x if scale is None else linear.times(x, scale)
 
 
 def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> jax.Array:
@@ -250,7 +250,7 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
 
     def project(name: str) -> jax.Array:
         y = sharding.dense(x, params[name]["kernel"], split)
-        return y + params[name]["bias"][None, None] if cfg.has_bias(name) else y
+        return linear.plus(y, params[name]["bias"]) if cfg.has_bias(name) else y
 
     def normed(name: str, y: jax.Array) -> jax.Array:
         heads = y.shape[2]
@@ -264,4 +264,4 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
         q, k = (rotary.rotate(x, *turn, cfg.rope.pairs) for x in (q, k))
     out, _ = attend(q, k, v, order, lo, hi)
     y = sharding.dense(out, params["out"]["kernel"], PLACE)
-    return y + params["out"]["bias"][None, None] if cfg.has_bias("out") else y
+    return linear.plus(y, params["out"]["bias"]) if cfg.has_bias("out") else y

@@ -53,6 +53,8 @@ def within(image: Int[Array, "b p"], order: Int[Array, "b p"], grid: Int[Array, 
 
 def start(tokens: Float[Array, "m d"], x: Float[Array, "b p _"], pictures: int) -> Float[Array, "b s d"]:
     """The learned tokens once for each picture of each row, typed as x is."""
-    out = jnp.repeat(jnp.tile(tokens, (pictures, 1))[None], x.shape[0], axis=0).astype(x.dtype)
+    # In float32 first: the tokens' gradient is a sum over all pictures of all rows.
+    wide = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
+    out = jnp.repeat(jnp.tile(wide, (pictures, 1))[None], x.shape[0], axis=0).astype(x.dtype)
     # Inside a shard_map the loop's state varies from device to device, as the features do, and must from the start.
     return sharding.constrain(sharding.vary(out, x), ("batch", None, None))

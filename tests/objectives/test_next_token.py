@@ -104,7 +104,7 @@ def test_every_device_works_in_every_turn():
     with jax.set_mesh(mesh):
         placed = [sharding.constrain(jnp.asarray(x), ("batch", "length", None)[: x.ndim]) for x in arrays]
         found = jax.jit(lambda *x: next_token.loss(head, *x, chunk=3))(*placed)
-    assert set(seen) == {((2, 12, 5), jax.sharding.PartitionSpec("data", "sequence", None))}
+    assert set(seen) == {((2, 12, 5), jax.sharding.PartitionSpec(("data", "fsdp"), "sequence", None))}
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
