@@ -32,7 +32,7 @@ from mmjax.train.watch import Compiles, StopRequest
 CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
 # Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
 MAY_CHANGE = re.compile(
-    r"out|(mesh|cluster)\..*|threads|keep|keep_every|save_every|fallback|packing\.memory|data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
+    r"out|(mesh|cluster)\..*|threads|keep|keep_every|save_every|fallback|data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
 )
 
 
@@ -121,19 +121,30 @@ def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> di
     if not steps:
         return {}
     before = checkpoints.metadata(steps[-1])
-    now = configs.flatten(cfg)
-    then = before["config"]
-    changed = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not MAY_CHANGE.fullmatch(k)]
-    what = [f"{k} ({then.get(k)} → {now.get(k)})" for k in changed]
-    told, found = before.get("datasets", {}), data.fingerprints
-    what += [f"the documents of {name!r}" for name in sorted(told | found) if told.get(name) != found.get(name)]
-    what += [] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"]
+    what = differences(before, cfg, data)
     if what:
         raise InputError(
             f"{cfg.out} holds a run with other settings: {', '.join(what)}; set them back to resume it, or give "
             f"another --out."
         )
     return before
+
+
+def differences(before: dict[str, Any], cfg: Config, data: Data) -> list[str]:
+    """What a run's checkpoint was made with and this config is not, so that going on would be another run."""
+    now, then = configs.flatten(cfg), before["config"]
+    changed = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not _may_change(k, cfg)]
+    what = [f"{k} ({then.get(k)} → {now.get(k)})" for k in changed]
+    told, found = before.get("datasets", {}), data.fingerprints
+    what += [f"the documents of {name!r}" for name in sorted(told | found) if told.get(name) != found.get(name)]
+    if list(told) != list(found) and told.keys() == found.keys():
+        what.append(f"the order of data.sources ({', '.join(told)} → {', '.join(found)})")
+    return what + ([] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"])
+
+
+def _may_change(field: str, cfg: Config) -> bool:
+    # With less memory a picture may be too large, which is an error or, where holes are allowed, other data.
+    return bool(MAY_CHANGE.fullmatch(field)) or (field == "packing.memory" and not cfg.packing.holes)
 
 
 @dataclasses.dataclass
@@ -157,6 +168,7 @@ class Loop:
         self.trained, self.tokens = self.before.get("trained", 0.0), self.before.get("tokens", 0)
         self.late, self.waiting = self.before.get("late", 0), self.before.get("waiting", 0.0)
         self.skipped = self.before.get("skipped", 0)
+        self.data.training.holes.reasons |= self.before.get("holes", {})
 
     def train(self, now: TrainState, stop: StopRequest) -> TrainState:
         """Steps until the last, or until asked to stop; either way the last step done is saved.
@@ -262,6 +274,7 @@ class Loop:
             "late": self.late,
             "waiting": self.waiting,
             "skipped": self.skipped,
+            "holes": dict(self.data.training.holes.reasons),
         }
         self.checkpoints.save(step, now, metadata=metadata)
 

@@ -62,10 +62,11 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     else:
         opened = sets.open_sources(cfg.data, cfg.seed, most)
         documents, held_out, fingerprints = opened.training, opened.held_out, opened.fingerprints
+    epochs = 0 if isinstance(cfg.data, drawings.Config) else cfg.data.epochs
     plan = index.training(
         documents,
         lay,
-        steps=cfg.steps,
+        steps=None if epochs else cfg.steps,
         k=packing.buckets,
         tokens=packing.tokens,
         rows=packing.rows,
@@ -73,6 +74,11 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         patches=packing.patches,
         long=packing.long,
     )
+    if epochs and len(plan.steps) != cfg.steps:
+        raise InputError(
+            f"data.epochs is {epochs}, which takes {len(plan.steps)} steps of these documents, but steps is "
+            f"{cfg.steps}; set steps to {len(plan.steps)}, or mix by weights (data.epochs 0)."
+        )
     made = functools.partial(
         Source,
         vocab=tokenizer.vocab,

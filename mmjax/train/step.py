@@ -142,7 +142,7 @@ def _counted(norm: jax.Array, usable: jax.Array, guard: Guard) -> Guard:
 
 
 def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules, parts: int = 1) -> Batch:
-    """Where every field lies on a mesh. With `parts` > 1 (see `cut`) they have one more axis, in front, which is whole."""
+    """Where every field lies on a mesh; with `parts` > 1 (see `cut`) an axis more is in front, and is whole."""
     front = () if parts == 1 else (None,)
     of = batches.axes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(front) :], x.dtype), batch))
     return jax.tree.map(lambda x, axes: sharding.named(mesh, front + axes, rules, x.shape), batch, of)

@@ -8,6 +8,7 @@ import jax
 import pytest
 from tiny import tiny_model, tiny_run
 
+from mmjax.core import config as configs
 from mmjax.core.errors import InputError
 from mmjax.data import drawings, index
 from mmjax.data.sets import Drawings, Files, Mixed
@@ -88,7 +89,7 @@ def test_a_run_over_datasets(cfg, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.Progress, "update", update)
     assert loop.run(cfg) == 143
     monkeypatch.setattr(report.Progress, "update", real)
-    assert [step for step, _ in report.losses(cfg.out)] == [1, 2, 3]
+    assert [step for step, _ in report.losses(cfg.out)] == [1, 2, 3, 4]  # the last ran while step 3 was read
 
     write(tmp_path / "dogs.jsonl", conversations("cow", 40))
     with pytest.raises(InputError, match=r"a run with other settings: the documents of 'hounds'; set them back"):
@@ -160,6 +161,42 @@ def test_what_a_run_is_fed_with(cfg):
     shares = [sum(id.startswith((f"{name}:", f"{name}~")) for id in trained) for name in data.fingerprints]
     assert sum(shares) == len(trained)
     assert shares[1] > shares[0] > 0 < shares[2]
+
+
+def differences(before, now):
+    """What hinders resuming with another config."""
+    data = prepare_data(before)
+    saved = {"config": configs.flatten(before), "tokenizer": data.tokenizer.fingerprint, "datasets": data.fingerprints}
+    return loop.differences(json.loads(json.dumps(saved)), now, prepare_data(now))
+
+
+def test_the_order_of_sources_is_the_streams(cfg):
+    cats, dogs, drawn = cfg.data.sources
+    plain = changed(cfg, sources=(cats, dataclasses.replace(dogs, weight=1.0, name="", schema="messages"), drawn))
+    assert differences(plain, plain) == []
+    cats, dogs, drawn = plain.data.sources
+    swapped = changed(plain, sources=(dogs, cats, drawn))
+    assert differences(plain, swapped) == ["the order of data.sources (cats, dogs, drawings → dogs, cats, drawings)"]
+
+
+def test_memory_may_change_where_it_changes_nothing(cfg):
+    def with_packing(**more):
+        return dataclasses.replace(cfg, packing=dataclasses.replace(cfg.packing, **more))
+
+    assert differences(cfg, with_packing(memory=512)) == []
+    assert differences(with_packing(holes=3), with_packing(holes=3, memory=512)) == ["packing.memory (1024 → 512)"]
+
+
+def test_whole_epochs_take_as_many_steps_as_they_take(cfg):
+    cats, dogs, _ = cfg.data.sources
+    epochs = changed(cfg, sources=(cats, dataclasses.replace(dogs, weight=1.0)), epochs=2)
+    with pytest.raises(
+        InputError, match=r"data\.epochs is 2, which takes \d+ steps .* steps is 6; set steps to"
+    ) as told:
+        prepare_data(epochs)
+    steps = int(str(told.value).split("set steps to ")[1].split(",")[0])
+    plan = prepare_data(dataclasses.replace(epochs, steps=steps)).training.plan
+    assert sum(len(row) for step in plan.steps for row in step.rows) == 2 * (34 + 34)
 
 
 def test_nothing_held_out(cfg):
