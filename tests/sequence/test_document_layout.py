@@ -172,7 +172,7 @@ def test_twenty_thousand_turns_take_time_in_proportion():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["generic", "llava-v1", "qwen-vl", "idefics3", "gemma-3"])
+@pytest.mark.parametrize("name", ["llava-v1", "idefics3"])  # turns tokenized as one string, and apart
 def test_a_hundred_thousand_turns_are_written_exactly(name):
     chat = Chat(text.load(drawings.tokenizer_model()), conventions.find(name))
 
