@@ -13,7 +13,6 @@ whole steps and orphans, and `Checkpoints` sweeps orphans when it starts. Orbax 
     python -m mmjax.checkpoint prune DIR [--keep N] [--every M] [--damaged]
 """
 
-import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -22,13 +21,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from mmjax.core import processes, storage
-from mmjax.core.archive import export, local_path, open_nested, prune, verify
+from mmjax.core.archive import export, local_path, main, open_nested, prune, verify
 from mmjax.core.checksum import checksums, start_checksums
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike, disk_errors, lock_directory, sync_directory
@@ -163,14 +161,14 @@ class Checkpoints:
         self._saving.start()
 
     def _claim(self, step: int, stack: contextlib.ExitStack) -> None:
-        # A minute: a process that is only starting holds the lock while it sweeps. `done` and not the directory
-        # itself, which the program that owns the run may have locked already.
         existing = finished_steps(self.directory)
         if step < 0 or (existing and step <= existing[-1]):
             raise InputError(
                 f"cannot save step {step} in {self.directory}: steps increase from 0, and it has {existing or 'none'};"
                 f" save a later step, or use another directory"
             )
+        # A minute: a process that is only starting holds the lock while it sweeps. `done` and not the directory
+        # itself, which the program that owns the run may have locked already.
         stack.enter_context(lock_directory(self.directory / "done", wait=60.0))
         if manifest_path(self.directory, step).exists():
             set_aside(self.directory, step)
@@ -190,6 +188,9 @@ class Checkpoints:
                 except BaseException:
                     self._remove(step)
                     raise
+                if processes.index() == 0:
+                    for old in surplus(finished_steps(self.directory), self.keep, self.every):
+                        remove_step(self.directory, old)
         except BaseException as error:
             self._error = error
             if "cannot schedule new futures" in str(error):  # Python's, when it is shutting down
@@ -201,8 +202,6 @@ class Checkpoints:
         manifest["files"] = list_files(data)
         sync_directory(self.directory)
         write_manifest(self.directory, manifest)
-        for old in surplus(finished_steps(self.directory), self.keep, self.every):
-            remove_step(self.directory, old)
 
     def _remove(self, step: int) -> None:
         if processes.index() == 0:
@@ -327,68 +326,6 @@ class Checkpoints:
         error, self._error = self._error, None
         if error is not None:
             print(f"mmjax.checkpoint: {error}", file=sys.stderr)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m mmjax.checkpoint`; returns the exit status: 1 for a damaged step, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m mmjax.checkpoint", description=__doc__.partition("\n")[0])
-    actions = parser.add_subparsers(dest="action", required=True)
-    told = {
-        "list": "the steps, their sizes and metadata",
-        "verify": "reads everything and compares it with what was written",
-        "export": "writes leaves of a step as one safetensors file",
-        "prune": "deletes old steps, and what interrupted saves have left",
-    }
-    parsers = {action: actions.add_parser(action, help=text, description=text) for action, text in told.items()}
-    for of in parsers.values():
-        of.add_argument("directory", metavar="DIR")
-    add = parsers["export"].add_argument
-    add("file", metavar="FILE")
-    add("--step", type=int, help="the newest, if not given")
-    add("--only", action="append", metavar="PATTERN", help="leaves whose names match: 'params/*'; may be repeated")
-    add = parsers["prune"].add_argument
-    add("--keep", type=int, metavar="N", help="keep the newest N steps")
-    add("--every", type=int, metavar="M", default=0, help="keep the multiples of M too, and the newest step")
-    add("--damaged", action="store_true", help="delete the steps that were set aside as damaged")
-    given = parser.parse_args(arguments)
-    try:
-        directory = local_path(given.directory)
-        if given.action == "list":
-            _list(directory)
-        elif given.action == "verify":
-            return _verify_all(directory)
-        elif given.action == "export":
-            size = export(directory, given.file, given.step, only=given.only or ("*",))
-            print(f"{given.file}\t{size / 1e6:.1f} MB")
-        else:
-            for path in prune(directory, keep=given.keep, every=given.every, damaged=given.damaged):
-                print(f"deleted {path}")
-        return 0
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def _list(directory: Path) -> None:
-    for step in listed_steps(directory) or [newest_step(directory)]:
-        try:
-            manifest = read_manifest(directory, step)
-        except Damaged as error:
-            print(f"{step}\tdamaged: {error.args[0]}")
-            continue
-        size = sum(file["size"] for file in manifest["files"])
-        print(f"{step}\t{len(manifest['leaves'])} arrays\t{size / 1e6:.1f} MB", json.dumps(manifest["metadata"]))
-    for path in sorted((directory / "damaged").glob("*.json")):
-        print(f"{path.stem}\tset aside as damaged, in {path.parent}")
-
-
-def _verify_all(directory: Path) -> int:
-    damaged = False
-    for step in listed_steps(directory) or [newest_step(directory)]:
-        problems = verify(directory, step)
-        damaged |= bool(problems)
-        print("\n".join(f"step {step}: {problem}" for problem in problems or ["whole"]))
-    return int(damaged)
 
 
 if __name__ == "__main__":

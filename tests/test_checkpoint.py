@@ -122,7 +122,7 @@ def test_only_empty_arrays(tmp_path):
     tree = {"e": jnp.zeros((0, 2), jnp.bfloat16)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree)
-        assert_same(checkpoints.restore(abstract(tree))[0], tree)
+        assert_same(checkpoints.restore(abstract(tree)).tree, tree)
     assert open_nested(tmp_path)["e"].shape == (0, 2)
     assert verify(tmp_path, 1) == []
 
@@ -150,10 +150,10 @@ def test_saved_on_eight_devices_restored_on_any(tmp_path, mode):
                 assert bits(leaf) == bits(tree[name])
                 assert leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim), name
         # Arrays say where they lie themselves.
-        assert_same(checkpoints.restore(restored)[0], restored)
+        assert_same(checkpoints.restore(restored).tree, restored)
         device = SingleDeviceSharding(jax.devices()[3])
         like["w"] = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=device)
-        assert checkpoints.restore(like)[0]["w"].devices() == {jax.devices()[3]}
+        assert checkpoints.restore(like).tree["w"].devices() == {jax.devices()[3]}
 
 
 def test_an_abstract_mesh_is_no_place(tmp_path):
@@ -259,7 +259,7 @@ def test_steps_increase(tmp_path):
         for step in (5, 4, -1):
             with pytest.raises(InputError, match=rf"cannot save step {step} in .*: steps increase from 0, and it has"):
                 checkpoints.save(step, tiny(2.0))
-        assert_same(checkpoints.restore(abstract(tiny()))[0], tiny())
+        assert_same(checkpoints.restore(abstract(tiny())).tree, tiny())
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -302,7 +302,7 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path, monkeypatch):
             (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
             second = Checkpoints(tmp_path)
             assert (tmp_path / "2.orbax-checkpoint-tmp").exists()  # another's save in progress
-            assert_same(second.restore(abstract(tiny()))[0], tiny())
+            assert_same(second.restore(abstract(tiny())).tree, tiny())
             with pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
                 second.save(2, tiny())
 
@@ -415,7 +415,7 @@ def test_truncated_and_deleted_files(tmp_path):
     for proven in (True, False):
         with pytest.raises(InputError, match=r"/2/state/\S+ is missing; restore another step"):
             checkpoints.restore(abstract(tiny()), 2, verify=proven)
-    assert_same(checkpoints.restore(abstract(tiny()), 1)[0], tiny(1))
+    assert_same(checkpoints.restore(abstract(tiny()), 1).tree, tiny(1))
 
 
 def test_a_damaged_manifest_hides_the_step_and_keeps_the_data(tmp_path, capsys):
@@ -465,7 +465,7 @@ def test_killed_while_saving(tmp_path, seconds, commit):
         expected = {"w": np.random.default_rng(0).normal(size=(16, 2**17)).astype(np.float32)}
         assert checkpoints.steps() == [1]
         assert sorted(os.listdir(tmp_path)) == ["1", "done"]
-        assert_same(checkpoints.restore(expected)[0], expected)
+        assert_same(checkpoints.restore(expected).tree, expected)
         checkpoints.save(2, expected)
         assert verify(tmp_path, 1) == []
     assert checkpoints.steps() == [1, 2]
@@ -547,7 +547,7 @@ def test_full_disk(small_disk, capfd, commit):
             ):
                 checkpoints.wait()
             assert sorted(os.listdir(small_disk)) == ["1", "done"]
-        assert_same(checkpoints.restore(abstract(tiny()))[0], tiny(1))
+        assert_same(checkpoints.restore(abstract(tiny())).tree, tiny(1))
         checkpoints.save(3, tiny(3), wait=True)
         # Not a byte is left: it fails at another place.
         with open(small_disk / "fill", "wb", buffering=0) as file, contextlib.suppress(OSError):

@@ -1,8 +1,11 @@
-"""What one process does alone to the steps of a directory: open, verify, export and prune them."""
+"""What one process does alone to the steps of a directory: open, verify, export and prune them; and the command."""
 
+import argparse
 import fnmatch
+import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +17,11 @@ from mmjax.core.errors import InputError
 from mmjax.core.export import write_safetensors
 from mmjax.core.files import PathLike, lock_directory
 from mmjax.core.manifest import (
+    Damaged,
     compare_leaves,
     damaged_files,
     finished_steps,
+    listed_steps,
     newest_step,
     read_manifest,
     remove_orphans,
@@ -124,3 +129,65 @@ def prune(directory: PathLike, *, keep: int | None = None, every: int = 0, damag
             gone += sorted((directory / "damaged").iterdir())
             shutil.rmtree(directory / "damaged")
     return gone
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m mmjax.checkpoint`; returns the exit status: 1 for a damaged step, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m mmjax.checkpoint", description="Looks after saved checkpoints.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    told = {
+        "list": "the steps, their sizes and metadata",
+        "verify": "reads everything and compares it with what was written",
+        "export": "writes leaves of a step as one safetensors file",
+        "prune": "deletes old steps, and what interrupted saves have left",
+    }
+    parsers = {action: actions.add_parser(action, help=text, description=text) for action, text in told.items()}
+    for of in parsers.values():
+        of.add_argument("directory", metavar="DIR")
+    add = parsers["export"].add_argument
+    add("file", metavar="FILE")
+    add("--step", type=int, help="the newest, if not given")
+    add("--only", action="append", metavar="PATTERN", help="leaves whose names match: 'params/*'; may be repeated")
+    add = parsers["prune"].add_argument
+    add("--keep", type=int, metavar="N", help="keep the newest N steps")
+    add("--every", type=int, metavar="M", default=0, help="keep the multiples of M too, and the newest step")
+    add("--damaged", action="store_true", help="delete the steps that were set aside as damaged")
+    given = parser.parse_args(arguments)
+    try:
+        directory = local_path(given.directory)
+        if given.action == "list":
+            _list(directory)
+        elif given.action == "verify":
+            return _verify_all(directory)
+        elif given.action == "export":
+            size = export(directory, given.file, given.step, only=given.only or ("*",))
+            print(f"{given.file}\t{size / 1e6:.1f} MB")
+        else:
+            for path in prune(directory, keep=given.keep, every=given.every, damaged=given.damaged):
+                print(f"deleted {path}")
+        return 0
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _list(directory: Path) -> None:
+    for step in listed_steps(directory) or [newest_step(directory)]:
+        try:
+            manifest = read_manifest(directory, step)
+        except Damaged as error:
+            print(f"{step}\tdamaged: {error.args[0]}")
+            continue
+        size = sum(file["size"] for file in manifest["files"])
+        print(f"{step}\t{len(manifest['leaves'])} arrays\t{size / 1e6:.1f} MB", json.dumps(manifest["metadata"]))
+    for path in sorted((directory / "damaged").glob("*.json")):
+        print(f"{path.stem}\tset aside as damaged, in {path.parent}")
+
+
+def _verify_all(directory: Path) -> int:
+    damaged = False
+    for step in listed_steps(directory) or [newest_step(directory)]:
+        problems = verify(directory, step)
+        damaged |= bool(problems)
+        print("\n".join(f"step {step}: {problem}" for problem in problems or ["whole"]))
+    return int(damaged)

@@ -99,7 +99,8 @@ def _client() -> Any:
 
 
 def _described(error: BaseException) -> list:
-    return [index(), type(error).__name__, str(error)]
+    # Not its text, to which a subclass may have added.
+    return [index(), type(error).__name__, error.args[0] if isinstance(error, InputError) else str(error)]
 
 
 def _error(process: int, kind: str, text: str) -> Exception:

@@ -94,7 +94,8 @@ def saving(state: dict, directory: str) -> dict[str, float]:
 def main() -> None:
     state = jax.block_until_ready(train_state())
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (1, TOKENS)), jnp.int32)
-    step = seconds(lambda both=jax.jit(jax.value_and_grad(loss)): both(state["params"], tokens))
+    both = jax.jit(jax.value_and_grad(loss))
+    step = seconds(lambda: both(state["params"], tokens))
     sums = seconds(lambda: checksums(state))
     size = nbytes(state)
     with tempfile.TemporaryDirectory(prefix="mmjax-benchmark-") as directory:

@@ -137,9 +137,8 @@ def test_a_number_set_aside_can_be_saved_again_and_again(tmp_path):
                 assert checkpoints.restore(abstract()).step == 1
             checkpoints.save(2, state(2))
     assert_is(checkpoints.restore(abstract()).tree, 2)
-    assert sorted(os.listdir(tmp_path / "damaged")) == sorted(
-        f"2{a}{b}" for a in ("", "-1", "-2") for b in ("", ".json")
-    )
+    aside = sorted(os.listdir(tmp_path / "damaged"))
+    assert aside == ["2", "2-1", "2-1.json", "2-2", "2-2.json", "2.json"]
 
 
 def test_none_is_whole(tmp_path):
@@ -150,9 +149,7 @@ def test_none_is_whole(tmp_path):
     says = rf"no step in .* is whole \(step 2: {damaged[1]} .*; step 1: {damaged[0]} "
     before = sorted(tmp_path.rglob("*"))
     for _ in range(2):  # whoever starts the program once more must not find an empty directory
-        with pytest.raises(
-            InputError, match=rf"no step in .* is whole \(step 2: {damaged[1]} .*; step 1: {damaged[0]} "
-        ):
+        with pytest.raises(InputError, match=says):
             Checkpoints(tmp_path).restore(abstract())
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -201,19 +198,18 @@ def test_either_mode_goes_on_with_the_other(tmp_path, first, second):
 @pytest.mark.parametrize("commit", COMMITS)
 def test_copies_taken_in_the_middle_of_a_save(tmp_path, monkeypatch, commit):
     run, copies = tmp_path / "run", []
-    held, list_files = threading.Event(), checkpoint.list_files
-    # The manifest, at least, waits for the copies.
-    monkeypatch.setattr(checkpoint, "list_files", lambda path: held.wait(30) and list_files(path))
+    copied, list_files = {str(step): threading.Event() for step in (1, 2, 3)}, checkpoint.list_files
+    # The manifest, at least, waits for some of the copies.
+    monkeypatch.setattr(checkpoint, "list_files", lambda path: copied[path.name].wait(60) and list_files(path))
     big = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(32, 2**16)), jnp.float32)}
     with Checkpoints(run, commit=commit) as checkpoints:
         for step in (1, 2, 3):
-            held.clear()
             checkpoints.save(step, big | {"step": jnp.int32(step)})
             for number in range(4):
                 # Files come and go under its hands: it copies what it gets.
                 subprocess.run(["cp", "-a", run, tmp_path / f"copy{len(copies)}"], capture_output=True)
                 if number == 2:
-                    held.set()
+                    copied[str(step)].set()
                 copies.append(step - 1)
     for number, before in enumerate(copies):
         copy = Checkpoints(tmp_path / f"copy{number}")
