@@ -2,74 +2,107 @@
 
     <dir>/<step>/...           what Orbax wrote: the tree as plain nested dicts, openable with no model code
     <dir>/done/<step>.json     the manifest: metadata, size and CRC-32 of every file, a checksum of every leaf
+    <dir>/damaged/<step>...    what `restore` found damaged, and went back to the step before
 
 A step exists when its manifest does. It is written last and removed first, so a process killed at any moment leaves
 whole steps and orphans, and `Checkpoints` sweeps orphans when it starts. Orbax itself has no checksum of the data.
 
     python -m mmjax.checkpoint list DIR
     python -m mmjax.checkpoint verify DIR      exit status 1 if anything is damaged
+    python -m mmjax.checkpoint export DIR FILE.safetensors [--step N] [--only 'params/*']
+    python -m mmjax.checkpoint prune DIR [--keep N] [--every M] [--damaged]
 """
 
-import argparse
 import atexit
 import contextlib
+import dataclasses
 import json
-import logging
-import math
-import os
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from mmjax.core.checksum import checksums, checksums_numpy, describe, is_key, parse
+from mmjax.core import processes, storage
+from mmjax.core.archive import export, local_path, main, open_nested, prune, verify
+from mmjax.core.checksum import checksums, start_checksums
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike, disk_errors, lock_directory, sync_directory
 from mmjax.core.manifest import (
     FORMAT,
+    Damaged,
     compare_leaves,
     damaged_files,
     finished_steps,
     list_files,
     listed_steps,
+    manifest_path,
     match_leaves,
     newest_step,
     read_manifest,
     remove_step,
+    set_aside,
+    surplus,
     sweep,
     write_manifest,
 )
 from mmjax.core.tree import flatten, unflatten
 
+__all__ = ["Checkpoints", "Restored", "export", "main", "open_nested", "prune", "verify"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpoints.restore` found. Unpacks as `tree, metadata`."""
+
+    tree: Any
+    metadata: dict
+    step: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.tree, self.metadata))
+
 
 class Checkpoints:
-    """The steps saved in one directory, of which the newest `keep` are kept.
+    """The steps saved in one directory, of which the newest `keep` are kept, and those that `every` divides.
 
     Saving runs in the background, one save at a time. Use it as a context manager, or call `close` at the end: a
     program that ends without either may lose the save that is still running (stderr says so). Any number of processes
     may read a directory while one saves into it.
 
+    Where `jax.distributed` joins several processes, each makes its own Checkpoints of the same shared directory and
+    calls the same methods in the same order, all of them; then they all get the same answer or the same error.
+
+    Args:
+      keep: how many of the newest steps are kept.
+      every: steps that are multiples of this are never deleted; 0 for none.
+      commit: how a step's data appears under its name, on top of which the manifest says whether it is whole. "rename":
+        it is written beside it and renamed, in one stroke on a file system. "marker": it is written in place and a
+        file in it marks the end, for mounted object stores, which rename by copying every file. Either may be read,
+        and gone on with, by either.
+
     Raises:
-      InputError: `keep` is less than 1, or the directory is not a local path.
+      InputError: `keep` or `every` is too small, `commit` unknown, or the directory is not a local path.
     """
 
-    def __init__(self, directory: PathLike, *, keep: int = 3):
+    def __init__(self, directory: PathLike, *, keep: int = 3, every: int = 0, commit: str = "rename"):
         if keep < 1:
             raise InputError(f"keep = {keep} would delete every checkpoint; keep at least 1")
-        self.directory = _local(directory)
-        self.keep = keep
+        if every < 0:
+            raise InputError(f"every = {every} is negative; give 0 to keep the newest steps only")
+        if commit not in storage.COMMITS:
+            raise InputError(f"commit = {commit!r} is neither 'rename' nor 'marker'; use 'rename' on file systems")
+        self.directory = local_path(directory)
+        self.keep, self.every, self.commit = keep, every, commit
         self._saving: threading.Thread | None = None
         self._error: BaseException | None = None
-        sweep(self.directory)
+        processes.from_first(lambda: sweep(self.directory))
 
     def steps(self) -> list[int]:
-        """The steps that exist, ascending. One that is still being saved does not."""
-        return finished_steps(self.directory)
+        """The steps that exist, ascending. One that is still being saved does not, nor one with a damaged manifest."""
+        return processes.from_first(lambda: finished_steps(self.directory))
 
     def metadata(self, step: int) -> dict:
         """What was given as `metadata` when the step was saved.
@@ -77,16 +110,17 @@ class Checkpoints:
         Raises:
           InputError: there is no such step.
         """
-        return read_manifest(self.directory, step)["metadata"]
+        return processes.from_first(lambda: read_manifest(self.directory, step))["metadata"]
 
     def save(self, step: int, tree: Any, *, metadata: dict | None = None, wait: bool = False) -> None:
         """Saves a tree of arrays as one step; steps increase.
 
-        Waits for the save before it and raises that one's error, if it failed. Returns once everything is copied to the
-        host, so that the arrays may be donated, and writes in the background, unless `wait`.
+        Waits for the save before it and raises that one's error, if it failed. Returns once the arrays may be donated
+        and overwritten, and writes in the background, unless `wait`. What is NumPy's is summed before it returns.
 
         Args:
-          tree: dicts, dataclasses, tuples of JAX or NumPy arrays, PRNG keys, Python numbers.
+          tree: dicts, dataclasses, tuples of JAX or NumPy arrays, PRNG keys, Python numbers. With several processes,
+            what they do not hold together is the same in each.
           metadata: small and JSON: the configuration, the position in the data.
 
         Raises:
@@ -98,69 +132,80 @@ class Checkpoints:
             json.dumps(manifest)
         except (TypeError, ValueError) as error:
             raise InputError(f"the metadata of step {step} cannot be written as JSON: {error}") from error
-        existing = self.steps()
+        flat, manifest["keys"] = storage.as_arrays(tree)
+        sums = start_checksums(tree)
+        storage.refuse_different(flat)
+        self._start(manifest, flat, sums)
+        if wait:
+            self.wait()
+
+    def _start(self, manifest: dict, flat: dict[str, Any], sums: Callable[[], dict[str, str]]) -> None:
+        step = manifest["step"]
+        written = error = None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(disk_errors(f"save step {step} in", self.directory))
+            processes.from_first(lambda: self._claim(step, stack))
+            try:
+                written = storage.save(self.directory / str(step), flat, self.commit)
+            except BaseException as raised:
+                error = raised
+            try:
+                processes.together(error)
+            except BaseException:
+                self._remove(step)
+                raise
+            held = stack.pop_all()
+        atexit.register(self._at_exit)
+        arguments = (manifest, sums, written, held)
+        self._saving = threading.Thread(target=self._complete, args=arguments, name="mmjax-checkpoint")
+        self._saving.start()
+
+    def _claim(self, step: int, stack: contextlib.ExitStack) -> None:
+        existing = finished_steps(self.directory)
         if step < 0 or (existing and step <= existing[-1]):
             raise InputError(
                 f"cannot save step {step} in {self.directory}: steps increase from 0, and it has {existing or 'none'};"
                 f" save a later step, or use another directory"
             )
-        flat = flatten(tree)
-        dotted: dict[str, str] = {}
-        for name, leaf in flat.items():
-            # Orbax joins names with ".", and where two then meet it keeps one of the arrays without a word.
-            if not name or dotted.setdefault(name.replace("/", "."), name) != name:
-                raise InputError(f"cannot save the leaf {name!r}: its name is empty or, with '.' for '/', taken twice")
-            if is_key(leaf):
-                manifest["keys"][name] = str(jax.random.key_impl(leaf))
-                flat[name] = jax.random.key_data(leaf)
-            elif not isinstance(leaf, jax.Array):
-                flat[name] = np.asarray(leaf)
-        manifest["leaves"] = checksums(tree)
-        # Orbax takes no arrays without elements; the manifest alone carries those.
-        self._start(manifest, unflatten({name: leaf for name, leaf in flat.items() if leaf.size}))
-        if wait:
-            self.wait()
+        # A minute: a process that is only starting holds the lock while it sweeps. `done` and not the directory
+        # itself, which the program that owns the run may have locked already.
+        stack.enter_context(lock_directory(self.directory / "done", wait=60.0))
+        if manifest_path(self.directory, step).exists():
+            set_aside(self.directory, step)
+        remove_step(self.directory, step)
 
-    def _start(self, manifest: dict, arrays: dict) -> None:
+    def _complete(
+        self, manifest: dict, sums: Callable[[], dict], written: Callable[[], None], held: contextlib.ExitStack
+    ) -> None:
         step = manifest["step"]
-        with contextlib.ExitStack() as stack:
-            # A minute: a process that is only starting holds the lock while it sweeps. `done` and not the directory
-            # itself, which the program that owns the run may have locked already.
-            stack.enter_context(lock_directory(self.directory / "done", wait=60.0))
-            stack.enter_context(disk_errors(f"save step {step} in", self.directory))
-            remove_step(self.directory, step)
-            try:
-                with _orbax() as ocp:
-                    response = ocp.save_async(self.directory / str(step), arrays) if arrays else None
-            except BaseException:
-                remove_step(self.directory, step)
-                raise
-            held = stack.pop_all()
-        atexit.register(self._at_exit)
-        self._saving = threading.Thread(target=self._complete, args=(manifest, response, held), name="mmjax-checkpoint")
-        self._saving.start()
-
-    def _complete(self, manifest: dict, response: Any, held: contextlib.ExitStack) -> None:
-        step = manifest["step"]
-        data = self.directory / str(step)
         try:
             with held:  # leaving it gives the lock back and turns disk errors into a sentence
                 try:
-                    if response is not None:
-                        response.result()
-                    data.mkdir(exist_ok=True)
-                    manifest["files"] = list_files(data)
-                    sync_directory(self.directory)
-                    write_manifest(self.directory, manifest)
+                    written()
+                    manifest["leaves"] = sums()
+                    if processes.index() == 0:
+                        self._finish(manifest)
                 except BaseException:
-                    remove_step(self.directory, step)
+                    self._remove(step)
                     raise
-                for old in self.steps()[: -self.keep]:
-                    remove_step(self.directory, old)
+                if processes.index() == 0:
+                    for old in surplus(finished_steps(self.directory), self.keep, self.every):
+                        remove_step(self.directory, old)
         except BaseException as error:
             self._error = error
             if "cannot schedule new futures" in str(error):  # Python's, when it is shutting down
                 self._error = InputError(f"step {step} was not saved: the program ended first; call Checkpoints.close")
+
+    def _finish(self, manifest: dict) -> None:
+        data = self.directory / str(manifest["step"])
+        data.mkdir(exist_ok=True)
+        manifest["files"] = list_files(data)
+        sync_directory(self.directory)
+        write_manifest(self.directory, manifest)
+
+    def _remove(self, step: int) -> None:
+        if processes.index() == 0:
+            remove_step(self.directory, step)
 
     def wait(self) -> None:
         """Returns when no save is running any more.
@@ -169,35 +214,98 @@ class Checkpoints:
           InputError: the save failed because of the disk. Any other error of the save is raised as it is. Once.
         """
         if self._saving is not None:
+            self._join()
+            error, self._error = self._error, None
+            processes.together(error)
+
+    def _join(self) -> None:
+        if self._saving is not None:
             self._saving.join()
             self._saving = None
             atexit.unregister(self._at_exit)
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
-    def restore(self, like: Any, step: int | None = None, *, verify: bool = True) -> tuple[Any, dict]:
-        """Loads a step (the newest, if None) into the structure of `like`; returns it with the step's metadata.
+    def restore(self, like: Any, step: int | None = None, *, fallback: bool = True, verify: bool = True) -> Restored:
+        """Loads a step into the structure of `like`: the newest that is whole, or the one that is asked for.
 
         The bits are those that were saved, on any number of devices. A leaf of `like` says where its array goes: a
         `jax.ShapeDtypeStruct` or JAX array with a sharding, there; without one, to the default device, uncommitted;
-        a NumPy array or Python number, to the host. `verify` compares the checksums after loading.
+        a NumPy array or Python number, to the host.
+
+        A damaged step is set aside, in <dir>/damaged, with a warning that names the file or leaf, and the step before
+        it is tried; if none is whole, all stay where they are. Damage is: a manifest or file that is missing or not as
+        it was written, or numbers that are not those that were saved.
+
+        Args:
+          step: None for the newest.
+          fallback: whether the newest step being damaged is a warning, and not an error.
+          verify: whether to compare the CRC-32 of every file before loading, and the checksum of every leaf after.
 
         Raises:
-          InputError: no such step; a leaf is missing, surplus, or of another shape or dtype; the data is damaged.
+          InputError: no such step; a leaf is missing, surplus, or of another shape or dtype; the step is damaged and
+            was asked for, or `fallback` is off; no step is whole.
         """
         self.wait()
-        step = newest_step(self.directory) if step is None else step
-        manifest = read_manifest(self.directory, step)
+        if step is not None:
+            return self._restore(like, step, verify)
+        damaged: dict[int, str] = {}
+        for candidate in reversed(processes.from_first(lambda: listed_steps(self.directory))):
+            try:
+                restored = self._restore(like, candidate, verify)
+            except InputError as error:
+                if self._deleted(candidate):  # meanwhile, by the process that saves here
+                    continue
+                if not (fallback and isinstance(error, Damaged)):
+                    raise
+                damaged[candidate] = error.args[0]
+            else:
+                processes.from_first(lambda step=candidate: self._set_aside(damaged, step))
+                return restored
+        if not damaged:
+            processes.from_first(lambda: newest_step(self.directory))  # which says that there is none
+        found = "; ".join(f"step {step}: {what}" for step, what in damaged.items())
+        raise InputError(f"no step in {self.directory} is whole ({found}); put copies back, or use another directory")
+
+    def _restore(self, like: Any, step: int, verify: bool) -> Restored:
+        manifest = processes.from_first(lambda: read_manifest(self.directory, step))
         wanted = flatten(like)
         match_leaves(wanted, manifest, self.directory)
-        loaded = _load(self.directory, manifest, {name: _target(name, leaf) for name, leaf in wanted.items()})
-        values = {name: _place(leaf, loaded[name], manifest["keys"].get(name)) for name, leaf in wanted.items()}
+        if verify:
+            # Before Orbax sees them: one process may fail on its files where the others go on, and wait for it.
+            mine = manifest["files"][processes.index() :: processes.count()]
+            problems = damaged_files(self.directory / str(step), mine)
+            processes.together(Damaged(problems[0]) if problems else None)
+        targets = {name: storage.target(name, leaf) for name, leaf in wanted.items()}
+        error = None
+        try:
+            loaded = storage.load(self.directory, manifest, targets)
+            values = {n: storage.place(leaf, loaded[n], manifest["keys"].get(n)) for n, leaf in wanted.items()}
+        except Exception as raised:
+            error = raised
+        processes.together(error)
         if verify:
             # Where a Python number is wanted, the array it was read from is checked.
             arrays = {name: v if isinstance(v, jax.Array) else loaded[name] for name, v in values.items()}
-            compare_leaves(checksums(unflatten(arrays)), manifest, self.directory)
-        return jax.tree.unflatten(jax.tree.structure(like), list(values.values())), manifest["metadata"]
+            found = checksums(unflatten(arrays))
+            try:
+                compare_leaves(found, manifest, self.directory)
+            except Damaged as raised:
+                error = raised
+            processes.together(error)
+        tree = jax.tree.unflatten(jax.tree.structure(like), list(values.values()))
+        return Restored(tree, manifest["metadata"], step)
+
+    def _deleted(self, step: int) -> bool:
+        return processes.from_first(lambda: not manifest_path(self.directory, step).exists())
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        for step, what in damaged.items():
+            try:
+                # Whoever holds the lock is saving here, and this process only reads.
+                with lock_directory(self.directory / "done"):
+                    where = f"was moved to {set_aside(self.directory, step)}"
+            except (InputError, OSError) as error:
+                where = f"stays where it is ({error})"
+            warnings.warn(f"{what}: step {used} is used instead, and step {step} {where}", stacklevel=5)
 
     def close(self) -> None:
         """Finishes the save that is running; raises what `wait` raises."""
@@ -206,143 +314,18 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # The other processes may be anywhere: wait for none of them.
+        self._at_exit()
 
     def _at_exit(self) -> None:
-        try:
-            self.wait()
-        except BaseException as error:
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
             print(f"mmjax.checkpoint: {error}", file=sys.stderr)
-
-
-def open_nested(directory: PathLike, step: int | None = None) -> dict:
-    """A step (the newest, if None) as a nested dict of NumPy arrays, with no model code, mesh or device.
-
-    PRNG keys come as their key data. Checksums are compared.
-
-    Raises:
-      InputError: no such step, or its data is damaged.
-    """
-    directory = _local(directory)
-    manifest = read_manifest(directory, newest_step(directory) if step is None else step)
-    loaded = _load(directory, manifest, dict.fromkeys(manifest["leaves"], np.ndarray))
-    compare_leaves(checksums_numpy(loaded), manifest, directory)
-    return unflatten(loaded)
-
-
-def verify(directory: PathLike, step: int) -> list[str]:
-    """What is wrong with a step, a sentence each; nothing if it is whole.
-
-    Compares the size and CRC-32 of every file, then, where those are right, the checksum of every leaf.
-    """
-    directory = _local(directory)
-    try:
-        manifest = read_manifest(directory, step)
-    except InputError as error:
-        return [str(error)]
-    problems = damaged_files(directory / str(step), manifest["files"])
-    if not problems:
-        try:
-            open_nested(directory, step)
-        except Exception as error:
-            problems.append(str(error))
-    return problems
-
-
-def _local(directory: PathLike) -> Path:
-    if "://" in os.fspath(directory):
-        raise InputError(f"{directory} is not a local path; mount the bucket and give the path of the mount")
-    return Path(directory).absolute()
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[Any]:
-    from orbax.checkpoint import v1 as ocp  # 2.6 seconds
-
-    context = ocp.Context()
-    # Named, because AUTO depends on the path and lists steps of the other mode as complete that are not.
-    context.atomicity.mode = ocp.options.AtomicityMode.ATOMIC_RENAME
-    # Otherwise a save that fails at its start leaves a thread that keeps the program from ending for five minutes.
-    context.asynchronous.create_directories_asynchronously = False
-    # For good, once: those threads may log after the save has failed.
-    logging.getLogger("absl").addFilter(_wanted)
-    with context:
-        yield ocp
-
-
-def _wanted(record: logging.LogRecord) -> bool:
-    """Leaves out the errors that Orbax's threads log, hundreds of lines for a full disk, and `result` raises too."""
-    return "_SignalingThread.run() raised" not in record.getMessage()
-
-
-def _target(name: str, leaf: Any) -> Any:
-    """What Orbax is to load: an abstract array with a sharding, or NumPy's."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or (isinstance(leaf, jax.Array) and not leaf.committed):
-        return np.ndarray
-    if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
-        raise InputError(f"the sharding of {name!r} names an abstract mesh; give one of a mesh of devices")
-    dtype, shape = parse(describe(leaf))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _load(directory: Path, manifest: dict, targets: dict[str, Any]) -> dict[str, Any]:
-    data = directory / str(manifest["step"])
-    empty = {}
-    for name, text in manifest["leaves"].items():
-        dtype, shape = parse(text)
-        if math.prod(shape) == 0:
-            value, target = np.zeros(shape, dtype), targets[name]
-            empty[name] = value if target is np.ndarray else jax.device_put(value, target.sharding)
-    full = {name: target for name, target in targets.items() if name not in empty}
-    try:
-        with _orbax() as ocp:
-            loaded = ocp.load(data, unflatten(full)) if full else {}
-    except Exception as error:
-        for problem in damaged_files(data, manifest["files"]):
-            raise InputError(f"{problem}; restore another step") from error
-        raise
-    return flatten(loaded) | empty
-
-
-def _place(leaf: Any, value: Any, impl: str | None) -> Any:
-    if impl is not None:
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=impl)
-    if isinstance(leaf, bool | int | float):
-        return type(leaf)(value.item())
-    if isinstance(leaf, np.generic):
-        return value[()]
-    # 64-bit host arrays stay NumPy's where JAX would make 32 bits of them.
-    if isinstance(leaf, np.ndarray) or jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
-        return value
-    return jnp.asarray(value)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m mmjax.checkpoint list|verify DIR`; returns the exit status: 1 for a damaged step, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m mmjax.checkpoint", description=__doc__.partition("\n")[0])
-    parser.add_argument("action", choices=["list", "verify"])
-    parser.add_argument("directory", metavar="DIR")
-    given = parser.parse_args(arguments)
-    try:
-        directory = _local(given.directory)
-        damaged = False
-        for step in listed_steps(directory) or [newest_step(directory)]:
-            if given.action == "list":
-                manifest = read_manifest(directory, step)
-                size = sum(file["size"] for file in manifest["files"])
-                print(
-                    f"{step}\t{len(manifest['leaves'])} arrays\t{size / 1e6:.1f} MB", json.dumps(manifest["metadata"])
-                )
-            else:
-                problems = verify(directory, step)
-                damaged |= bool(problems)
-                print("\n".join(f"step {step}: {problem}" for problem in problems or ["whole"]))
-        return int(damaged)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

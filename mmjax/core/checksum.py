@@ -12,7 +12,7 @@ As text, with dtype and shape: "float32[3,5]:deadbeef:0123abcd". A typed PRNG ke
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,18 @@ def checksums(tree: Any) -> dict[str, str]:
     """The checksum of every leaf by name (`mmjax.core.tree.flatten`).
 
     Arrays on devices are summed there, in one compiled function for all that lie on the same devices; NumPy arrays and
-    Python numbers are summed on the host.
+    Python numbers are summed on the host. Where several processes hold an array together, each must call this.
+
+    Raises:
+      InputError: a leaf is no array of numbers.
+    """
+    return start_checksums(tree)()
+
+
+def start_checksums(tree: Any) -> Callable[[], dict[str, str]]:
+    """Starts `checksums` and returns a function that waits for them; the arrays may be donated meanwhile.
+
+    What lies on the host is summed at once.
 
     Raises:
       InputError: a leaf is no array of numbers.
@@ -48,12 +59,19 @@ def checksums(tree: Any) -> dict[str, str]:
         else:
             host[name] = leaf
     found = checksums_numpy(host)
+    started = {}
     for (mesh, _), arrays in groups.items():
         # The caller's mesh may be another one than the arrays'.
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            sums = jax.device_get(_sums(arrays))
-        found |= {name: _text(describe(arrays[name]), *sums[name]) for name in arrays}
-    return {name: found[name] for name in flat}
+            started |= _sums(arrays)
+    # Not the arrays themselves, which would stay in memory until the end.
+    names, described = list(flat), {name: describe(flat[name]) for name in started}
+
+    def finish() -> dict[str, str]:
+        sums = jax.device_get(started)
+        return {name: _text(described[name], *sums[name]) if name in sums else found[name] for name in names}
+
+    return finish
 
 
 def checksums_numpy(flat: Mapping[str, Any]) -> dict[str, str]:
@@ -126,7 +144,11 @@ def _sum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         index = index + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
     mixed = _mix(words + index * jnp.uint32(_PHI), jnp.uint32)
-    return jnp.sum(words, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)
+    # Both in one reduction: XLA's CPU code for it is vectorised, 30 times as fast as two calls of jnp.sum.
+    zero = jnp.uint32(0)
+    return jax.lax.reduce(
+        (words, mixed), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim))
+    )
 
 
 def _words(array: jax.Array) -> jax.Array:

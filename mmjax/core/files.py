@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from mmjax.core.errors import InputError
 
@@ -28,21 +29,32 @@ _DISK = {
 def write_atomic(path: PathLike, data: bytes | str) -> None:
     """Writes a file so that a reader, or a machine that loses power, finds the old content or the new, never a part.
 
-    Writes a temporary file in the same directory, syncs it, renames it over `path` and syncs the directory. Text is
-    written as UTF-8. On an error `path` is as it was and the temporary file is gone.
+    Text is written as UTF-8. On an error `path` is as it was.
+
+    Raises:
+      InputError: the disk is full, read-only, or the directory may not be written.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
+    """A file to write into, which is `path` once the block has ended, whole; on an error `path` is as it was.
+
+    It is a temporary file in the same directory that is synced and renamed over `path`; then the directory is synced.
 
     Raises:
       InputError: the disk is full, read-only, or the directory may not be written.
     """
     path = Path(path)
-    data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with disk_errors("write", path):
         try:
             # Not tempfile: its files are readable by their owner only, whatever the umask says.
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with open(fd, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(fd)
             os.replace(temporary, path)

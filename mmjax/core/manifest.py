@@ -2,12 +2,16 @@
 
     <dir>/<step>/...           the data
     <dir>/done/<step>.json     the manifest: metadata, size and CRC-32 of every file, a checksum of every leaf
+    <dir>/damaged/<step>...    what was found damaged, data and manifest, out of the way and not deleted
 
 The manifest is written last and removed first, so a process killed at any moment leaves whole steps and orphans. It
 carries a CRC-32 of itself. A manifest that is there but damaged hides its step and keeps the data, which may be fine.
+
+With several JAX processes, process 0 alone calls these functions (`mmjax.core.processes`).
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +29,13 @@ from mmjax.core.files import lock_directory, sync_directory, write_atomic
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the step while it writes
+
+
+class Damaged(InputError):
+    """A step whose data or manifest is not what was written. What is wrong with it is `args[0]`, without the advice."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; restore another step"
 
 
 def manifest_path(directory: Path, step: int) -> Path:
@@ -62,22 +73,29 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
     """The manifest of a step that exists.
 
     Raises:
-      InputError: there is no such step, or its manifest is damaged or of another version.
+      InputError: there is no such step, or it was saved by a newer mmjax.
+      Damaged: its manifest is damaged, or its data is gone.
     """
     path = manifest_path(directory, step)
-    if not (path.exists() and (directory / str(step)).is_dir()):
-        have = ", ".join(map(str, listed_steps(directory))) or "none"
-        raise InputError(f"there is no finished step {step} in {directory}; the steps there are: {have}")
     try:
-        whole = json.loads(path.read_bytes())
-        content = whole["content"]
-        undamaged = whole["crc32"] == _crc_of(content)
-    except (ValueError, TypeError, KeyError):
+        data = path.read_bytes()
+        content = json.loads(data)["content"]
+        undamaged = data == _as_text(content).encode()
+    except FileNotFoundError:
+        have = ", ".join(map(str, listed_steps(directory))) or "none"
+        raise InputError(f"there is no finished step {step} in {directory}; the steps there are: {have}") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
         undamaged = False
     if not undamaged:
-        raise InputError(f"{path} is damaged; put a copy of it back, or use another step")
-    if content["format"] != FORMAT or content["step"] != step:
-        raise InputError(f"{path} is of another step, or of a newer mmjax; use another step, or update mmjax")
+        raise Damaged(f"{path} is damaged")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path} was written by a newer mmjax, in format {content['format']}; update mmjax")
+    if content["step"] != step:
+        raise Damaged(f"{path} is the manifest of step {content['step']}")
+    if not (directory / str(step)).is_dir():
+        raise Damaged(f"{directory / str(step)} is missing")
     return content
 
 
@@ -87,12 +105,12 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     Raises:
       InputError: the disk is full or the directory cannot be written.
     """
-    text = json.dumps({"crc32": _crc_of(manifest), "content": manifest}, indent=1)
-    write_atomic(manifest_path(directory, manifest["step"]), text + "\n")
+    write_atomic(manifest_path(directory, manifest["step"]), _as_text(manifest))
 
 
-def _crc_of(content: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+def _as_text(content: dict[str, Any]) -> str:
+    crc = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return json.dumps({"crc32": f"{crc:08x}", "content": content}, indent=1) + "\n"
 
 
 def remove_step(directory: Path, step: int) -> None:
@@ -105,19 +123,53 @@ def remove_step(directory: Path, step: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def surplus(steps: list[int], keep: int, every: int = 0) -> list[int]:
+    """Which of the steps (ascending) retention deletes: all but the last `keep` and those that `every` divides."""
+    return [step for step in steps[:-keep] if not (every and step % every == 0)]
+
+
+def set_aside(directory: Path, step: int) -> Path:
+    """Moves a damaged step to <dir>/damaged, so that its number can be saved again; returns where its data went.
+
+    Whoever calls this holds the lock of <dir>/done.
+    """
+    aside = directory / "damaged"
+    aside.mkdir(exist_ok=True)
+    names = (f"{step}-{again}" if again else f"{step}" for again in itertools.count())
+    name = next(n for n in names if not ((aside / n).exists() or (aside / f"{n}.json").exists()))
+    # The data first: without a manifest it would be an orphan, which the next start deletes.
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(directory / str(step), aside / name)
+    os.rename(manifest_path(directory, step), aside / f"{name}.json")
+    for changed in (aside, directory / "done", directory):
+        sync_directory(changed)
+    return aside / name
+
+
 def sweep(directory: Path) -> None:
     """Deletes what an interrupted save or deletion has left; nothing while another process is saving here."""
+    if (directory / "done").is_dir():  # or nothing was ever saved here, so nothing here is ours to delete
+        # The lock is taken by whoever is saving, who has swept. A directory that cannot be written needs no sweeping.
+        with contextlib.suppress(InputError, OSError), lock_directory(directory / "done"):
+            remove_orphans(directory)
+
+
+def remove_orphans(directory: Path) -> list[Path]:
+    """Deletes the data that has no manifest, and temporary files; returns what it deleted.
+
+    Whoever calls this holds the lock of <dir>/done, or it would delete a save in progress.
+    """
     done = directory / "done"
-    if not done.is_dir():  # nothing was ever saved here, so nothing here is ours to delete
-        return
-    # The lock is taken by whoever is saving, who has swept. A directory that cannot be written needs no sweeping.
-    with contextlib.suppress(InputError, OSError), lock_directory(done):
-        for temporary in done.glob(".*.tmp"):
-            temporary.unlink()
-        for entry in directory.iterdir():
-            found = re.fullmatch(rf"(\d+)({re.escape(TEMPORARY)}.*)?", entry.name)
-            if found and entry.is_dir() and (found[2] or not (done / f"{found[1]}.json").exists()):
-                shutil.rmtree(entry, ignore_errors=True)
+    temporaries = sorted(done.glob(".*.tmp"))
+    for temporary in temporaries:
+        temporary.unlink()
+    orphans = []
+    for entry in sorted(directory.iterdir()):
+        found = re.fullmatch(rf"(\d+)({re.escape(TEMPORARY)}.*)?", entry.name)
+        if found and entry.is_dir() and (found[2] or not (done / f"{found[1]}.json").exists()):
+            shutil.rmtree(entry, ignore_errors=True)
+            orphans.append(entry)
+    return temporaries + orphans
 
 
 def list_files(directory: Path) -> list[dict[str, Any]]:
@@ -190,11 +242,11 @@ def compare_leaves(found: Mapping[str, str], manifest: dict[str, Any], directory
     """Compares the checksums of loaded leaves with those that were saved.
 
     Raises:
-      InputError: one differs; the sentence names leaf and step.
+      Damaged: one differs; the sentence names leaf and step.
     """
     for name, saved in manifest["leaves"].items():
         if found[name] != saved:
-            raise InputError(
+            raise Damaged(
                 f"{name!r} of step {manifest['step']} in {directory} is damaged: its checksum is {found[name]}, saved"
-                f" was {saved}; restore another step"
+                f" was {saved}"
             )

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -5,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mmjax.core.checksum import checksums, checksums_numpy, describe, parse
+from mmjax.core import checksum
+from mmjax.core.checksum import checksums, checksums_numpy, describe, parse, start_checksums
 from mmjax.core.errors import InputError
 
 
@@ -72,6 +75,27 @@ def test_equal_when_split_along_two_axes(mode):
     assert checksums({"x": split}) == checksums_numpy({"x": x})
 
 
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_only_sums_cross_devices(mode):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(mode,) * 2)
+    split = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, PartitionSpec("a", "b")))
+    with jax.set_mesh(mesh):
+        program = checksum._sums.lower({"x": split}).compile().as_text()
+    collectives = re.findall(r"= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute)", program)
+    assert collectives
+    for result in collectives:
+        for shape in re.findall(r"\[([\d,]*)\]", result):
+            assert np.prod([int(size) for size in shape.split(",") if size], dtype=int) <= 8, result
+
+
+def test_donated_while_the_sums_run():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=2**20), jnp.float32)
+    expected = checksums_numpy({"x": np.array(x)})
+    finish = start_checksums({"x": x})
+    jax.jit(lambda x: x * 2, donate_argnums=0)(x).block_until_ready()
+    assert finish() == expected
+
+
 def test_longer_than_one_chunk_on_the_host():
     x = np.random.default_rng(2).integers(0, 2**32, (3, 2**19 + 7), np.uint32)
     assert checksums({"x": jnp.asarray(x)}) == checksums_numpy({"x": x})
@@ -122,8 +146,6 @@ def test_keys_are_summed_as_their_data_and_64_bits_keep_theirs():
 
 
 def test_one_compiled_function_for_a_tree(monkeypatch):
-    from mmjax.core import checksum
-
     calls = []
     sums = checksum._sums
     monkeypatch.setattr(checksum, "_sums", lambda arrays: calls.append(len(arrays)) or sums(arrays))
