@@ -89,11 +89,6 @@ def joined(cfg: Cluster) -> Iterator[None]:
             jax.distributed.shutdown()
 
 
-def first() -> bool:
-    """Whether this process is the one that writes files and talks."""
-    return jax.process_index() == 0
-
-
 def parts(mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], int]:
     """Which parts of a batch's rows this process loads, and of how many: those that its devices hold.
 

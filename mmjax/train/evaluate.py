@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from mmjax.core import sharding
+from mmjax.core import processes, sharding
 from mmjax.core.sharding import Rules
 from mmjax.data.drawings import Question
 from mmjax.data.source import Source
@@ -102,7 +102,7 @@ class Questions:
         """How many answers are right; the first process draws them in `out`."""
         answers = self.answers(params)
         right = [said == q.answer for said, q in zip(answers, self.questions, strict=True)]
-        if cluster.first():
+        if processes.index() == 0:
             report.draw_sheet(out, SHEET, self.questions, answers)
         return {
             "exact_match": float(np.mean(right)),

@@ -13,9 +13,11 @@ import numpy as np
 
 from mmjax.checkpoint import Checkpoints
 from mmjax.core import config as configs
+from mmjax.core import processes
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory, require_space
+from mmjax.core.manifest import listed_steps
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
 from mmjax.data.source import read
@@ -65,35 +67,45 @@ def run(cfg: Config) -> int:
     with cluster.joined(cfg.cluster):
         mesh = make_mesh(cfg.mesh)
         data = prepare_data(cfg, *cluster.parts(mesh, Rules()))
-        spec, tx = vlm.spec(cfg.model), state.optimizer(cfg.optimizer, cfg.steps)
-        shape = state.abstract(spec, tx, mesh, Rules(), cfg.update.frozen)
-        with _owned(cfg), StopRequest() as stop:
-            require_space(cfg.out, (cfg.keep + 1) * nbytes(shape), f"keep {cfg.keep + 1} checkpoints")
-            with Checkpoints(cfg.out / "checkpoints", keep=cfg.keep) as checkpoints:
-                before = _refuse_another_run(cfg, data, checkpoints)
-                if cluster.first():
-                    report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
-                    print(data.training.plan.table())
-                    report.print_budget(data.training.layout)
-                programs = compile_all(cfg, data, shape, mesh)
-                if checkpoints.steps():
-                    now, before = checkpoints.restore(shape)
-                else:
-                    now = state.create_sharded(spec, tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
-                loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
-                now = loop.train(now, stop)
-                if loop.asked:
-                    return loop.asked
-                loop.finish(now)
+        tx = state.optimizer(cfg.optimizer, cfg.steps)
+        shape = state.abstract(vlm.spec(cfg.model), tx, mesh, Rules(), cfg.update.frozen)
+        folder = cfg.out / "checkpoints"
+        with (
+            _owned(cfg, (cfg.keep + 1) * nbytes(shape)),
+            StopRequest() as stop,
+            Checkpoints(folder, keep=cfg.keep, every=cfg.keep_every) as checkpoints,
+        ):
+            before = _refuse_another_run(cfg, data, checkpoints)
+            if processes.index() == 0:
+                report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
+                print(data.training.plan.table())
+                report.print_budget(data.training.layout)
+            programs = compile_all(cfg, data, shape, mesh)
+            if before:
+                now, before = checkpoints.restore(shape, fallback=cfg.fallback)
+            else:
+                key = jax.random.key(cfg.seed)
+                now = state.create_sharded(vlm.spec(cfg.model), tx, shape, key, cfg.update.frozen)
+            loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
+            now = loop.train(now, stop)
+            if loop.asked:
+                return loop.asked
+            loop.finish(now)
     return 0
 
 
-def _owned(cfg: Config) -> contextlib.AbstractContextManager:
-    """cfg.out, held by the first process for all."""
-    if not cluster.first():
-        return contextlib.nullcontext()
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    return lock_directory(cfg.out)
+@contextlib.contextmanager
+def _owned(cfg: Config, needed: int) -> Iterator[None]:
+    """cfg.out, held by the first process for all; it must have room for `needed` bytes."""
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            cfg.out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_directory(cfg.out))
+            require_space(cfg.out, needed, f"keep {cfg.keep + 1} checkpoints")
+
+        processes.from_first(hold)
+        yield
 
 
 def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
@@ -115,9 +127,10 @@ def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> di
     """The last checkpoint's metadata, {} where there is none.
 
     Raises:
-      InputError: it belongs to a run with other settings; the message names them.
+      InputError: it belongs to a run with other settings; the message names them. Or there are steps, but the manifest
+        of none is whole.
     """
-    steps = checkpoints.steps()
+    steps = checkpoints.steps() or processes.from_first(lambda: listed_steps(checkpoints.directory))
     if not steps:
         return {}
     before = checkpoints.metadata(steps[-1])
@@ -181,8 +194,8 @@ class Loop:
         asking = {status: self._asking(status) for status in (0, *stop.STATUSES)}
         self.counter, self.late_before = Compiles(), self.late
         self.loop_began, self.trained_before = time.monotonic(), self.trained
-        self.metrics = report.Metrics(cfg.out, start) if cluster.first() else report.Silence()
-        self.progress = report.Progress(cfg.steps, start) if cluster.first() else report.Silence()
+        self.metrics = report.Metrics(cfg.out, start) if processes.index() == 0 else report.Silence()
+        self.progress = report.Progress(cfg.steps, start) if processes.index() == 0 else report.Silence()
         step = saved = start
         with self.metrics, self.progress:
             fed = self._timed(read(self.data.training, start, threads=cfg.threads))
@@ -244,7 +257,7 @@ class Loop:
         self.skipped += 1
         self.metrics.skipped(step, [id for row in self._documents(step) for id in row], **told)
         why = f"loss {told['loss']:.4g}, norm of the gradient {told['grad_norm']:.4g}"
-        if cluster.first():
+        if processes.index() == 0:
             log.warning("the update of step %d was left out (%s); see %s", step, why, report.SKIPPED)
         if in_a_row >= self.cfg.update.patience:
             raise InputError(
@@ -293,7 +306,7 @@ class Loop:
         """Evaluates, and writes result.json and the pictures."""
         cfg, plan = self.cfg, self.data.training.plan
         judged = self.data.evaluation.judge(state.averaged(now), cfg.out)
-        if not cluster.first():
+        if processes.index() != 0:
             return
         report.draw_curve(cfg.out, CURVE)
         shown = {k: judged.pop(k) for k in ("answers",) if k in judged}  # long: last

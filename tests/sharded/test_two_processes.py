@@ -17,7 +17,7 @@ from mmjax.train import report
 pytestmark = pytest.mark.slow
 
 RUN = """
-import json, sys
+import json, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from mmjax.core.sharding import MeshConfig
@@ -26,6 +26,9 @@ from mmjax.train.cluster import Cluster
 from mmjax.train.config import Update
 from tiny import tiny_run
 out, given = Path(sys.argv[1]), json.loads(sys.argv[2])
+if given["pause"]:
+    read = loop.Loop._read
+    loop.Loop._read = lambda *of: (time.sleep(given["pause"]), read(*of))[1]
 cfg = dict(steps=given["steps"], save_every=given["save_every"], mesh=MeshConfig(**given["mesh"]))
 cfg |= dict(update=Update(accumulate=given["accumulate"]), cluster=Cluster(**given["cluster"]))
 raise SystemExit(loop.run(tiny_run(out, **cfg)))
@@ -38,11 +41,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(out: Path, processes: int, devices: int, steps=20, save_every=100, accumulate=1, **mesh) -> list:
+def start(out: Path, processes: int, devices: int, steps=20, save_every=100, accumulate=1, pause=0.0, **mesh) -> list:
     """The processes of one run; `devices` each."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
-    given = {"steps": steps, "save_every": save_every, "accumulate": accumulate, "mesh": mesh}
+    given = {"steps": steps, "save_every": save_every, "accumulate": accumulate, "pause": pause, "mesh": mesh}
     code, port = RUN.format(tests=str(Path(__file__).parents[1])), free_port()
     made = []
     for process in range(processes):
@@ -95,11 +98,11 @@ def test_two_processes_train_as_one(one, tmp_path, devices, settings):
 
 def test_a_signal_to_one_stops_both_with_a_checkpoint(one, tmp_path):
     """The second process alone is asked; both save the same step, and one process goes on from it."""
-    processes = start(tmp_path, 2, 1, save_every=1000, steps=20, data=2)
-    lines = tmp_path / report.METRICS
-    until = time.monotonic() + 300
-    while time.monotonic() < until and not (lines.exists() and lines.stat().st_size):
-        assert all(p.poll() is None for p in processes), finish(processes)
+    processes = start(tmp_path, 2, 1, save_every=1000, pause=0.3, data=2)
+    begun, until = tmp_path / "checkpoints" / "done" / "0.json", time.monotonic() + 300
+    while not begun.exists():
+        assert [p.poll() for p in processes] == [None, None], finish(processes)
+        assert time.monotonic() < until
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)
     finish(processes, 128 + signal.SIGTERM)

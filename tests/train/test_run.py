@@ -102,6 +102,35 @@ def test_a_finished_run_only_reports(finished):
     assert report.losses(finished) == before
 
 
+def flip(path):
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_last_step_is_resumed_from_the_one_before(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    largest = max((tmp_path / "checkpoints" / "6").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    flip(largest)
+    with pytest.raises(InputError, match=largest.name):
+        loop.run(tiny_run(tmp_path, fallback=False))
+    with pytest.warns(UserWarning, match=r"step 4 is used instead, and step 6 was moved to"):
+        assert loop.run(tiny_run(tmp_path)) == 0
+    assert report.losses(tmp_path) == report.losses(finished)
+    a, b = (json.loads((out / loop.RESULT).read_text()) for out in (finished, tmp_path))
+    assert a["answers"] == b["answers"]
+
+
+def test_a_run_whose_manifests_are_all_damaged_does_not_begin_anew(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints" / "done").glob("*.json"):
+        flip(path)
+    with pytest.raises(InputError, match=r"6\.json is damaged"):
+        loop.run(tiny_run(tmp_path))
+    assert report.losses(tmp_path) == report.losses(finished)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
