@@ -461,6 +461,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_killed_while_saving(tmp_path, seconds, commit):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), seconds, commit], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
+    if seconds == "9":
+        assert (tmp_path / "2" / "commit_success.txt").exists() == (commit == "rename")
     with Checkpoints(tmp_path) as checkpoints:
         expected = {"w": np.random.default_rng(0).normal(size=(16, 2**17)).astype(np.float32)}
         assert checkpoints.steps() == [1]
@@ -625,6 +627,8 @@ def test_what_cannot_be_exported(tmp_path, capsys):
     out.write_text("mine")
     assert checkpoint.main(["export", str(run), str(out), "--only", "b"]) == 2
     assert out.read_text() == "mine"
+    assert checkpoint.main(["export", str(run), str(tmp_path / "typo" / "a"), "--only", "b"]) == 2
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_prune(tmp_path, capsys):

@@ -51,6 +51,8 @@ def write_safetensors(
     path = Path(path)
     if os.path.lexists(path):
         raise InputError(f"{path} exists already; choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no directory {path.parent}; make it first")
     described = {name: parse(text) for name, text in leaves.items()}
     for name, (dtype, _) in described.items():
         if dtype.name not in _NAMES:
