@@ -78,9 +78,10 @@ def one(tmp_path_factory):
     ("devices", "settings"),
     [
         (1, {"data": 2}),
-        (2, {"data": 1, "tensor": 2, "fsdp": 2, "accumulate": 2}),
+        (2, {"data": 1, "tensor": 2, "fsdp": 2, "accumulate": 2, "explicit": True}),
+        (2, {"data": 1, "sequence": 2, "tensor": 2}),  # each process holds all rows
     ],
-    ids=["two devices", "four devices, two parts"],
+    ids=["two devices", "four devices, two parts, explicit", "parts of the same rows"],
 )
 def test_two_processes_train_as_one(one, tmp_path, devices, settings):
     said = finish(start(tmp_path, 2, devices, **settings))

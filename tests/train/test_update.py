@@ -166,6 +166,16 @@ def test_only_the_scales_of_norms_stay_float32(setting):
     assert wide == {name for name in tree.flatten(params) if name.endswith("/scale")}
 
 
+def test_bfloat16_products_learn_the_same(setting, plain):
+    """To the three digits that bfloat16 has; what is kept is float32."""
+    got, seen = stepped(setting, Update(compute="bfloat16"), times=2)
+    np.testing.assert_allclose(seen["loss"], plain[1]["loss"], rtol=1e-2)
+    np.testing.assert_allclose(seen["grad_norm"], plain[1]["grad_norm"], rtol=5e-2)
+    floats = [x for x in jax.tree.leaves(got) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+    assert float(seen["loss"]) != float(plain[1]["loss"])  # it is another computation
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
