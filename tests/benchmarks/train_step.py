@@ -47,7 +47,6 @@ from mmjax.convert.rules import Arrays, Rule, load
 from mmjax.core.sharding import MeshConfig, Rules, make_mesh
 from mmjax.data import index
 from mmjax.data.source import Source
-from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, rope, transformer
 from mmjax.sequence import batch as batches
