@@ -7,13 +7,13 @@ theirs what `Trainer` does (torch.optim.AdamW fused, clip_grad_norm_, a schedule
 
 (a) Fixed shapes: 8 documents of one picture of 224 × 224 and 128 tokens of text, 384 tokens each; CLIP's tower with its
     class token and learned positions. The same batch over and over; nothing is padding on either side.
-(b) One fixed list of 512 documents as interleaved data have them (tests.benchmarks.packing: text of log-normal length,
-    median 150, σ 1; 0 to 4 pictures, sides log-uniform, aspect up to 4), pictures of 64 to 512 pixels a side, at most
-    336² in all. CLIP's tower knows one size only and would see other tokens than ours, so here the tower is Pixtral's,
-    which transformers too runs at native resolution: all pictures of a batch in one row, under a dense mask that keeps
-    them apart. Text is padded to the longest in batches of 8, in the order of the list, as `Trainer`'s collator does.
-    Ours are packed by `data.index.training` into rows of 2,048 tokens, two to a step, of about 10 documents: 52
-    updates to their 64.
+(b) One fixed list of 512 documents as interleaved data have them (tests.benchmarks.packing, but smaller: text of
+    log-normal length, median 100, σ 1; 0 to 4 pictures, the longer side log-uniform from 64 to 512 pixels, aspect up to
+    4, brought to at most 224² pixels; what is longer than 1,008 is left out). CLIP's tower knows one size only and
+    would see other tokens than ours, so here the tower is Pixtral's, which transformers too runs at native resolution:
+    all pictures of a batch in one row, under a dense mask that keeps them apart. Text is padded to the longest in
+    batches of 8, in the order of the list, as `Trainer`'s collator does. Ours are packed by `data.index.training` into
+    rows of 1,024 tokens, two to a step, of about 7 documents: 72 or so updates to their 64.
 
 Useful tokens are those of the documents, text and picture alike (one per patch), without padding: equal on both sides,
 so their ratio per second is that of documents per second too. Reading and collating are done before on both sides; ours
@@ -55,8 +55,8 @@ from mmjax.train.step import batch_shardings, compile_step
 from tests.benchmarks.llava import PATCH, UNUSED, Numbers, collate, document, ours, theirs
 
 THREADS, BATCH, STEPS, CHECKED, CLOSE = 2, 8, 8, 4, 1e-4
-TOKENS, ROWS, SHAPES = 2048, 2, 3
-POLICY = Native(PATCH, 1, PATCH * PATCH, 336 * 336)
+TOKENS, ROWS, SHAPES = 1024, 2, 3
+POLICY = Native(PATCH, 1, PATCH * PATCH, 224 * 224)
 SEQUENCE = interleave.Config(position="sequential")
 # A constant rate after a first step of rate 0, which is how warm-up starts.
 OPTIMIZER = Optimizer(learning_rate=1e-3, warmup=0.0, final=1.0)
@@ -66,7 +66,7 @@ def interleaved(count: int, vocab: int) -> list[Document]:
     """The list of (b); the sizes are those that the policy brings pictures to, so that nobody resizes."""
     rng, out = np.random.default_rng(0), []
     while len(out) < count:
-        words = max(2, round(np.exp(rng.normal(np.log(150), 1))))
+        words = max(2, round(np.exp(rng.normal(np.log(100), 1))))
         sizes = []
         for _ in range(rng.choice(5, p=[0.3, 0.35, 0.2, 0.1, 0.05])):
             longer = np.exp(rng.uniform(np.log(64), np.log(512)))
