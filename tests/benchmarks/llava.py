@@ -61,7 +61,7 @@ def document(name: str, sizes: Sequence[tuple[int, int]], words: int, vocab: int
 
 
 def theirs(tower: str, vocab: Vocab) -> hf.LlavaForConditionalGeneration:
-    """A LLaVA with random weights; norms and biases are moved away from ones and zeros."""
+    """A LLaVA with random weights, large enough that attention tells tokens apart; norms and biases too are random."""
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     vision = {"patch_size": PATCH, "intermediate_size": 4 * WIDTH, **sizes}
     if tower == "clip":
@@ -80,7 +80,7 @@ def theirs(tower: str, vocab: Vocab) -> hf.LlavaForConditionalGeneration:
     model = hf.LlavaForConditionalGeneration(cfg).train()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+            p.add_(WIDTH**-0.5 * torch.randn_like(p))
     return model
 
 
