@@ -15,7 +15,7 @@ from mmjax.nn.kernels import xla
 from mmjax.sequence import intervals
 
 
-@pytest.fixture(params=[(16, 24), (512, 512)], ids=["many tiles", "few tiles"])
+@pytest.fixture(params=[(16, 24), (256, 256)], ids=["many tiles", "few tiles"])
 def tiles(request, monkeypatch):
     """Tiles so small that short rows have many, uneven ones, and those of use."""
     monkeypatch.setattr(xla, "QUERIES", request.param[0])

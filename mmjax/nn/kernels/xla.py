@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mmjax.core import sharding
 
-QUERIES, KEYS = 512, 512  # a tile
+QUERIES, KEYS = 256, 256  # a tile
 SCORES = 2**21  # float32 scores alive at a time; where one row has fewer, several rows go together
 
 
