@@ -17,7 +17,7 @@ import pytest
 from mmjax.train import report
 
 pytestmark = pytest.mark.slow
-KILLS = int(os.environ.get("MMJAX_KILLS", "5"))
+KILLS = int(os.environ.get("MMJAX_KILLS", "4"))
 STEPS = 60
 
 # The program kills itself, so that the moments can be chosen: the n-th step; within 50 ms of the beginning of the n-th
