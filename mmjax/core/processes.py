@@ -5,6 +5,7 @@ Every process calls the same functions in the same order, from one thread. They 
 (gloo gives up after 30 seconds), and nothing is compiled. With one process they cost nothing.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -86,6 +87,13 @@ def together(error: BaseException | None = None) -> None:
     found = from_first(first_error)
     if found is not None:
         raise error if error is not None and found == mine else _error(*found)
+
+
+def meet(seconds: float) -> None:
+    """Returns when every process has come here, or after so many seconds."""
+    if several():
+        with contextlib.suppress(Exception):
+            _client().wait_at_barrier("mmjax/meet", int(seconds * 1000))
 
 
 _forgotten = [0]  # the first round whose keys are still there

@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from mmjax.core import sharding
+from mmjax.core import processes, sharding
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules
 
@@ -63,6 +65,8 @@ def several(environment: Mapping[str, str]) -> bool:
 def joined(cfg: Cluster) -> Iterator[None]:
     """Joins the other processes, if there are any, before JAX starts its backend; leaves them at the end.
 
+    Where one of several fails, it says why and its program ends here.
+
     Raises:
       InputError: the others cannot be found, or this is one of several processes that were not joined.
     """
@@ -84,9 +88,30 @@ def joined(cfg: Cluster) -> Iterator[None]:
                 f"--cluster.join always."
             )
         yield
-    finally:
-        if mine:
-            jax.distributed.shutdown()
+    except BaseException as error:
+        if mine and processes.several():
+            _end(error)
+        raise
+    if mine:
+        jax.distributed.shutdown()
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Says what happened and ends this process at once: to leave as programs do would wait for the others for minutes,
+    and they may wait for this one. They notice that it is gone, and end as well.
+    """
+    status = 1
+    if isinstance(error, InputError):
+        status = 2
+        print(f"mmjax: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        status = 130
+    else:
+        traceback.print_exception(error)
+    processes.meet(2.0)  # where all have failed for the same reason, all are to hear it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def parts(mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], int]:

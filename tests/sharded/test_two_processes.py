@@ -20,13 +20,19 @@ RUN = """
 import json, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from mmjax.core.errors import InputError
 from mmjax.core.sharding import MeshConfig
 from mmjax.train import loop
 from mmjax.train.cluster import Cluster
 from mmjax.train.config import Update
 from tiny import tiny_run
 out, given = Path(sys.argv[1]), json.loads(sys.argv[2])
-if given["pause"]:
+if given["pause"] < 0:  # the second process fails, where the others wait for it
+    def fail(*of):
+        raise InputError("a picture is broken")
+    if given["cluster"]["process"] == 1:
+        loop.Loop._read = fail
+elif given["pause"]:
     read = loop.Loop._read
     loop.Loop._read = lambda *of: (time.sleep(given["pause"]), read(*of))[1]
 cfg = dict(steps=given["steps"], save_every=given["save_every"], mesh=MeshConfig(**given["mesh"]))
@@ -111,6 +117,22 @@ def test_a_signal_to_one_stops_both_with_a_checkpoint(one, tmp_path):
     assert 0 < stopped < 20
     finish(start(tmp_path, 1, 1, save_every=1000))
     np.testing.assert_allclose(losses(tmp_path), losses(one), rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["fails", "is killed"])
+def test_where_one_process_ends_the_other_does_not_wait_for_ever(tmp_path, how):
+    processes = start(tmp_path, 2, 1, steps=500, save_every=1000, pause=-1.0 if how == "fails" else 0.3, data=2)
+    if how == "is killed":
+        begun = tmp_path / "checkpoints" / "done" / "0.json"
+        while not begun.exists():
+            assert [p.poll() for p in processes] == [None, None], finish(processes)
+            time.sleep(0.01)
+        processes[1].kill()
+    said = [p.communicate(timeout=200) for p in processes]
+    assert processes[0].returncode not in (0, None)
+    if how == "fails":
+        assert processes[1].returncode == 2
+        assert said[1][1].rstrip().endswith("mmjax: a picture is broken")
 
 
 def test_processes_that_are_not_found_are_told(tmp_path):
