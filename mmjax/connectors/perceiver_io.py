@@ -166,10 +166,10 @@ def encode(
     z = behind.start(params["latents"], x, grid.shape[1])
     z = perceiver_layer.apply(params["encoder"], z, cfg.encoder, order=of_inputs, lo=lo, hi=hi, inputs=x)
 
-    own = perceiver_layer.spec(cfg.layer)
+    of_layer = perceiver_layer.spec(cfg.layer)
 
     def step(z: jax.Array, p: dict) -> tuple[jax.Array, None]:
-        p = gradients_laid(p, own)
+        p = gradients_laid(p, of_layer)
         return perceiver_layer.apply(p, z, cfg.layer, order=own, lo=lo, hi=hi), None
 
     def block(z: jax.Array, _: None) -> tuple[jax.Array, None]:

@@ -242,4 +242,4 @@ class TestRuns:
         shape = state.abstract(
             vlm.spec(cfg.model), state.optimizer(cfg.optimizer, 50), loop.make_mesh(cfg.mesh), Rules()
         )
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore(shape)[0]))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore(shape).tree))
