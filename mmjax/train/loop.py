@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,6 @@ from mmjax.core import processes
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory, require_space
-from mmjax.core.manifest import listed_steps
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
 from mmjax.data.source import read
@@ -27,16 +25,12 @@ from mmjax.sequence import invariants
 from mmjax.train import cluster, report, state
 from mmjax.train.config import Config
 from mmjax.train.prepare import Data, prepare_data
+from mmjax.train.resume import refuse_another_run
 from mmjax.train.state import TrainState
 from mmjax.train.step import batch_shardings, compile_step, cut, of_devices
 from mmjax.train.watch import Compiles, StopRequest
 
 CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
-# Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
-MAY_CHANGE = re.compile(
-    r"out|(mesh|cluster)\..*|threads|keep|keep_every|save_every|fallback|data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
-)
-
 
 log = logging.getLogger("mmjax")
 
@@ -75,7 +69,7 @@ def run(cfg: Config) -> int:
             StopRequest() as stop,
             Checkpoints(folder, keep=cfg.keep, every=cfg.keep_every) as checkpoints,
         ):
-            before = _refuse_another_run(cfg, data, checkpoints)
+            before = refuse_another_run(cfg, data, checkpoints)
             if processes.index() == 0:
                 report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
                 print(data.training.plan.table())
@@ -121,43 +115,6 @@ def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.M
     compiles = counter.count
     data.evaluation.compile(cfg, shape.params, mesh, rules)
     return Programs(steps, shapes, placed, of_devices(mesh), compiles, counter.seconds)
-
-
-def _refuse_another_run(cfg: Config, data: Data, checkpoints: Checkpoints) -> dict[str, Any]:
-    """The last checkpoint's metadata, {} where there is none.
-
-    Raises:
-      InputError: it belongs to a run with other settings; the message names them. Or there are steps, but the manifest
-        of none is whole.
-    """
-    steps = checkpoints.steps() or processes.from_first(lambda: listed_steps(checkpoints.directory))
-    if not steps:
-        return {}
-    before = checkpoints.metadata(steps[-1])
-    what = differences(before, cfg, data)
-    if what:
-        raise InputError(
-            f"{cfg.out} holds a run with other settings: {', '.join(what)}; set them back to resume it, or give "
-            f"another --out."
-        )
-    return before
-
-
-def differences(before: dict[str, Any], cfg: Config, data: Data) -> list[str]:
-    """What a run's checkpoint was made with and this config is not, so that going on would be another run."""
-    now, then = configs.flatten(cfg), before["config"]
-    changed = [k for k in sorted(now.keys() | then.keys()) if now.get(k) != then.get(k) and not _may_change(k, cfg)]
-    what = [f"{k} ({then.get(k)} → {now.get(k)})" for k in changed]
-    told, found = before.get("datasets", {}), data.fingerprints
-    what += [f"the documents of {name!r}" for name in sorted(told | found) if told.get(name) != found.get(name)]
-    if list(told) != list(found) and told.keys() == found.keys():
-        what.append(f"the order of data.sources ({', '.join(told)} → {', '.join(found)})")
-    return what + ([] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"])
-
-
-def _may_change(field: str, cfg: Config) -> bool:
-    # With less memory a picture may be too large, which is an error or, where holes are allowed, other data.
-    return bool(MAY_CHANGE.fullmatch(field)) or (field == "packing.memory" and not cfg.packing.holes)
 
 
 @dataclasses.dataclass

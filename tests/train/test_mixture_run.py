@@ -13,7 +13,7 @@ from mmjax.core.errors import InputError
 from mmjax.data import drawings, index
 from mmjax.data.sets import Drawings, Files, Mixed
 from mmjax.tokenizers import text
-from mmjax.train import loop, report
+from mmjax.train import loop, report, resume
 from mmjax.train.config import Packing
 from mmjax.train.prepare import prepare_data
 
@@ -167,7 +167,7 @@ def differences(before, now):
     """What hinders resuming with another config."""
     data = prepare_data(before)
     saved = {"config": configs.flatten(before), "tokenizer": data.tokenizer.fingerprint, "datasets": data.fingerprints}
-    return loop.differences(json.loads(json.dumps(saved)), now, prepare_data(now))
+    return resume.differences(json.loads(json.dumps(saved)), now, prepare_data(now))
 
 
 def test_the_order_of_sources_is_the_streams(cfg):
