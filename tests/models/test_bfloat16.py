@@ -93,6 +93,11 @@ def test_heads_are_of_bfloat16(pool):
     assert wide == ([] if pool != "mean" else [["float32[2,5,16]", "bfloat16[2,5,48]"]])
 
 
+# jax 0.7's CPU backend refuses some of these products in whole programs ("Unsupported element type for DotThunk").
+OLD = pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="jax 0.7 cannot run whole bfloat16 models on CPUs")
+
+
+@OLD
 def test_close_to_float32():
     """The same parameters, already rounded, held in both types: what differs is how activations are rounded.
 

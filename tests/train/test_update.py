@@ -166,6 +166,7 @@ def test_only_the_scales_of_norms_stay_float32(setting):
     assert wide == {name for name in tree.flatten(params) if name.endswith("/scale")}
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="jax 0.7 cannot run whole bfloat16 models on CPUs")
 def test_bfloat16_products_learn_the_same(setting, plain):
     """To the three digits that bfloat16 has; what is kept is float32."""
     got, seen = stepped(setting, Update(compute="bfloat16"), times=2)
