@@ -51,7 +51,7 @@ from mmjax.sequence.layout import layout
 from mmjax.tokenizers.resolution import Native
 from mmjax.train import state
 from mmjax.train.config import Objective, Optimizer
-from mmjax.train.step import batch_shardings, compile_step
+from mmjax.train.step import batch_shardings, compile_step, of_devices
 from tests.benchmarks.llava import PATCH, UNUSED, Numbers, collate, document, ours, theirs
 
 THREADS, BATCH, STEPS, CHECKED, CLOSE = 2, 8, 8, 4, 1e-4
@@ -90,13 +90,15 @@ class Ours:
         self.programs = [compile_step(shape, b, cfg, tx, mesh, rules, objective) for b in abstract]
         self.compiling = time.perf_counter() - start
         self.placed = [batch_shardings(b, mesh, rules) for b in abstract]
-        start = state.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        start = state.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), state.new_guard())
         self.state = jax.device_put(start, state.shardings(shape))
+        self.asking = jax.device_put(np.zeros(mesh.size, np.int32), of_devices(mesh))
         self.batches = [(step.bucket, source[n]) for n, step in enumerate(source.plan.steps)]
 
     def __call__(self, n: int) -> dict[str, jax.Array]:
         bucket, batch = self.batches[n]
-        self.state, metrics = self.programs[bucket](self.state, jax.device_put(batch, self.placed[bucket]))
+        placed = jax.device_put(batch, self.placed[bucket])
+        self.state, metrics = self.programs[bucket](self.state, placed, self.asking)
         return metrics
 
     def checked(self, n: int) -> tuple[float, float]:
