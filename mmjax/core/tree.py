@@ -86,10 +86,8 @@ def choose(tree: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict, dict
         named = {name for name in flat if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")}
         if not named:
             near = difflib.get_close_matches(pattern, _folders(flat), 1, 0.4)
-            raise InputError(
-                f"the pattern {pattern!r} names no parameter; {f'did you mean {near[0]!r}' if near else 'look'} among "
-                f"{', '.join(sorted(_folders(flat) - {n for n in _folders(flat) if '/' in n}))}?"
-            )
+            hint = f"did you mean {near[0]!r}?" if near else "give a path of the tree, as 'vision' or '*/bias'."
+            raise InputError(f"the pattern {pattern!r} names no parameter; {hint}")
         chosen |= named
     parts = ({n: x for n, x in flat.items() if (n in chosen) is wanted} for wanted in (True, False))
     return tuple(unflatten(part) if part else {} for part in parts)

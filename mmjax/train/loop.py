@@ -131,13 +131,11 @@ class Loop:
     tokens: int = 0  # useful tokens trained on, over all sessions
     late: int = 0  # programs compiled after the loop began
     waiting: float = 0.0  # seconds in which the loop waited for data, over all sessions
-    skipped: int = 0  # updates that were left out
     asked: int = 0  # the exit status that any process was asked to end with
 
     def __post_init__(self):
         self.trained, self.tokens = self.before.get("trained", 0.0), self.before.get("tokens", 0)
         self.late, self.waiting = self.before.get("late", 0), self.before.get("waiting", 0.0)
-        self.skipped = self.before.get("skipped", 0)
         self.data.training.holes.reasons |= self.before.get("holes", {})
 
     def train(self, now: TrainState, stop: StopRequest) -> TrainState:
@@ -211,7 +209,6 @@ class Loop:
         Raises:
           InputError: too many were, one after the other.
         """
-        self.skipped += 1
         self.metrics.skipped(step, [id for row in self._documents(step) for id in row], **told)
         why = f"loss {told['loss']:.4g}, norm of the gradient {told['grad_norm']:.4g}"
         if processes.index() == 0:
@@ -220,7 +217,8 @@ class Loop:
             raise InputError(
                 f"The updates of steps {step - in_a_row + 1} to {step} were left out one after the other (the last: "
                 f"{why}); the parameters are those of step {step - in_a_row}. Look at the documents in "
-                f"{self.cfg.out / report.SKIPPED}, lower optimizer.learning_rate, or raise update.patience."
+                f"{self.cfg.out / report.SKIPPED}; raise update.patience to go on, or begin again, in another --out, "
+                f"with a lower optimizer.learning_rate."
             )
 
     def _timed(self, of: Iterator[batches.Batch]) -> Iterator[batches.Batch]:
@@ -243,7 +241,6 @@ class Loop:
             "tokens": self.tokens,
             "late": self.late,
             "waiting": self.waiting,
-            "skipped": self.skipped,
             "holes": dict(self.data.training.holes.reasons),
         }
         self.checkpoints.save(step, now, metadata=metadata)
@@ -282,7 +279,7 @@ class Loop:
             "compiles_in_loop": self.late,
             "compile_seconds": round(self.programs.seconds, 2),
             "holes": len(self.data.training.holes.reasons),
-            "skipped": self.skipped,
+            "skipped": int(now.guard.skipped),
             "final_loss": report.losses(cfg.out)[-1][1],
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
             "processes": jax.process_count(),

@@ -178,8 +178,8 @@ def compile_step(
     """The compiled step for one bucket: (state, batch, asked) → (state, metrics).
 
     `state` and `batch` (all rows, not cut into parts) are abstract; the state's buffers are reused (donated). `asked`
-    i32[devices], a number of every process (see `asking`), comes back as its greatest: what one process is asked to do,
-    all know at the same step, without a message of its own.
+    i32[devices], a number of every process (see `of_devices`), comes back as its greatest: what one process is asked to
+    do, all know at the same step, without a message of its own.
     """
 
     def step(state: TrainState, batch: Batch, asked: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -87,3 +87,28 @@ def test_sizes_from_shapes_alone():
     }
     assert trees.count(tree) == 15 + 1 + 0 + 1 + 2
     assert trees.nbytes(tree) == 30 + 4 + 0 + 8 + 2 * 8
+
+
+NESTED = {"vision": {"kernel": 1, "bias": 2}, "decoder": {"norm": {"scale": 3}, "bias": 4}, "visions": 5}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "chosen"),
+    [
+        ((), {}),
+        (("vision",), {"vision": {"kernel": 1, "bias": 2}}),
+        (("*/bias", "decoder/norm"), {"vision": {"bias": 2}, "decoder": {"norm": {"scale": 3}, "bias": 4}}),
+    ],
+)
+def test_choose_by_path_and_merge_again(patterns, chosen):
+    found, rest = trees.choose(NESTED, patterns)
+    assert found == chosen
+    assert trees.flatten(found).keys().isdisjoint(trees.flatten(rest))
+    assert trees.merge(found, rest) == trees.merge(rest, found) == NESTED
+
+
+def test_patterns_that_name_nothing_and_leaves_in_both():
+    with pytest.raises(InputError, match=r"'decoder/nrm' names no parameter; did you mean 'decoder/norm'"):
+        trees.choose(NESTED, ("decoder/nrm",))
+    with pytest.raises(InputError, match="'bias' is in both trees"):
+        trees.merge({"a": {"bias": 1}}, {"a": {"bias": 2}})

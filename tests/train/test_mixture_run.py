@@ -14,7 +14,7 @@ from mmjax.data import drawings, index
 from mmjax.data.sets import Drawings, Files, Mixed
 from mmjax.tokenizers import text
 from mmjax.train import loop, report, resume
-from mmjax.train.config import Packing
+from mmjax.train.config import Packing, Update
 from mmjax.train.prepare import prepare_data
 
 VOCAB = 400
@@ -185,6 +185,12 @@ def test_memory_may_change_where_it_changes_nothing(cfg):
 
     assert differences(cfg, with_packing(memory=512)) == []
     assert differences(with_packing(holes=3), with_packing(holes=3, memory=512)) == ["packing.memory (1024 → 512)"]
+
+
+def test_patience_may_be_raised_to_go_on(cfg):
+    """As the run that ends for want of it says."""
+    assert differences(cfg, dataclasses.replace(cfg, update=Update(patience=99))) == []
+    assert differences(cfg, dataclasses.replace(cfg, update=Update(spike=9.0))) == ["update.spike (0.0 → 9.0)"]
 
 
 def test_whole_epochs_take_as_many_steps_as_they_take(cfg):
