@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.nn.kernels import xla
-from mmjax.nn.kernels.xla import Inputs, Static
+from mmjax.nn.kernels.inputs import Inputs, Static
 
 RESULTS = ("attention_out", "attention_lse")  # what jax.checkpoint_policies know attend's results by
 

@@ -32,10 +32,12 @@ def start(out: Path) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    """Until this process, not one before it, has a checkpoint of `step` or later: then it is surely in its loop."""
     deadline = time.monotonic() + 120
     manifests = out / "checkpoints" / "done"
+    before = {p.name for p in manifests.glob("[0-9]*.json")}
     while time.monotonic() < deadline and process.poll() is None:
-        if manifests.is_dir() and any(int(p.stem) >= step for p in manifests.glob("[0-9]*.json")):
+        if any(int(p.stem) >= step and p.name not in before for p in manifests.glob("[0-9]*.json")):
             return
         time.sleep(0.01)
     raise AssertionError(process.stderr.read() if process.poll() is not None else f"no step {step} in time")

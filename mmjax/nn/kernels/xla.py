@@ -11,40 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from mmjax.core import sharding
+from mmjax.nn.kernels.inputs import Inputs, Static
 
 QUERIES, KEYS = 256, 256  # a tile
 SCORES = 2**21  # float32 scores alive at a time; where one row has fewer, several rows go together
-
-
-@dataclass(frozen=True)
-class Static:
-    """What a compiled attention depends on besides shapes."""
-
-    scale: float
-    softcap: float | None
-    bias: Callable | None
-
-
-@flax.struct.dataclass
-class Inputs:
-    """Everything attention reads; heads before positions, because then every product is a plain batched one."""
-
-    q: Any  # [B, K, G, L, E]
-    k: Any  # [B, K, S, E]
-    v: Any  # [B, K, S, Ev]
-    order: Any  # i32[B, S]
-    lo: Any  # i32[B, L]
-    hi: Any  # i32[B, L]
-    key_bias: Any  # f32[B, S] or None
-    sinks: Any  # [K, G] or None
-    bias_params: Any  # leaves [K × G, ...] or None
-    bias_query: Any  # leaves [B, L, ...]
-    bias_key: Any  # leaves [B, S, ...]
 
 
 @dataclass(frozen=True)
