@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.nn.kernels import xla
+from mmjax.nn.kernels import backend, xla
 from mmjax.nn.kernels.inputs import Inputs, Static
 
 RESULTS = ("attention_out", "attention_lse")  # what jax.checkpoint_policies know attend's results by
@@ -229,7 +229,7 @@ def _results(axes: Split) -> tuple[tuple, tuple]:
 def _attend(static: Static, axes: Split, x: Inputs) -> tuple[jax.Array, jax.Array]:
     # Keys come split and are gathered in here, so that the backward pass keeps a device's own alone.
     reads = _axes(x, replace(axes, keys=None))
-    return sharding.local(functools.partial(xla.forward, static), (x,), (reads,), _results(axes))
+    return sharding.local(functools.partial(backend.forward, static), (x,), (reads,), _results(axes))
 
 
 def _forward(static: Static, axes: Split, x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple]:
@@ -242,7 +242,7 @@ def _backward(static: Static, axes: Split, saved: tuple, cotangents: tuple) -> t
     no_gradient = {"order": None, "lo": None, "hi": None, "bias_query": None, "bias_key": None}
     lies, reads = (_axes(saved[0], of) for of in (axes, replace(axes, keys=None)))
     found = sharding.local(
-        functools.partial(xla.backward, static),
+        functools.partial(backend.backward, static),
         (*saved, *cotangents),
         (reads, *_results(axes), *_results(axes)),
         reads.replace(**no_gradient),
