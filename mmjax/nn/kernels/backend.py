@@ -20,12 +20,15 @@ _backend: contextvars.ContextVar[Backend] = contextvars.ContextVar("mmjax_attent
 
 
 @contextlib.contextmanager
-def use(backend: Backend) -> Iterator[None]:
+def use(backend: str) -> Iterator[None]:
     """Traces what is inside with one kernel of attention. It is read while tracing: a compiled function keeps its own.
 
     "auto" takes the platform's own, also where a program is compiled ahead of time for another than this machine's;
     what a kernel cannot do (`supports`), and every other platform, is "xla". A kernel that is asked for by name is
     interpreted on other platforms: the same numbers, slowly.
+
+    Args:
+      backend: one of Backend.
     """
     if backend not in get_args(Backend):
         raise InputError(f"There is no kernel of attention {backend!r}; choose one of {', '.join(get_args(Backend))}.")
