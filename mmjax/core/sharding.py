@@ -404,6 +404,17 @@ def vary(tree: Any, like: Any = None) -> Any:
     return jax.tree.map(one, tree)
 
 
+def shaped(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel's result looks like, which varies over the manual axes that any array in the tree `like` does."""
+    axes = frozenset().union(*map(_varies, jax.tree.leaves(like)))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if hasattr(jax.typeof(jax.tree.leaves(like)[0]), "manual_axis_type"):
+        kind = type(jax.typeof(jax.tree.leaves(like)[0]).manual_axis_type)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind(varying=axes))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+
+
 def unvary(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
     """The cotangent of an array that devices share: summed over the axes along which only the cotangent varies."""
     axes = tuple(_varies(cotangent) - _varies(primal))
