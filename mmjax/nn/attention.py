@@ -34,7 +34,7 @@ from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.inputs import Inputs, Static
 from mmjax.nn.ring import merge as merge  # part of what this file offers
 
-Context = Literal["auto", "gather", "ring"]
+Context = Literal["auto", "gather", "ring", "dealt"]
 # "auto": keys and values go round where gathered they would take more bytes than this on a device. They are as many
 # bytes on the way either way. Gathered, a layer waits for all of them, once, and holds them, the backward pass with
 # float32 cotangents as large again or twice; on a ring it computes meanwhile, in as many smaller steps as devices.
@@ -68,6 +68,7 @@ class Split:
     queries: str | None
     keys: str | None  # of keys and values; what is small, as their labels, is whole everywhere
     ring: tuple[str, ...] = ()  # the mesh axes along which keys and values go round; without any they are gathered
+    dealt: bool = False  # rows are dealt for the ring already
 
 
 def attend(
@@ -159,7 +160,7 @@ _context: contextvars.ContextVar[Context] = contextvars.ContextVar("mmjax_attent
 def context(how: str) -> Iterator[None]:
     """Traces what is inside with keys and values of split rows gathered ("gather") or passed on ("ring").
 
-    "auto" is the default: by how many bytes they are, see GATHERED.
+    "auto" is the default: by how many bytes they are, see GATHERED. "dealt" is a ring of rows that ring.deal has dealt.
 
     Read while tracing: a compiled function keeps its own. Where queries or keys are not split along their row, keys are
     gathered whatever is said here.
@@ -191,7 +192,9 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
     axes = Split(
         *sharding.fitting(("batch", "heads", "length"), (b, kv, length)), *sharding.fitting(("length",), k.shape[1:2])
     )
-    axes = replace(axes, ring=_ring(axes, k, v))
+    if goes_round(b, length, k.shape[1], kv, (size + v.shape[3]) * k.dtype.itemsize):
+        over = sharding.mesh_axes((axes.rows, axes.heads, axes.keys))[2]
+        axes = replace(axes, ring=over, dealt=_context.get() == "dealt")
     static = Static(size**-0.5 if scale is None else float(scale), softcap, None if bias is None else bias.function)
     q = q.reshape(b, length, kv, heads // kv, size).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -202,15 +205,15 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
     return static, jax.tree.map(sharding.constrain, inputs, _axes(inputs, axes)), axes
 
 
-def _ring(axes: Split, k: jax.Array, v: jax.Array) -> tuple[str, ...]:
-    """The mesh axes that keys and values go round along, or none where they are gathered."""
-    if axes.queries is None or axes.keys is None:
-        return ()
-    rows, heads, over = sharding.mesh_axes((axes.rows, axes.heads, axes.keys))
-    parts = sharding.parts("batch") if rows else 1, sharding.parts("heads") if heads else 1
-    gathered = (k.size + v.size) * k.dtype.itemsize // math.prod(parts)
+def goes_round(rows: int, length: int, keys: int, heads: int, size: int) -> bool:
+    """Whether keys and values go round: rows of so many queries and keys, `size` bytes of a key head and its values."""
+    (by_row, by_head, split), held = sharding.fitting(("batch", "heads", "length"), (rows, heads, length)), size
+    for axis, count in ((by_row, rows), (by_head, heads)):
+        held *= count // (sharding.parts(axis) if axis else 1)
+    if split is None or keys % sharding.parts("length"):
+        return False
     how = _context.get()
-    return over if how == "ring" or (how == "auto" and gathered > GATHERED) else ()
+    return how in ("ring", "dealt") or (how == "auto" and held * keys > GATHERED)
 
 
 def _axes(x: Inputs, axes: Split) -> Inputs:
@@ -257,7 +260,7 @@ def _read(x: Inputs, axes: Split) -> Inputs:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(static: Static, axes: Split, x: Inputs) -> tuple[jax.Array, jax.Array]:
-    run = functools.partial(ring.forward, over=axes.ring) if axes.ring else xla.forward
+    run = functools.partial(ring.forward, over=axes.ring, dealt=axes.dealt) if axes.ring else xla.forward
     return sharding.local(functools.partial(run, static), (x,), (_read(x, axes),), _results(axes))
 
 
@@ -270,7 +273,7 @@ def _forward(static: Static, axes: Split, x: Inputs) -> tuple[tuple[jax.Array, j
 def _backward(static: Static, axes: Split, saved: tuple, cotangents: tuple) -> tuple[Inputs]:
     no_gradient = {"order": None, "lo": None, "hi": None, "bias_query": None, "bias_key": None}
     lies, reads = _axes(saved[0], axes), _read(saved[0], axes)
-    run = functools.partial(ring.backward, over=axes.ring) if axes.ring else xla.backward
+    run = functools.partial(ring.backward, over=axes.ring, dealt=axes.dealt) if axes.ring else xla.backward
     found = sharding.local(
         functools.partial(run, static),
         (*saved, *cotangents),

@@ -10,11 +10,12 @@ Liu et al. 2023 (Ring Attention). A device never holds more than its own keys an
 while it computes. What it found in every step is merged by the log-sum-exp, in float32; the backward pass sends keys
 and values round again together with the sums of their cotangents, which end where they belong.
 
-With rows cut straight, the last device of a causal row would compute all the way round and the first one once. So on
-the way in every device exchanges half its part and gets one chunk from the front of the row and its mirror image from
-the back (Dubey et al. 2024, Llama 3, section 3.3.2): then, of a causal row, all compute the same in every step. Labels
-travel along, and on the way out results go back to where their queries are. Keys that no query of a device reaches are
-passed on and not computed.
+With rows cut straight, the last device of a causal row would compute all the way round and the first one once. So rows
+are dealt: every device exchanges half its part and has one chunk from the front of the row and its mirror image from
+the back (Dubey et al. 2024, Llama 3, section 3.3.2). Then, of a causal row, all compute the same in every step. Labels
+travel with their tokens, so a dealt row is a row like any other: nn.transformer deals it once for all its blocks, and
+else it is dealt here, on the way in, and results go back to where their queries are. Keys that no query of a device
+reaches are passed on and not computed.
 """
 
 import functools
@@ -100,6 +101,27 @@ class Ring:
         return jnp.concatenate([chunks[which.index(i)] for i in range(len(which))], 1)
 
 
+def deal(tree: Any, axis: int = 1) -> Any:
+    """Arrays […, B, L, …] whose rows are split along their length (`axis`), dealt; others stay as they are."""
+    return jax.tree.map(lambda x: _exchanged(Ring.deal, x, axis), tree)
+
+
+def undeal(tree: Any, axis: int = 1) -> Any:
+    """The way back."""
+    return jax.tree.map(lambda x: _exchanged(Ring.undeal, x, axis), tree)
+
+
+def _exchanged(how: Callable, x: jax.Array, axis: int) -> jax.Array:
+    axes = (None,) * (axis - 1) + ("batch", "length") + (None,) * (x.ndim - axis - 1)
+    axes = sharding.fitting(axes, x.shape)
+    if axes[axis] is None:
+        return x
+    over = sharding.mesh_axes(axes)[axis]
+    return sharding.local(
+        lambda part: how(Ring(over, x.shape[axis] // part.shape[axis]), part, axis), (x,), (axes,), axes
+    )
+
+
 def merge(
     out: Float[Array, "*rows e"],
     lse: Float[Array, "*rows"],
@@ -170,21 +192,24 @@ def _with_keys(ring: Ring, x: Inputs, keys: tuple[jax.Array, jax.Array], whose: 
     )
 
 
-def forward(static: Static, x: Inputs, *, over: tuple[str, ...], step: Callable = xla.forward) -> tuple:
+def forward(
+    static: Static, x: Inputs, *, over: tuple[str, ...], dealt: bool = False, step: Callable = xla.forward
+) -> tuple[jax.Array, jax.Array]:
     """(out [B, K, G, l, Ev] in v's dtype, log-sum-exp f32[B, K, G, l]) of a device's queries over the whole row's keys.
 
     Only where all of `over` are manual axes (sharding.local).
 
     Args:
       static: as any kernel's.
-      x: the device's part of q, k, v, lo, hi and bias_query, as rows are cut, l and s places of them; the whole of
-        order, key_bias and bias_key (S places).
+      x: the device's part of q, k, v, lo, hi and bias_query, l and s places of them; the whole of order, key_bias and
+        bias_key (S places).
       over: the mesh axes that rows are split over, S / s devices in all.
+      dealt: rows are, already.
       step: the kernel, `forward(static, inputs)`, which puts out float32 where `static.wide`.
     """
     x = sharding.vary(x)
     kind, ring = x.v.dtype, Ring(over, x.order.shape[1] // x.k.shape[2])
-    x = _dealt(ring, x)
+    x = x if dealt else _dealt(ring, x)
     reached, here, wide = _reached(ring, x), ring.here(), replace(static, wide=True)
 
     def turn(t: jax.Array, carry: tuple) -> tuple:
@@ -203,7 +228,8 @@ def forward(static: Static, x: Inputs, *, over: tuple[str, ...], step: Callable 
         lse = jnp.broadcast_to(x.sinks.astype(jnp.float32)[None, :, :, None], shape)
     start = sharding.vary((jnp.zeros((*shape, x.v.shape[-1]), jnp.float32), lse), x)
     _, out, lse = jax.lax.fori_loop(0, ring.size, turn, ((x.k, x.v), *start))
-    return ring.undeal(out.astype(kind), 3), ring.undeal(lse, 3)
+    out = out.astype(kind)
+    return (out, lse) if dealt else (ring.undeal(out, 3), ring.undeal(lse, 3))
 
 
 def backward(
@@ -215,6 +241,7 @@ def backward(
     d_lse: jax.Array,
     *,
     over: tuple[str, ...],
+    dealt: bool = False,
     step: Callable = xla.backward,
 ) -> Inputs:
     """Cotangents of a device's part of the inputs (None for labels and what the bias reads).
@@ -225,49 +252,48 @@ def backward(
     primal = x
     x, *results = sharding.vary((x, out, lse, d_out, d_lse))
     ring = Ring(over, x.order.shape[1] // x.k.shape[2])
-    x, results = _dealt(ring, x), [ring.deal(a, 3) for a in results]
-    reached, here, wide = _reached(ring, x), ring.here(), replace(static, wide=True)
-    size = x.k.shape[2]
-
-    def turn(t: jax.Array, carry: tuple) -> tuple:
-        keys, sums, mine = carry
-        # The sums come one step behind their keys: both travel while the step computes.
-        ahead, sums = ring.passed_on((keys, sums))
-        whose = (here - t) % ring.size
-
-        def compute(so_far: tuple) -> tuple:
-            sums, (d_q, d_params, d_key_bias) = so_far
-            d = step(wide, _with_keys(ring, x, keys, whose), *results)
-            sums = sums[0] + d.k, sums[1] + d.v
-            if d_key_bias is not None:
-                old = jax.lax.dynamic_slice_in_dim(d_key_bias, whose * size, size, axis=1)
-                d_key_bias = jax.lax.dynamic_update_slice_in_dim(d_key_bias, old + d.key_bias, whose * size, axis=1)
-            return sums, (d_q + d.q, jax.tree.map(jnp.add, d_params, d.bias_params), d_key_bias)
-
-        return ahead, *jax.lax.cond(reached[whose], compute, lambda so_far: so_far, (sums, mine))
-
-    def zeros(tree: Any) -> Any:
-        return sharding.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree), x)
-
-    carry = (x.k, x.v), zeros((x.k, x.v)), zeros((x.q, x.bias_params, x.key_bias))
-    _, sums, (d_q, d_params, d_key_bias) = jax.lax.fori_loop(0, ring.size, turn, carry)
-    d_k, d_v = (a.astype(p.dtype) for a, p in zip(ring.passed_on(sums), (x.k, x.v), strict=True))
-    found = Inputs(
-        q=ring.undeal(d_q.astype(x.q.dtype), 3),
-        k=ring.undeal(d_k, 2),
-        v=ring.undeal(d_v, 2),
-        order=None,
-        lo=None,
-        hi=None,
-        key_bias=None if d_key_bias is None else ring.undeal_whole(d_key_bias),
-        sinks=None if x.sinks is None else xla.sinks_backward(x.sinks, *results),
-        bias_params=d_params,
-        bias_query=None,
-        bias_key=None,
-    )
+    if not dealt:
+        x, results = _dealt(ring, x), [ring.deal(a, 3) for a in results]
+    (d_k, d_v), (d_q, d_params, d_key_bias) = _round(static, ring, x, results, step)
+    d_sinks = None if x.sinks is None else xla.sinks_backward(x.sinks, *results)
+    d_q, d_k, d_v = (a.astype(p.dtype) for a, p in zip((d_q, d_k, d_v), (x.q, x.k, x.v), strict=True))
+    if not dealt:
+        d_q, d_k, d_v = ring.undeal(d_q, 3), ring.undeal(d_k, 2), ring.undeal(d_v, 2)
+        d_key_bias = jax.tree.map(ring.undeal_whole, d_key_bias)
+    found = Inputs(d_q, d_k, d_v, None, None, None, d_key_bias, d_sinks, d_params, None, None)
     return jax.tree.map(
         lambda d, a: None if d is None else sharding.unvary(d, a).astype(a.dtype),
         found,
         primal,
         is_leaf=lambda d: d is None,
     )
+
+
+def _round(static: Static, ring: Ring, x: Inputs, results: list[jax.Array], step: Callable) -> tuple[Any, Any]:
+    """float32 cotangents of this device's keys and values; and of its queries, the bias's parameters and key_bias."""
+    reached, here, wide = _reached(ring, x), ring.here(), replace(static, wide=True)
+    size = x.k.shape[2]
+
+    def turn(t: jax.Array, carry: tuple) -> tuple:
+        keys, sums, mine = carry
+        # The sums come one step behind their keys: both travel while the step computes, and it waits for neither.
+        ahead, sums = ring.passed_on((keys, sums))
+        whose = (here - t) % ring.size
+
+        def compute(mine: tuple) -> tuple:
+            d_q, d_params, d_key_bias = mine
+            d = step(wide, _with_keys(ring, x, keys, whose), *results)
+            if d_key_bias is not None:
+                old = jax.lax.dynamic_slice_in_dim(d_key_bias, whose * size, size, axis=1)
+                d_key_bias = jax.lax.dynamic_update_slice_in_dim(d_key_bias, old + d.key_bias, whose * size, axis=1)
+            return (d.k, d.v), (d_q + d.q, jax.tree.map(jnp.add, d_params, d.bias_params), d_key_bias)
+
+        more, mine = jax.lax.cond(reached[whose], compute, lambda mine: (zeros(keys), mine), mine)
+        return ahead, jax.tree.map(jnp.add, sums, more), mine
+
+    def zeros(tree: Any) -> Any:
+        return sharding.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree), x)
+
+    start = (x.k, x.v), zeros((x.k, x.v)), zeros((x.q, x.bias_params, x.key_bias))
+    _, sums, mine = jax.lax.fori_loop(0, ring.size, turn, start)
+    return ring.passed_on(sums), mine

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nn.test_attention import draw, masks, relative, stack
+from sharded import test_length as models
 
-from mmjax.core import sharding
+from mmjax.core import sharding, spec
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import MeshConfig, make_mesh
-from mmjax.nn import attention, ring
+from mmjax.nn import attention, ring, rope, transformer
 from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.inputs import Inputs, Static
 from mmjax.sequence import intervals
@@ -122,6 +123,57 @@ def test_mesh_axes_that_carry_a_row_together():
         got = jax.jit(attention.attend)(*learnt[0], *see)
     assert got[0].addressable_shards[0].data.shape[1] == 18
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, expected)
+
+
+def stack_of_blocks(params, x, see, window, position, cfg):
+    places = dict(zip(("order", "lo", "hi"), see, strict=True)) | {"window": window, "position": position}
+
+    def total(params, x):
+        out = transformer.apply_with_taps(params, x, cfg, (0,), **places)
+        return sum(jnp.sin(a).sum() for a in out), out
+
+    return jax.grad(total, (0, 1), has_aux=True)(params, x)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "explicit"),
+    [((2, 1, 1, 4), True), pytest.param((1, 1, 2, 4), False, marks=pytest.mark.slow)],
+    ids=["explicit", "auto"],
+)
+def test_a_transformer_deals_its_rows_once(monkeypatch, sizes, explicit):
+    """With windows, taps, positions and lengths that do not divide: a row of 71."""
+    blocks = transformer.Config(16, 2, 4, 2, 8, 24, rope=rope.Config(8, (4,)), windowed=(1,), remat="full")
+    rng, cases = np.random.default_rng(0), masks(71)
+    see, window = (stack([cases[n] for n in names], 71) for names in (["packed", "images"], ["blocks", "causal"]))
+    params = spec.init(transformer.spec(blocks), jax.random.key(0))
+    x = rng.normal(size=(2, 71, 16)).astype(np.float32)
+    given = params, x, see, window[1:], np.tile(np.arange(71)[:, None], (2, 1, 1))
+    program = jax.jit(stack_of_blocks, static_argnames="cfg")
+    expected = program(*given, cfg=blocks)
+    monkeypatch.setattr(attention, "GATHERED", 0)
+    deal, dealt = ring.Ring.deal, []
+    monkeypatch.setattr(ring.Ring, "deal", lambda self, x, axis: dealt.append(x.ndim) or deal(self, x, axis))
+    with jax.set_mesh(mesh_of(*sizes, explicit=explicit)):
+        got = program(*given, cfg=blocks)
+    assert sorted(dealt) == [2, 2, 2, 2, 2, 3, 3]  # order, lo, hi, both windows; x and position; no heads
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bidirectional images", "resampled, all images"])
+def test_whole_models(monkeypatch, name):
+    monkeypatch.setattr(attention, "GATHERED", 0)
+    models.compare(name, MeshConfig(2, 1, 1, 4, explicit=True))
+
+
+def test_dealt_rows_come_back():
+    x = np.arange(2 * 26 * 3).reshape(2, 26, 3)
+    with jax.set_mesh(mesh_of(1, 1, 1, 2)):
+        dealt = jax.jit(ring.deal)(x)
+        back = jax.jit(ring.undeal)(dealt)
+    chunks = np.split(x, [7, 13, 20], 1)  # two devices: 13 places each, 7 and 6
+    np.testing.assert_array_equal(dealt, np.concatenate([chunks[i] for i in (0, 3, 1, 2)], 1))
+    np.testing.assert_array_equal(back, x)
 
 
 def tiles(monkeypatch, order, lo, hi, parts=8):
