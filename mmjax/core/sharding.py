@@ -28,7 +28,7 @@ from mmjax.core.errors import InputError
 Axes = tuple[str | None, ...]
 # From the least traffic to the most, as jax.make_mesh wants it: the last axis gets the nearest neighbours. Gradients
 # are summed over `data` once a step, and a layer's parameters are gathered over `fsdp` ahead of use; but attention
-# waits for keys and values gathered over `sequence`, and every product for activations summed over `tensor`.
+# waits for keys and values of its neighbours over `sequence`, and every product for activations summed over `tensor`.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 
@@ -368,6 +368,14 @@ def local(f: Callable, args: Any, in_axes: Any, out_axes: Any) -> Any:
 
 def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+
+
+def mesh_axes(axes: Axes) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes in force that each dimension of an array with these logical axes is split over."""
+    if _mode() is None:
+        return ((),) * len(axes)
+    spec = partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape))
+    return tuple(entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)
 
 
 def parts(logical: str) -> int:
