@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmjax.core import sharding
-from mmjax.nn.kernels import backend, xla
+from mmjax.nn.kernels import backend, cotangents
 from mmjax.nn.kernels.inputs import Inputs, Static
 
 
@@ -255,18 +255,13 @@ def backward(
     if not dealt:
         x, results = _dealt(ring, x), [ring.deal(a, 3) for a in results]
     (d_k, d_v), (d_q, d_params, d_key_bias) = _round(static, ring, x, results, step)
-    d_sinks = None if x.sinks is None else xla.sinks_backward(x.sinks, *results)
+    d_sinks = None if x.sinks is None else cotangents.of_sinks(x.sinks, *results)
     d_q, d_k, d_v = (a.astype(p.dtype) for a, p in zip((d_q, d_k, d_v), (x.q, x.k, x.v), strict=True))
     if not dealt:
         d_q, d_k, d_v = ring.undeal(d_q, 3), ring.undeal(d_k, 2), ring.undeal(d_v, 2)
         d_key_bias = jax.tree.map(ring.undeal_whole, d_key_bias)
     found = Inputs(d_q, d_k, d_v, None, None, None, d_key_bias, d_sinks, d_params, None, None)
-    return jax.tree.map(
-        lambda d, a: None if d is None else sharding.unvary(d, a).astype(a.dtype),
-        found,
-        primal,
-        is_leaf=lambda d: d is None,
-    )
+    return cotangents.settled(static, found, primal)
 
 
 def _round(static: Static, ring: Ring, x: Inputs, results: list[jax.Array], step: Callable) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from mmjax.core.errors import InputError
 from mmjax.nn import attention
 from mmjax.nn.kernels import backend, tpu
 from mmjax.nn.kernels.inputs import Inputs, Static
+from mmjax.nn.kernels.tpu_blocks import Blocks
 from mmjax.sequence import intervals
 
 
@@ -61,7 +62,7 @@ def test_the_blocks_that_ship(rng, size):
         *(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 2, 2, length, size), *[(1, 2, length, size)] * 2)),
         *[None] * 8,
     )
-    blocks = tpu.Blocks.of(x)
+    blocks = Blocks.of(x)
     assert blocks.queries > blocks.query_part
     assert blocks.keys > blocks.key_part
     compare(cases, length, 4, 2, size, "bfloat16", rng)
@@ -155,7 +156,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(rng):
 def test_a_whole_tile_is_not_masked_and_an_empty_slot_in_it_is():
     see = tuple(jnp.asarray(x, jnp.int32)[None] for x in (np.arange(512), *intervals.prefix(512, 512)))
     x = inputs(see)
-    padded, grid = tpu._layout(x)
+    padded, grid = tpu.layout(x)
     of, _ = tpu.ranges(padded, grid)
 
     def full(of):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nn.test_attention import draw, masks, relative, stack
+from interval_cases import draw, masks, stack
+from nn.test_attention import relative
 from sharded import test_length as models
 
 from mmjax.core import sharding, spec

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.core import sharding
+from mmjax.nn.kernels import cotangents
 from mmjax.nn.kernels.inputs import Inputs, Static
 
 QUERIES, KEYS = 256, 256  # a tile
@@ -169,10 +170,8 @@ def backward(static: Static, x: Inputs, out: jax.Array, lse: jax.Array, d_out: j
     x, out, lse, d_out, d_lse = sharding.vary((x, out, lse, d_out, d_lse))
     t = Tiling.of(x)
     query, key, start, stop = _tiles(x, t)
-    # Where nothing is seen, lse is -inf whatever the inputs are: its cotangent ends there.
-    alive, of_sinks = jnp.isfinite(lse), (out, lse, d_out, d_lse)
-    lse = jnp.where(alive, lse, 0.0)
-    delta = _delta(out, alive, d_out, d_lse)
+    results = out, lse, d_out, d_lse
+    delta, lse = cotangents.delta(*results), jnp.where(jnp.isfinite(lse), lse, 0.0)
     cut = functools.partial(_cut, rows=t.rows, axis=3, count=t.query_blocks, size=t.queries)
     query |= {"d_out": cut(d_out), "lse": cut(lse), "delta": cut(delta)}
 
@@ -211,29 +210,12 @@ def backward(static: Static, x: Inputs, out: jax.Array, lse: jax.Array, d_out: j
 
     d_q, sums, d_params = _map(rows, (query, key, start, stop))
     length, s = x.q.shape[3], x.k.shape[2]
-    d_sinks = None if x.sinks is None else sinks_backward(x.sinks, *of_sinks)
+    d_sinks = None if x.sinks is None else cotangents.of_sinks(x.sinks, *results)
     d_key_bias = None if x.key_bias is None else _join(sums["key_bias"], 1, s)
     d_k, d_v = _join(sums["k"], 2, s), _join(sums["v"], 2, s)
     d_params = jax.tree.map(lambda a: a.sum(0), d_params)
     found = Inputs(_join(d_q, 3, length), d_k, d_v, None, None, None, d_key_bias, d_sinks, d_params, None, None)
-    return jax.tree.map(
-        lambda d, a: None if d is None else sharding.unvary(d, a).astype(jnp.float32 if static.wide else a.dtype),
-        found,
-        primal,
-        is_leaf=lambda d: d is None,
-    )
-
-
-def _delta(out: jax.Array, alive: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> jax.Array:
-    """What comes off every d p of a query (d score = p (d p - delta))."""
-    return (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(alive, d_lse, 0.0)
-
-
-def sinks_backward(sinks: jax.Array, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> jax.Array:
-    """The cotangent f32[K, G] of the sinks, from the results over all keys and their cotangents."""
-    alive = jnp.isfinite(lse)
-    p = jnp.exp(sinks.astype(jnp.float32)[None, :, :, None] - jnp.where(alive, lse, 0.0))
-    return -(jnp.where(alive, p, 0.0) * _delta(out, alive, d_out, d_lse)).sum((0, 3))
+    return cotangents.settled(static, found, primal)
 
 
 def _bias_params(static: Static, params: Any, mine: dict, theirs: dict, d_s: jax.Array) -> Any:
