@@ -74,7 +74,7 @@ def row(length: int, heads: int, kv: int, mask: str) -> dict:
     lo, hi = masks(length)[mask]
     work = 4 * 128 * heads * float((hi.astype(np.int64) - lo + 1).sum())
     see = tuple(jnp.asarray(a, jnp.int32)[None] for a in (np.arange(length), lo, hi))
-    copies = max(2, 32768 // length)
+    copies = max(2, min(16, 32768 // length))
     cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     jobs = jax_jobs("ours", lambda qkv, *see: ours(*qkv, see)[0], (arrays, *see), copies)
 
@@ -91,7 +91,7 @@ def row(length: int, heads: int, kv: int, mask: str) -> dict:
     found, programs = {}, compile_all(jobs)
     for (name, way), program in programs.items():
         found.setdefault(name, {})[way] = measure_jax(program, jobs[name, way][1], copies)
-    del programs
+    del programs, jobs
     sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=heads != kv)
     tensors = [torch.randn(1, n, length, 128, device=DEVICE, dtype=torch.bfloat16) for n in (heads, kv, kv)]
     peers = {}

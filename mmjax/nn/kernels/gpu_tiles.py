@@ -48,7 +48,7 @@ class Plan:
             small = Blocks(32, 32, 4, 2)
             return cls(small, small, small)
         if size <= 64:
-            return cls(Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 4, 3))
+            return cls(Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 8, 3))
         if size <= 128:
             return cls(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
         return cls(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
