@@ -99,12 +99,12 @@ def forward(
     blocks = (plan or Plan.of(x)).forward
     s = Shape.of(static, x, blocks)
     see = tiles.labels(x, s)
-    given = {"q": x.q, "k": x.k, "v": x.v, **see, "range": tiles.ranges(see, s), **tiles.optional(x, s)}
+    given = {**tiles.heads_last(x), **see, "range": tiles.ranges(see, s), **tiles.optional(x, s)}
     if sinks is not None:
         given["sinks"] = jnp.pad(sinks, ((0, 0), (0, 0), (0, s.query_blocks * s.queries - s.length)))
     specs = tiles.by_query(s)
-    shape = x.q.shape[:-1]
-    out = [((*shape, s.width_v), x.v.dtype, specs["d_out"]), (shape, jnp.float32, specs["lse"])]
+    last = given["q"].shape[:-1]
+    out = [((*last, s.width_v), x.v.dtype, specs["d_out"]), (x.q.shape[:-1], jnp.float32, specs["lse"])]
     grid = (s.query_blocks, kv * s.group, b)
     out, lse = tiles.call(_forward_kernel, s, grid, blocks, given, specs, out, interpret)
-    return out.reshape(b, kv, group, length, s.width_v), lse.reshape(b, kv, group, length)
+    return out.transpose(0, 2, 3, 1, 4).reshape(b, kv, group, length, s.width_v), lse.reshape(b, kv, group, length)
