@@ -24,12 +24,12 @@ from mmjax.nn.kernels.gpu_backward import backward
 from mmjax.nn.kernels.gpu_tiles import LOG2E, Blocks, Plan, Shape
 from mmjax.nn.kernels.inputs import Inputs, Static
 
-__all__ = ["Blocks", "Plan", "backward", "forward", "supports"]
+__all__ = ["Blocks", "Plan", "backward", "forward", "refusal"]
 
 FLOOR = -1e30  # a finite start of the running maximum: a query that sees nothing gets exp2(-inf) = 0 and no NaN
 
 
-def supports(static: Static, x: Inputs) -> str | None:
+def refusal(static: Static, x: Inputs) -> str | None:
     """Why these kernels cannot compute it; None where they can."""
     if static.bias is not None:
         return "A bias is an arbitrary function of JAX, which Triton cannot compile."
@@ -85,7 +85,7 @@ def forward(
     """(out [B, K, G, L, Ev] in v's dtype, log-sum-exp f32[B, K, G, L]); see nn.kernels.xla.
 
     Args:
-      static, x: for which `supports` gives None.
+      static, x: for which `refusal` gives None.
       plan: blocks other than Plan.of gives.
       interpret: computed by JAX instead of Triton, on any device, for tests.
     """
