@@ -247,7 +247,7 @@ def seen(order: jax.Array, lo: jax.Array, far: jax.Array) -> jax.Array:
 
 def call(
     kernel: Callable, s: Shape, grid: tuple, blocks: Blocks, given: dict, specs: dict, out: list, interpret: bool
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The kernel over a grid; `out` is a list of (shape, dtype, spec)."""
     given = sharding.vary(given)
     shapes = [sharding.shaped(shape, dtype, given) for shape, dtype, _ in out]
