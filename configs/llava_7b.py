@@ -61,5 +61,5 @@ def config() -> Config:
         optimizer=Optimizer(learning_rate=2e-5, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         objective=Objective(chunk=4096),
         update=Update(compute="bfloat16"),
-        mesh=MeshConfig(data=4, fsdp=64),
+        mesh=MeshConfig(data=8, fsdp=32),
     )

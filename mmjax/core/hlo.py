@@ -1,8 +1,8 @@
 """What a compiled program does, counted from its text: `count(parse(compiled.as_text()))`.
 
 XLA's own `cost_analysis()` counts the body of a loop once and knows nothing of hand-written kernels, and for GPUs there
-is none. Here loops count by their turns, every product by its shapes, also inside of fusions, and memory by what is read
-and written between the fusions. All of it is of one device.
+is none. Here loops count by their turns, every product by its shapes, also inside of fusions, and memory by what is
+read and written between the fusions. All of it is of one device.
 """
 
 import dataclasses

@@ -76,7 +76,7 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
       see: who sees whom in the sequence (sequence.interleave); a prefix counts as causal.
       frozen: parameters that are not trained (train.config.Update).
     """
-    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
+    names, sizes = tree.flatten(vlm.spec(cfg)), matrices(cfg)
     still = tree.flatten(tree.choose(vlm.spec(cfg), frozen)[0]) if frozen else {}
     media, patches = media_tokens(cfg, row), row.patches + cfg.vision.prefix * len(row.pictures)
     attention = {
@@ -85,19 +85,23 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
     }
     forward, total, before = {}, 0.0, False
     for part in ("vision", "connector", "decoder"):
-        own = {n: size for n, size in sizes.items() if n.startswith(f"{part}/") and _is_matrix(n, cfg)}
+        own = {n: size for n, size in sizes.items() if n.startswith(f"{part}/")}
         seen = {n: 2.0 * size * _sees(n, cfg, row, patches, media) for n, size in own.items()}
         trained = sum(flops for n, flops in seen.items() if n not in still)
-        before = before or any(n not in still for n in sizes if n.startswith(f"{part}/"))
+        before = before or any(n not in still for n in names if n.startswith(f"{part}/"))
         forward[part] = Part(sum(seen.values()), attention.get(part, 0.0))
         total += (1 + before) * forward[part].matrices + trained + (1 + 2 * before) * forward[part].attention
     return Flops(forward, total)
 
 
-def _is_matrix(name: str, cfg: vlm.Config) -> bool:
-    """What is multiplied with: kernels, and the table of the head. Scales, biases and position tables are not."""
-    last = name.rsplit("/", 1)[-1]
-    return last == "kernel" or name == ("decoder/embed" if cfg.decoder.tied else "decoder/head")
+def matrices(cfg: vlm.Config) -> dict[str, int]:
+    """The size of everything that tokens are multiplied with, by name: kernels, and the table of the head.
+
+    Scales, biases and position tables are none.
+    """
+    head = "decoder/embed" if cfg.decoder.tied else "decoder/head"
+    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
+    return {n: size for n, size in sizes.items() if n == head or n.rsplit("/", 1)[-1] == "kernel"}
 
 
 def media_tokens(cfg: vlm.Config, row: Row) -> int:
@@ -107,7 +111,7 @@ def media_tokens(cfg: vlm.Config, row: Row) -> int:
     return row.patches // cfg.connector.square**2
 
 
-def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> float:
+def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> int | float:
     """How many tokens go through a matrix."""
     part, *path = name.split("/")
     if part == "vision" and path[0] == "embed":
@@ -121,7 +125,7 @@ def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> flo
     return row.patches if cfg.connector.per_picture and (keys or path[0] == "projection") else media
 
 
-def _embedded(name: str, cfg: vlm.Config, row: Row) -> float:
+def _embedded(name: str, cfg: vlm.Config, row: Row) -> int | float:
     """Of a stem, each of a patch's squares; of a matrix for several frames, the one of a still picture."""
     embed = cfg.vision.embed
     if name.startswith("stem_"):
@@ -135,7 +139,7 @@ def _pairs(cfg: transformer.Config, pairs: float) -> float:
 
 
 def _vision(cfg: transformer.Config, row: Row, prefix: int) -> float:
-    whole = sum((n + prefix) ** 2 for n in row.pictures)
+    whole = float(sum((n + prefix) ** 2 for n in row.pictures))
     within = row.patches * min(row.window, max(row.pictures, default=0))
     inside = len(cfg.windowed)
     return _pairs(cfg, (cfg.layers - inside) * whole + inside * within)

@@ -1,4 +1,4 @@
-"""python -m mmjax.plan CONFIG --topology v5e:16x16 [--all] [--documents N] [--memory GiB] [--json] [--field value ...]"""
+"""python -m mmjax.plan CONFIG --topology v5e:16x16 [--all] [--documents N] [--memory GIB] [--json] [--field value …]"""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     """0: everything fits; 1: something does not."""
     # Before JAX is imported: nothing runs here, and the TPU compiler must not look for TPUs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # any will do
     mine, rest = options(arguments)
     cfg = config.from_command_line("mmjax.plan", rest, WHAT)
     if mine.topology is None:

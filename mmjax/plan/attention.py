@@ -26,7 +26,7 @@ class Seen:
 
 
 def sequence(row: Row, see: str, media: int) -> Seen:
-    """The decoder's: causal within documents; pictures, if they see both ways, lie one at the start of each document."""
+    """The decoder's: causal within documents. Pictures that see both ways are taken to lie evenly through the row."""
     n = row.tokens
     at = np.arange(n)
     begin = np.repeat(np.cumsum((0, *row.documents[:-1])), row.documents)

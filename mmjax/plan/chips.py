@@ -5,7 +5,6 @@ Peak figures of TPUs: Austin et al. 2025, "How to Scale Your Model", chapter 2, 
 """
 
 import difflib
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """flops: bfloat16 per second. memory: bytes. bandwidth: of memory, bytes per second. link: bytes per second one way
-    of one link to a neighbour; a torus has two along each axis. whole: an axis of so many chips, or a multiple of it,
-    closes to a ring. clock: cycles per second of the compiler's estimates, 0 where it makes none.
+    """A device that a program is compiled for.
+
+    flops: bfloat16 per second. memory: bytes that the compiler lets a program use. bandwidth: of memory, bytes per
+    second. link: bytes per second one way of one link to a neighbour; a torus has two along each axis. axes: of the
+    torus. whole: an axis of so many chips, or a multiple of it, closes to a ring. clock: cycles per second of the
+    compiler's estimates. cores: devices on a chip, which share all of that; one each but for v4 (on a real v4 the two
+    work as one).
     """
 
     name: str
@@ -29,14 +32,15 @@ class Chip:
     link: float
     axes: int
     whole: int
-    clock: float = 0.0
+    clock: float
+    cores: int = 1
 
 
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1.2e12, 4.5e10, 3, 4, 1.05e9),
-    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 8.1e11, 4.5e10, 2, 16, 1.5e9),
-    "v5p": Chip("TPU v5p", 459e12, 96 * GIB, 2.8e12, 9e10, 3, 4, 1.75e9),
-    "v6e": Chip("TPU v6e", 920e12, 32 * GIB, 1.6e12, 9e10, 2, 16, 1.75e9),
+    "v4": Chip("TPU v4 (a core)", 275e12 / 2, 15.25 * GIB, 1.2e12 / 2, 4.5e10 / 2, 3, 4, 1.05e9, 2),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, 2, 16, 1.5e9),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.8e12, 9e10, 3, 4, 1.75e9),
+    "v6e": Chip("TPU v6e", 920e12, 31.25 * GIB, 1.6e12, 9e10, 2, 16, 1.75e9),
 }
 
 
@@ -47,10 +51,6 @@ class Topology:
     text: str
     chip: Chip
     sizes: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.sizes)
 
     def bandwidth(self, coordinates: list[tuple[int, ...]]) -> float:
         """Bytes per second that each of these chips can send to the others: over the links of all axes they differ in.

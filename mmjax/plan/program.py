@@ -25,8 +25,8 @@ from mmjax.train.step import compile_step
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each chip, as the compiler states them: what goes in and comes out, how much of that is one and the same,
-    what lives in between, the program itself, and the most at one time where it says so.
+    """Bytes on each chip, as the compiler states them: what goes in and comes out, how much of that is one and the
+    same, what lives in between, the program itself, and the most at one time where it says so.
     """
 
     arguments: int
@@ -132,7 +132,6 @@ def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | 
     refuse(cfg, mesh)
     shape, tx = abstract(cfg, mesh)
     began = time.monotonic()
-    # With all frames of a traceback: the program's text then says where everything comes from.
     try:
         made = compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
     except Exception as error:

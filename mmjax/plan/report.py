@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mmjax.core import hlo
-from mmjax.models import flops, vlm
+from mmjax.models import flops
 from mmjax.models.flops import Flops, Row
 from mmjax.plan import attention, roofline
 from mmjax.plan.advice import Advice, axes
@@ -96,8 +96,8 @@ def head(topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float
     sizes = " × ".join(f"{name} {n}" for name, n in axes(mesh).items())
     return (
         f"{topology.text}: {mesh.size} chips {topology.chip.name}, mesh {sizes}\n"
-        f"each chip holds {_gib(state.parameters)} of {state.count:,} parameters and {_gib(state.optimizer)} of optimizer "
-        f"state, of {_gib(limit)}"
+        f"each chip holds {_gib(state.parameters)} of {state.count:,} parameters and {_gib(state.optimizer)} of the "
+        f"optimizer's state; it has {_gib(limit)}"
     )
 
 

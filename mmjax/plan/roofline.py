@@ -1,4 +1,4 @@
-"""How long a step would take: by the peak figures of a chip, and by the cycles that the TPU compiler itself estimates."""
+"""How long a step would take: by a chip's peak figures, and by the cycles that the TPU compiler itself estimates."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,9 @@ Coordinates = list[tuple[int, ...]]
 class Estimate:
     """Seconds. products: all FLOPs at the chip's peak. memory: all bytes at its bandwidth. operations: each at the
     slower of both, one after the other. beside, alone: collectives that run beside other work, and that do not. step:
-    operations and collectives, where those that may run beside others of their loop's turn do. serial: where none does.
-    cycles: `operations` as the compiler estimates it, 0 where it says nothing. parts: `operations` by part of the model.
+    operations and collectives, where those that may run beside others of their loop's turn do. serial: where none
+    does. cycles: `operations` as the compiler estimates it, 0 where it says nothing. parts: `operations` by part of
+    the model.
     """
 
     products: float
@@ -55,9 +56,8 @@ def estimate(counted: Count, topology: Topology, coordinates: Coordinates) -> Es
             if w.loop:
                 busy += w.turns * step(w.loop)
             elif w.collective:
-                beside, alone = (
-                    (beside + collective(w), alone) if w.collective.overlaps else (beside, alone + collective(w))
-                )
+                beside += collective(w) * w.collective.overlaps
+                alone += collective(w) * (not w.collective.overlaps)
             else:
                 busy += operation(w)
         return max(busy, beside) + alone

@@ -1,0 +1,67 @@
+"""What the planner takes attention's loops to be, against the loops' own bounds."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from mmjax.core.hlo_text import Op, Shape
+from mmjax.models.flops import Row
+from mmjax.nn.kernels import xla
+from mmjax.nn.kernels.inputs import Inputs
+from mmjax.plan import attention
+from mmjax.sequence import behind, intervals
+
+
+def bounds(order, lo, hi) -> float:
+    """Turns of the loop over keys, on average, from the function that computes its bounds."""
+    n = len(order)
+    q, k = jnp.zeros((1, 1, 1, n, 4)), jnp.zeros((1, 1, n, 4))
+    label = (jnp.asarray(a, jnp.int32)[None] for a in (order, lo, hi))
+    x = Inputs(q, k, k, *label, None, None, None, None, None)
+    _, _, start, stop = xla._tiles(x, xla.Tiling.of(x))
+    return float(jnp.maximum(stop - start, 0).mean())
+
+
+@pytest.mark.parametrize("documents", [(1500,), (300, 700, 20, 480), (1024,)])
+def test_a_packed_sequence(documents):
+    row = Row(documents, ())
+    lo, hi = zip(*(intervals.causal(n) for n in documents), strict=True)
+    first = np.repeat(np.cumsum((0, *documents[:-1])), documents)
+    theirs = bounds(np.arange(row.tokens), np.concatenate(lo) + first, np.concatenate(hi) + first)
+    assert attention.turns(attention.sequence(row, "causal", 0), xla.QUERIES, xla.KEYS) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_pictures_with_their_class_tokens_behind_all_patches(prefix):
+    pictures = (576, 300, 600)
+    lo, hi = intervals.blocks(pictures)
+    image = np.repeat(np.arange(3), pictures)
+    order, grid = np.arange(sum(pictures)), np.array([[[1, 1, n] for n in pictures]])
+    if prefix:
+        labels, first, last = behind.labels(*(jnp.asarray(a, jnp.int32) for a in (image[None], order[None], grid)), 1)
+        order, lo = np.asarray(labels[0]), np.append(lo + image, first[0])
+        hi = np.append(hi + image + 1, last[0])
+    seen = attention.patches(Row((), pictures), prefix)
+    np.testing.assert_array_equal(seen.order, order)
+    np.testing.assert_array_equal(seen.lo, lo)
+    np.testing.assert_array_equal(seen.hi, hi)
+    assert attention.turns(seen, xla.QUERIES, xla.KEYS) == pytest.approx(bounds(order, lo, hi))
+
+
+def test_loops_are_told_apart_by_their_scope():
+    cfg = tiny_model(vocab=64)
+    vision = dataclasses.replace(cfg.vision, blocks=dataclasses.replace(cfg.vision.blocks, windowed=(0,)))
+    row = Row((2048,), (1024, 1024), window=64)
+    told = attention.hints(dataclasses.replace(cfg, vision=vision), row, "causal", 2048).turns
+
+    def turns(scope: str) -> float | None:
+        return told(Op("loop", Shape(), "while", "", (), f'metadata={{op_name="{scope}"}}', False))
+
+    assert turns("jit(step)/transpose(jvp(decoder))/while/body/attention/while") == 4.5  # of 8 blocks, causal
+    # One layer sees pictures of 4 blocks, the other its windows, which end with the blocks.
+    assert turns("jit(step)/jvp(vision)/while/body/attention/while") == (4 + 1) / 2
+    assert turns("jit(step)/jvp(decoder)/while") is None
+    assert turns("jit(step)/attention/while") is None
