@@ -235,6 +235,8 @@ def _custom(module: Module, inside: Computation, op: Op, hints: Hints, unknown: 
     if target in FREE_CALLS:
         return
     moved, flops = hlo_cost.moved(module, inside, op), hlo_cost.library(inside, op, target)
+    if flops is not None and op.shape.parts:
+        moved -= sum(part.bytes for part in op.shape.parts if part.dtype == "s8")  # room to work in
     own = hints.kernel(op, module) or _stated(op.rest)
     if own is not None:
         flops, moved = own.flops, own.bytes

@@ -12,11 +12,14 @@ from mmjax.core.errors import InputError
 WHAT = """Compiles the train step of the largest bucket for chips that are not here, and says what it needs.
 
 planner's options:
-  --topology T    chips and their torus: v5e:16x16, v5p:8x8x4, v4:4x4x4, v6e:8x8, ...
+  --topology T    TPUs and their torus (v5e:16x16, v5p:8x8x4, v4:4x4x4, v6e:8x8), or GPUs (a100:8, h100:64, h200, b200)
   --all           every bucket, not the largest alone
   --documents N   tokens of each document of a row (all of the row is one), for the work of attention
   --memory GIB    of a chip that the step may use (all that the compiler allows)
   --json          one JSON object, last"""
+
+
+UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -40,6 +43,8 @@ def run(arguments: Sequence[str]) -> int:
     """0: everything fits; 1: something does not."""
     # Before JAX is imported: nothing runs here, and the TPU compiler must not look for TPUs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    # Tuning takes the GPU; untuned, Triton knows no tiles for some products, which cuBLAS does as well.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # any will do
     mine, rest = options(arguments)
     cfg = config.from_command_line("mmjax.plan", rest, WHAT)

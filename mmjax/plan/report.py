@@ -8,7 +8,7 @@ import jax
 from mmjax.core import hlo
 from mmjax.models import flops
 from mmjax.models.flops import Flops, Row
-from mmjax.plan import attention, roofline
+from mmjax.plan import attention, chips, roofline
 from mmjax.plan.advice import Advice, axes
 from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, State, TooLarge
@@ -37,7 +37,7 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen)
     media = flops.media_tokens(cfg.model, row)
     counted = hlo.count(hlo.parse(program.text), attention.hints(cfg.model, row, cfg.sequence.see, media))
-    time = roofline.estimate(counted, topology, [tuple(d.coords) for d in mesh.devices.flat])
+    time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     mfu = model.total * bucket.rows / mesh.size / (time.step * topology.chip.flops)
     return Figures(bucket, program, row, model, counted, time, mfu)
 
@@ -59,7 +59,7 @@ def as_json(
     }
 
 
-def of_figures(f: Figures, chips: int) -> dict[str, Any]:
+def of_figures(f: Figures, count: int) -> dict[str, Any]:
     """A bucket's step as numbers."""
     b, t = f.bucket, f.time
     return {
@@ -68,7 +68,7 @@ def of_figures(f: Figures, chips: int) -> dict[str, Any]:
         "memory": asdict(f.program.memory) | {"total": f.program.memory.total},
         "compile_seconds": round(f.program.seconds, 1),
         "documents": list(f.row.documents),
-        "model_flops_per_chip": f.model.total * b.rows / chips,
+        "model_flops_per_chip": f.model.total * b.rows / count,
         "flops": f.counted.flops,
         "bytes": f.counted.bytes,
         "collectives": f.counted.collectives(),
@@ -101,11 +101,11 @@ def head(topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float
     )
 
 
-def words(f: Figures, topology: Topology, chips: int, limit: float) -> str:
+def words(f: Figures, topology: Topology, count: int, limit: float) -> str:
     """A bucket's step, with the arithmetic."""
     m, t, chip, b = f.program.memory, f.time, topology.chip, f.bucket
     peak = "" if m.peak is None else f", at most {_gib(m.peak)} at one time"
-    work = f.model.total * b.rows / chips
+    work = f.model.total * b.rows / count
     out = [
         f"{b.rows} rows × {b.tokens} tokens, {b.patches} patches, {b.images} images: compiled in "
         f"{f.program.seconds:.0f} s",
@@ -122,8 +122,9 @@ def words(f: Figures, topology: Topology, chips: int, limit: float) -> str:
     for kind, of in f.counted.collectives().items():
         out.append(f"  {kind:<19}{of['count']:>7,.0f} times {of['bytes'] / 1e9:>9,.2f} GB sent")
     out += [
-        f"  collectives over their links ({chip.link / 1e9:.0f} GB per second one way): {_ms(t.beside)} beside other "
-        f"work, {_ms(t.alone)} alone",
+        f"  collectives over their links ({chip.link / 1e9:.0f} GB per second one way"
+        + (f", {chip.network / 1e9:.0f} between nodes of {chips.NODE}" if chip.network else "")
+        + f"): {_ms(t.beside)} beside other work, {_ms(t.alone)} alone",
         f"step: {_ms(t.step)} estimated; {_ms(t.serial)} if nothing ran beside anything"
         + (f"; the compiler's cycles make operations {_ms(t.cycles)}" if t.cycles else ""),
         f"MFU: {_tera(work)} FLOP of the model / ({_ms(t.step)} × {_tera(chip.flops)} per second) = {f.mfu:.3f}"
@@ -131,6 +132,11 @@ def words(f: Figures, topology: Topology, chips: int, limit: float) -> str:
         f"taken for granted: rows are full; documents of {_sizes(f.row.documents)} tokens, pictures of "
         f"{_sizes(f.row.pictures)} patches; peak rates are reached",
     ]
+    if topology.gpu:
+        out.append(
+            "for GPUs XLA states memory alone: FLOPs, bytes and times are counted here, kernels were not tuned (that "
+            f"takes the GPU), and JAX takes {chips.SHARE:.0%} of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more"
+        )
     out += [f"not known: {u.name} ({u.what})" for u in f.counted.unknown]
     return "\n".join(out)
 
@@ -152,12 +158,12 @@ def _sizes(of: tuple[int, ...]) -> str:
 
 
 def _gib(n: float) -> str:
-    return f"{n / GIB:.2f} GiB"
+    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.1f} MiB"
 
 
 def _tera(n: float) -> str:
-    return f"{n / 1e12:,.1f} T"
+    return f"{n / 1e12:,.1f} T" if n >= 1e11 else f"{n / 1e9:,.3g} G"
 
 
 def _ms(s: float) -> str:
-    return f"{1e3 * s:,.1f} ms"
+    return f"{1e3 * s:,.1f} ms" if s >= 1e-3 or not s else f"{1e6 * s:.3g} µs"

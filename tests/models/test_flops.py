@@ -1,4 +1,4 @@
-"""FLOPs of a model against those of its compiled program, where that computes nothing twice and no more than is seen."""
+"""FLOPs of a model against those of its compiled program, where that computes nothing twice."""
 
 import dataclasses
 

@@ -21,9 +21,15 @@ def config():
 
 def plan(*arguments: str, block: str = "") -> subprocess.CompletedProcess:
     """`block`: a package that cannot be imported."""
-    env = os.environ | {"XLA_FLAGS": "", "JAX_OPTIMIZATION_LEVEL": "O1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests"}
+    env = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_OPTIMIZATION_LEVEL": "O1",
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests",
+    }
     start = f"import sys; sys.modules[{block!r}] = None; " if block else "import sys; "
-    start += "sys.argv[0] = 'plan'; from mmjax.core import config; from mmjax.plan import __main__ as p; config.main(p.run)"
+    start += (
+        "sys.argv[0] = 'plan'; from mmjax.core import config; from mmjax.plan import __main__ as p; config.main(p.run)"
+    )
     command = [sys.executable, "-c", start, *arguments]
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=900)
 
@@ -112,7 +118,11 @@ def test_memory_is_the_compilers_and_advice_fits(tiny, tmp_path):
     for part in ("bucket", "fits", "all-reduce", "MFU"):
         assert part in done.stdout
 
-    env = os.environ | {"XLA_FLAGS": "", "JAX_OPTIMIZATION_LEVEL": "O1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests"}
+    env = os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_OPTIMIZATION_LEVEL": "O1",
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests",
+    }
     check = subprocess.run([sys.executable, "-c", CHECK, tiny], cwd=REPOSITORY, env=env, capture_output=True, text=True)
     theirs, ours = json.loads(check.stdout.splitlines()[-1]), large["memory"]
     assert theirs == {
