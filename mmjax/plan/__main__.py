@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 
 from mmjax.core import config
 from mmjax.core.errors import InputError
+from mmjax.plan import set_environment
 
 WHAT = """Compiles the train step of the largest bucket for chips that are not here, and says what it needs.
 
@@ -17,9 +17,6 @@ planner's options:
   --documents N   tokens of each document of a row (all of the row is one), for the work of attention
   --memory GIB    of a chip that the step may use (all that the compiler allows)
   --json          one JSON object, last"""
-
-
-UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -41,11 +38,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def run(arguments: Sequence[str]) -> int:
     """0: everything fits; 1: something does not."""
-    # Before JAX is imported: nothing runs here, and the TPU compiler must not look for TPUs.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    # Tuning takes the GPU; untuned, Triton knows no tiles for some products, which cuBLAS does as well.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
-    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # any will do
+    set_environment()  # before JAX is imported
     mine, rest = options(arguments)
     cfg = config.from_command_line("mmjax.plan", rest, WHAT)
     if mine.topology is None:
