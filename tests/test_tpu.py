@@ -109,6 +109,43 @@ def test_attention_compiles_for_v5e_in_linear_memory():
     assert long["temporaries"] < 2**30
 
 
+RING = """
+import json, re
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from mmjax.core.sharding import MESH_AXES
+from mmjax.nn.attention import attend
+
+length, heads, size = 2**20, (8, 2), 128
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+mesh = Mesh(np.array(devices).reshape(1, 1, 8, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+split = NamedSharding(mesh, PartitionSpec(None, "sequence"))
+of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+q, k = (of((1, length, n, size), jnp.bfloat16) for n in heads)
+label = of((1, length), jnp.int32)
+loss = lambda q, k, v, *see: attend(q, k, v, *see)[0].astype(jnp.float32).sum()
+with jax.set_mesh(mesh):
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, k, k, label, label, label).compile()
+text = program.as_text()
+shapes = [[int(n) for n in s.split(",")] for s in re.findall(r"[a-z]+[0-9]+\\[([0-9,]+)\\]", text)]
+names = "all-gather", "all-reduce", "collective-permute"
+sizes = lambda line: [int(np.prod([int(n) for n in s.split(",")])) for s in re.findall(r"\\[([0-9,]+)\\]", line)]
+moved = {name: [max(sizes(line), default=1) for line in text.splitlines() if f" {name}" in line] for name in names}
+print(json.dumps({"largest": max(int(np.prod(s)) for s in shapes), "moved": moved}))
+"""
+
+
+def test_long_rows_go_round_the_chips():
+    """A row of 1,048,576 on eight chips, forwards and backwards: a chip never holds the keys of all."""
+    row = compiled(RING)[0]
+    length, part = 2**20, 2**17
+    assert row["largest"] == part * 8 * 128  # its own queries; all keys would be twice that
+    assert max(row["moved"]["all-gather"] + row["moved"]["all-reduce"]) == length  # the labels
+    assert max(row["moved"]["collective-permute"]) == part * 8 * 128 // 2
+
+
 RESIZE = """
 import json
 import jax, jax.numpy as jnp

@@ -29,7 +29,7 @@ from mmjax.core.errors import InputError
 Axes = tuple[str | None, ...]
 # From the least traffic to the most, as jax.make_mesh wants it: the last axis gets the nearest neighbours. Gradients
 # are summed over `data` once a step, and a layer's parameters are gathered over `fsdp` ahead of use; but attention
-# waits for keys and values gathered over `sequence`, and every product for activations summed over `tensor`.
+# waits for keys and values of its neighbours over `sequence`, and every product for activations summed over `tensor`.
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 
@@ -376,6 +376,14 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
 
 
+def mesh_axes(axes: Axes) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes in force that each dimension of an array with these logical axes is split over."""
+    if _mode() is None:
+        return ((),) * len(axes)
+    spec = partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape))
+    return tuple(entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)
+
+
 def parts(logical: str) -> int:
     """Over how many devices the mesh in force splits a logical axis; 1 where nothing may be said."""
     if _mode() is None:
@@ -412,6 +420,17 @@ def vary(tree: Any, like: Any = None) -> Any:
         return jax.lax.pcast(x, more, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, more)
 
     return jax.tree.map(one, tree)
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel's result looks like, which varies over the manual axes that any array in the tree `like` does."""
+    axes = frozenset().union(*map(_varies, jax.tree.leaves(like)))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if hasattr(jax.typeof(jax.tree.leaves(like)[0]), "manual_axis_type"):
+        kind = type(jax.typeof(jax.tree.leaves(like)[0]).manual_axis_type)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind(varying=axes))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
 
 
 def unvary(cotangent: jax.Array, primal: jax.Array) -> jax.Array:

@@ -9,15 +9,17 @@
 
 A label of -1 is never seen, because lo >= 0 wherever lo <= hi. Mask memory is O(L): no [L, S] array exists, forwards or
 backwards, and tiles of scores that no interval reaches are not computed (nn.kernels.xla). On a mesh every device works
-on its own rows, heads and queries. Where rows are split along their length, it gathers their keys and values for the
-moment of use, and the keys' cotangents are summed over the devices; else there is no communication.
+on its own rows, heads and queries. Where rows are split along their length, short ones' keys and values are gathered
+for the moment of use, and long ones' go round the devices (nn.ring); else there is no communication.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -27,9 +29,16 @@ from jaxtyping import Array, Float, Int
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.nn.kernels import xla
+from mmjax.nn import ring
+from mmjax.nn.kernels import backend, xla
 from mmjax.nn.kernels.inputs import Inputs, Static
+from mmjax.nn.ring import merge as merge  # part of what this file offers
 
+Context = Literal["auto", "gather", "ring", "dealt"]
+# "auto": keys and values go round where gathered they would take more bytes than this on a device. They are as many
+# bytes on the way either way. Gathered, a layer waits for all of them, once, and holds them, the backward pass with
+# float32 cotangents as large again or twice; on a ring it computes meanwhile, in as many smaller steps as devices.
+GATHERED = 2**27
 RESULTS = ("attention_out", "attention_lse")  # what jax.checkpoint_policies know attend's results by
 
 
@@ -58,6 +67,8 @@ class Split:
     heads: str | None
     queries: str | None
     keys: str | None  # of keys and values; what is small, as their labels, is whole everywhere
+    ring: tuple[str, ...] = ()  # the mesh axes along which keys and values go round; without any they are gathered
+    dealt: bool = False  # rows are dealt for the ring already
 
 
 def attend(
@@ -142,25 +153,25 @@ def received(
     return _heads_last(mass, q.shape[2])
 
 
-def merge(
-    out: Float[Array, "b l h e"],
-    lse: Float[Array, "b l h"],
-    other_out: Float[Array, "b l h e"],
-    other_lse: Float[Array, "b l h"],
-) -> tuple[Float[Array, "b l h e"], Float[Array, "b l h"]]:
-    """Attention over the union of two disjoint sets of keys, from the results over each.
+_context: contextvars.ContextVar[Context] = contextvars.ContextVar("mmjax_attention_context", default="auto")
 
-    The weights of both are exp(lse), so the union's softmax is their average by that (Dao et al. 2022, section 3.1).
+
+@contextlib.contextmanager
+def context(how: str) -> Iterator[None]:
+    """Traces what is inside with keys and values of split rows gathered ("gather") or passed on ("ring").
+
+    "auto" is the default: by how many bytes they are, see GATHERED. "dealt" is a ring of rows that ring.deal has dealt.
+
+    Read while tracing: a compiled function keeps its own. Where queries or keys are not split along their row, keys are
+    gathered whatever is said here.
     """
-    some, more = jnp.isfinite(lse), jnp.isfinite(other_lse)
-    a, b = jnp.where(some, lse, -1e30), jnp.where(more, other_lse, -1e30)
-    top = jax.lax.stop_gradient(jnp.maximum(a, b))
-    a, b = jnp.where(some, jnp.exp(a - top), 0.0), jnp.where(more, jnp.exp(b - top), 0.0)
-    total = a + b
-    seen = total > 0
-    safe = jnp.where(seen, total, 1.0)
-    mixed = (a / safe)[..., None] * out.astype(jnp.float32) + (b / safe)[..., None] * other_out.astype(jnp.float32)
-    return mixed.astype(out.dtype), jnp.where(seen, top + jnp.log(safe), -jnp.inf)
+    if how not in get_args(Context):
+        raise InputError(f"Attention knows no context {how!r}; choose one of {', '.join(get_args(Context))}.")
+    token = _context.set(how)
+    try:
+        yield
+    finally:
+        _context.reset(token)
 
 
 def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> tuple[Static, Inputs, Split]:
@@ -181,6 +192,9 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
     axes = Split(
         *sharding.fitting(("batch", "heads", "length"), (b, kv, length)), *sharding.fitting(("length",), k.shape[1:2])
     )
+    if goes_round(b, length, k.shape[1], kv, (size + v.shape[3]) * k.dtype.itemsize):
+        over = sharding.mesh_axes((axes.rows, axes.heads, axes.keys))[2]
+        axes = replace(axes, ring=over, dealt=_context.get() == "dealt")
     static = Static(size**-0.5 if scale is None else float(scale), softcap, None if bias is None else bias.function)
     q = q.reshape(b, length, kv, heads // kv, size).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -189,6 +203,17 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
     inputs = Inputs(q, k, v, order, lo, hi, key_bias, sinks, *of_bias)
     # Out here, where it has a gradient: cotangents must lie as the inputs do.
     return static, jax.tree.map(sharding.constrain, inputs, _axes(inputs, axes)), axes
+
+
+def goes_round(rows: int, length: int, keys: int, heads: int, size: int) -> bool:
+    """Whether keys and values go round: rows of so many queries and keys, `size` bytes of a key head and its values."""
+    (by_row, by_head, split), held = sharding.fitting(("batch", "heads", "length"), (rows, heads, length)), size
+    for axis, count in ((by_row, rows), (by_head, heads)):
+        held *= count // (sharding.parts(axis) if axis else 1)
+    if split is None or keys % sharding.parts("length"):
+        return False
+    how = _context.get()
+    return how in ("ring", "dealt") or (how == "auto" and held * keys > GATHERED)
 
 
 def _axes(x: Inputs, axes: Split) -> Inputs:
@@ -225,11 +250,18 @@ def _results(axes: Split) -> tuple[tuple, tuple]:
     return (axes.rows, axes.heads, None, axes.queries, None), (axes.rows, axes.heads, None, axes.queries)
 
 
+def _read(x: Inputs, axes: Split) -> Inputs:
+    """How a device reads the inputs: keys come split and are gathered in there, or go round.
+
+    So the backward pass keeps a device's own alone.
+    """
+    return _axes(x, axes if axes.ring else replace(axes, keys=None))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(static: Static, axes: Split, x: Inputs) -> tuple[jax.Array, jax.Array]:
-    # Keys come split and are gathered in here, so that the backward pass keeps a device's own alone.
-    reads = _axes(x, replace(axes, keys=None))
-    return sharding.local(functools.partial(xla.forward, static), (x,), (reads,), _results(axes))
+    run = functools.partial(ring.forward, over=axes.ring, dealt=axes.dealt) if axes.ring else backend.forward
+    return sharding.local(functools.partial(run, static), (x,), (_read(x, axes),), _results(axes))
 
 
 def _forward(static: Static, axes: Split, x: Inputs) -> tuple[tuple[jax.Array, jax.Array], tuple]:
@@ -240,9 +272,10 @@ def _forward(static: Static, axes: Split, x: Inputs) -> tuple[tuple[jax.Array, j
 
 def _backward(static: Static, axes: Split, saved: tuple, cotangents: tuple) -> tuple[Inputs]:
     no_gradient = {"order": None, "lo": None, "hi": None, "bias_query": None, "bias_key": None}
-    lies, reads = (_axes(saved[0], of) for of in (axes, replace(axes, keys=None)))
+    lies, reads = _axes(saved[0], axes), _read(saved[0], axes)
+    run = functools.partial(ring.backward, over=axes.ring, dealt=axes.dealt) if axes.ring else backend.backward
     found = sharding.local(
-        functools.partial(xla.backward, static),
+        functools.partial(run, static),
         (*saved, *cotangents),
         (reads, *_results(axes), *_results(axes)),
         reads.replace(**no_gradient),

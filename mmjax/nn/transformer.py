@@ -1,5 +1,6 @@
 """A pre-norm transformer: equal blocks, stacked and scanned. Encoders and decoders differ in their intervals alone."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,9 @@ from jaxtyping import Array, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
-from mmjax.nn import linear, mlp, norm
+from mmjax.nn import linear, mlp, norm, ring
 from mmjax.nn import rope as rotary
-from mmjax.nn.attention import RESULTS, attend
+from mmjax.nn.attention import RESULTS, attend, context, goes_round
 
 Remat = Literal["none", "dots", "attention", "dots_attention", "full"]
 
@@ -181,13 +182,25 @@ def apply_with_taps(
         x, lo, position, length = _with_room((x, lo, position, length), room, 0)
         order, hi = _with_room((order, hi), room, -1)
         window = None if window is None else (_with_room(window[0], room, 0), _with_room(window[1], room, -1))
-    turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
-    # Labels are gathered once, not in every block.
-    x, kept = _blocks(params, sharding.constrain(x, PLACE), cfg, taps, sharding.unsplit(order), (lo, hi), window, turn)
+    x, kept = _dealt_blocks(params, x, cfg, taps, (order, lo, hi, position, length, window))
     if room:
         x = sharding.unsplit(x)[:, :count]
         kept = sharding.constrain(kept, (None, "batch", None, None))[:, :, :count]
     return x, kept
+
+
+def _dealt_blocks(params: dict, x: jax.Array, cfg: Config, taps: tuple[int, ...], places: tuple) -> tuple:
+    """The same as _blocks, of rows that are dealt meanwhile where keys and values go round the devices."""
+    dealt = goes_round(*x.shape[:2], x.shape[1], cfg.kv_heads, 2 * cfg.head * x.dtype.itemsize)
+    if dealt:
+        x, places = ring.deal((x, places))
+    order, lo, hi, position, length, window = places
+    turn = None if cfg.rope is None else rotary.angles(position, cfg.rope, length)
+    with context("dealt") if dealt else contextlib.nullcontext():
+        # Labels are gathered once, not in every block.
+        whole = sharding.unsplit(order)
+        x, kept = _blocks(params, sharding.constrain(x, PLACE), cfg, taps, whole, (lo, hi), window, turn)
+    return (ring.undeal(x), ring.undeal(kept, axis=2)) if dealt else (x, kept)
 
 
 def _with_room(tree: Any, room: int, fill: int) -> Any:

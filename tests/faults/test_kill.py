@@ -21,7 +21,7 @@ from pathlib import Path
 from mmjax.core.errors import InputError
 from mmjax.train import loop
 from tiny import tiny_run
-raise SystemExit(loop.run(tiny_run(Path(sys.argv[1]), steps=60, save_every=7, keep=2)))
+raise SystemExit(loop.run(tiny_run(Path(sys.argv[1]), steps=120, save_every=7, keep=2)))
 """
 
 

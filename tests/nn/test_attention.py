@@ -1,11 +1,11 @@
 import functools
-import itertools
 
 import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interval_cases import both_ways, close, draw, masks, stack
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
@@ -20,66 +20,6 @@ def tiles(request, monkeypatch):
     """Tiles so small that short rows have many, uneven ones, and those of use."""
     monkeypatch.setattr(xla, "QUERIES", request.param[0])
     monkeypatch.setattr(xla, "KEYS", request.param[1])
-
-
-def masks(length):
-    """Every row of the interval table at a length: (order, lo, hi) for at most `length` queries and keys."""
-    rng = np.random.default_rng(length)
-    cuts = np.sort(rng.choice(np.arange(1, length), min(5, length - 1), replace=False)) if length > 1 else []
-    lengths = np.diff([0, *cuts, length]).tolist()  # documents or pictures of any length
-    edges = np.cumsum([0, *lengths]).tolist()
-    pictures = list(itertools.pairwise(edges))[1::2]
-    both = intervals.bidirectional_images(length, pictures)
-    at, media = edges[:-1], [1 + n // 2 for n in lengths]
-    half = max(1, length // 2)
-    features = [max(1, n // 2) for n in lengths][: max(1, length // 8)]
-    order, (lo, hi) = intervals.perceiver(features, 3)
-    kept = np.flatnonzero(rng.random(length) < 0.6)  # a cache, or keys that pruning left
-    plain = {
-        "causal": intervals.causal(length),
-        "packed": intervals.packed(lengths),
-        "prefix": intervals.prefix(length, half),
-        "images": both,
-        "sliding window": intervals.sliding_window(*both, max(1, length // 5)),
-        "blocks": intervals.blocks(lengths),
-        "last image": intervals.last_image(length, at, media),
-        "all images": intervals.all_images(length, at[1:], media[1:]),
-        "contrastive": intervals.qformer_contrastive(half, length - half),
-        "generation": intervals.qformer_generation(half, length - half),
-        "matching": intervals.qformer_matching(half, length - half),
-    }
-    out = {name: (np.arange(length), *pair) for name, pair in plain.items()}
-    out["perceiver"] = (order, lo, hi)
-    out["pruned"] = (kept, *intervals.causal(length))
-    return out
-
-
-def stack(cases, length):
-    """The cases as rows of one batch; what is left of a row is empty."""
-    pad = lambda x, fill: np.pad(x[:length], (0, length - len(x[:length])), constant_values=fill)  # noqa: E731
-    fills = (-1, 0, -1)
-    return tuple(
-        jnp.asarray(np.stack([pad(np.asarray(c[i]), fill) for c in cases]), jnp.int32) for i, fill in enumerate(fills)
-    )
-
-
-def draw(rng, b, length, keys, heads, kv, size=6, v_size=10):
-    shapes = (b, length, heads, size), (b, keys, kv, size), (b, keys, kv, v_size)
-    return tuple(rng.normal(size=s).astype(np.float32) for s in shapes)
-
-
-@functools.partial(jax.jit, static_argnames=("softcap", "function"))
-def both_ways(qkv, see, cotangents, key_bias=None, sinks=None, params=None, where=None, softcap=None, function=None):
-    """attend's results, and the gradients of their product with the cotangents."""
-
-    def total(qkv, key_bias, sinks, params):
-        bias = None if function is None else attention.Bias(function, params, *where)
-        out, lse = attention.attend(*qkv, *see, key_bias=key_bias, sinks=sinks, bias=bias, softcap=softcap)
-        finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
-        return (out.astype(jnp.float32) * cotangents[0]).sum() + (finite * cotangents[1]).sum(), (out, lse)
-
-    grads, (out, lse) = jax.grad(total, (0, 1, 2, 3), has_aux=True)(qkv, key_bias, sinks, params)
-    return out, lse, grads
 
 
 # Every row of the table is a row of the batch: all masks × all groups × all lengths × both types.
@@ -99,20 +39,11 @@ def test_equals_a_dense_mask_in_float64(rng, length, group, dtype):
     for row, name in enumerate(cases):
         one = tuple(x[row : row + 1] for x in (*qkv, *see, *cotangents))
         expected, expected_lse, _, wanted = dense.attention(*one[:3], dense.seen(*one[3:6]), d_out=one[6], d_lse=one[7])
-        compare = functools.partial(_close, name)
+        compare = functools.partial(close, name)
         compare(out[row], expected[0], near)
         compare(lse[row], expected_lse[0], near)
         for got, which in zip(grads, "qkv", strict=True):
             compare(got[row], wanted[which][0], near_grad)
-
-
-def _close(name, got, expected, near):
-    """Relative to the largest value, as sums of many terms are."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected)
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(np.isfinite(got), finite, err_msg=name)
-    size = np.abs(expected[finite]).max(initial=1.0)
-    np.testing.assert_allclose(got[finite] / size, expected[finite] / size, rtol=0, atol=near, err_msg=name)
 
 
 def relative(table, query, key):
@@ -154,18 +85,18 @@ def test_options_equal_a_dense_mask(rng, tiles, option):
         d_out=cotangents[0],
         d_lse=cotangents[1],
     )
-    _close("out", out, expected, 1e-5)
-    _close("lse", lse, expected_lse, 1e-5)
+    close("out", out, expected, 1e-5)
+    close("lse", lse, expected_lse, 1e-5)
     for got, which in zip(grads[0], "qkv", strict=True):
-        _close(which, got, wanted[which], 1e-5)
+        close(which, got, wanted[which], 1e-5)
     if "key_bias" in given:
-        _close("key_bias", grads[1], wanted["key_bias"], 1e-5)
+        close("key_bias", grads[1], wanted["key_bias"], 1e-5)
     if "sinks" in given:
-        _close("sinks", grads[2], wanted["sinks"], 1e-5)
+        close("sinks", grads[2], wanted["sinks"], 1e-5)
     if "params" in given:
         distance = np.clip(where[0][:, :, None] - where[1][:, None, :] + 4, 0, 8)
         by_distance = np.stack([wanted["bias"].transpose(1, 0, 2, 3)[:, distance == d].sum(-1) for d in range(9)], 1)
-        _close("bias", grads[3], by_distance, 1e-5)
+        close("bias", grads[3], by_distance, 1e-5)
 
 
 def test_a_bias_of_one_head_serves_all(rng, tiles):

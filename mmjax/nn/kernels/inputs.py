@@ -14,6 +14,8 @@ class Static:
     scale: float
     softcap: float | None
     bias: Callable | None
+    # Results and cotangents are put out in float32, whatever the inputs are: there is more to add to them (nn.ring).
+    wide: bool = False
 
 
 @flax.struct.dataclass

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.core import sharding
+from mmjax.nn.kernels import cotangents
 from mmjax.nn.kernels.inputs import Inputs, Static
 
 QUERIES, KEYS = 256, 256  # a tile
@@ -110,8 +111,9 @@ def _at(blocks: dict, j: Any) -> dict:
 
 
 def forward(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
-    """(out [B, K, G, L, Ev] in v's dtype, log-sum-exp f32[B, K, G, L])."""
+    """(out [B, K, G, L, Ev] in v's dtype, or wide; log-sum-exp f32[B, K, G, L])."""
     x = sharding.vary(x)
+    kind = jnp.float32 if static.wide else x.v.dtype
     t = Tiling.of(x)
     query, key, start, stop = _tiles(x, t)
 
@@ -136,7 +138,7 @@ def forward(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
         out, total, top = _loop(t, first, last, step, carry)
         some = total > 0
         safe = jnp.where(some, total, 1.0)
-        return (out / safe[..., None]).astype(x.v.dtype), jnp.where(some, top + jnp.log(safe), -jnp.inf)
+        return (out / safe[..., None]).astype(kind), jnp.where(some, top + jnp.log(safe), -jnp.inf)
 
     def rows(of):
         query, key, start, stop = of
@@ -163,15 +165,13 @@ def _map(f: Callable, xs: Any) -> Any:
 
 
 def backward(static: Static, x: Inputs, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> Inputs:
-    """Cotangents of the inputs (None for labels and what the bias reads)."""
+    """Cotangents of the inputs, in their dtypes or wide (None for labels and what the bias reads)."""
     primal = x
     x, out, lse, d_out, d_lse = sharding.vary((x, out, lse, d_out, d_lse))
     t = Tiling.of(x)
     query, key, start, stop = _tiles(x, t)
-    # Where nothing is seen, lse is -inf whatever the inputs are: its cotangent ends there.
-    alive = jnp.isfinite(lse)
-    lse = jnp.where(alive, lse, 0.0)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(alive, d_lse, 0.0)
+    results = out, lse, d_out, d_lse
+    delta, lse = cotangents.delta(*results), jnp.where(jnp.isfinite(lse), lse, 0.0)
     cut = functools.partial(_cut, rows=t.rows, axis=3, count=t.query_blocks, size=t.queries)
     query |= {"d_out": cut(d_out), "lse": cut(lse), "delta": cut(delta)}
 
@@ -203,28 +203,19 @@ def backward(static: Static, x: Inputs, out: jax.Array, lse: jax.Array, d_out: j
             mine, first, last = one
             carry = sharding.vary((jnp.zeros(mine["q"].shape, jnp.float32), *carry), x)
             d_q, *carry = _loop(t, first, last, functools.partial(step, mine=mine, key=key), carry)
-            return tuple(carry), d_q.astype(x.q.dtype)
+            return tuple(carry), d_q.astype(jnp.float32 if static.wide else x.q.dtype)
 
         carry, d_q = _scan(block, sharding.vary((sums, d_params), x), (query, start, stop))
         return d_q, *carry
 
     d_q, sums, d_params = _map(rows, (query, key, start, stop))
     length, s = x.q.shape[3], x.k.shape[2]
-    d_sinks = d_key_bias = None
-    if x.sinks is not None:
-        p = jnp.where(alive, jnp.exp(x.sinks.astype(jnp.float32)[None, :, :, None] - lse), 0.0)
-        d_sinks = -(p * delta).sum((0, 3))
-    if x.key_bias is not None:
-        d_key_bias = _join(sums["key_bias"], 1, s)
+    d_sinks = None if x.sinks is None else cotangents.of_sinks(x.sinks, *results)
+    d_key_bias = None if x.key_bias is None else _join(sums["key_bias"], 1, s)
     d_k, d_v = _join(sums["k"], 2, s), _join(sums["v"], 2, s)
     d_params = jax.tree.map(lambda a: a.sum(0), d_params)
     found = Inputs(_join(d_q, 3, length), d_k, d_v, None, None, None, d_key_bias, d_sinks, d_params, None, None)
-    return jax.tree.map(
-        lambda d, a: None if d is None else sharding.unvary(d, a).astype(a.dtype),
-        found,
-        primal,
-        is_leaf=lambda d: d is None,
-    )
+    return cotangents.settled(static, found, primal)
 
 
 def _bias_params(static: Static, params: Any, mine: dict, theirs: dict, d_s: jax.Array) -> Any:

@@ -1,0 +1,199 @@
+"""The backward pass of nn.kernels.gpu: one kernel by blocks of queries, one by blocks of keys; both compute the scores
+again from the saved log-sum-exp."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from mmjax.core import sharding
+from mmjax.nn.kernels import gpu_tiles as tiles
+from mmjax.nn.kernels.gpu_tiles import LOG2E, Blocks, Plan, Shape
+from mmjax.nn.kernels.inputs import Inputs, Static
+
+PROGRAMS = 264  # what keeps a large GPU busy: two for each of 132 multiprocessors
+
+
+def _by_query(s: Shape, given: dict, d_q_ref: Any) -> None:
+    at_q = (s.query_blocks - 1 - pl.program_id(0)) * s.queries
+    q = tiles.read(given["q"], (slice(None),), s.size, s.length, s.width, at_q, s.queries)
+    d_out = tiles.read(given["d_out"], (slice(None),), s.size_v, s.length, s.width_v, at_q, s.queries)
+    lo, far = given["lo"][:][:, None], given["far"][:][:, None]
+    lse, delta = given["lse"][:][:, None], given["delta"][:][:, None]
+
+    def step(hidden: bool, j: jax.Array, d_q: tuple) -> tuple:
+        at = j * s.keys
+        rows = pl.ds(at, s.keys)
+        order = given["order"][rows] if hidden else None
+        bias = given["key_bias"][rows][None] if "key_bias" in given else None
+        k = tiles.read(given["k"], (rows,), s.size, s.length_k, s.width, at, s.keys)
+        v = tiles.read(given["v"], (rows,), s.size_v, s.length_k, s.width_v, at, s.keys)
+        scores, slope = tiles.score(s, tiles.product(q, k), bias)
+        p = jnp.exp2(scores * s.unit - lse)
+        if hidden:
+            p = jnp.where(tiles.seen(order[None], lo, far), p, 0.0)
+        d_s = p * (tiles.product(d_out, v) - delta)
+        return tiles.add_product(d_q, d_s if slope is None else d_s * slope, k)
+
+    zeros = tuple(jnp.zeros((s.queries, n), jnp.float32) for _, n in s.size)
+    d_q = tiles.loop(given["range"], step, zeros)
+    tiles.write(d_q_ref, s.size, tuple(d * s.scale for d in d_q), s.length, s.width, at_q)
+
+
+def _by_key(s: Shape, given: dict, d_k_ref: Any, d_v_ref: Any, d_bias_ref: Any = None) -> None:
+    """Scores the other way round, [keys, queries]: no product needs a transposed left side."""
+    at_k = pl.program_id(0) * s.keys
+    k = tiles.read(given["k"], (slice(None),), s.size, s.length_k, s.width, at_k, s.keys)
+    v = tiles.read(given["v"], (slice(None),), s.size_v, s.length_k, s.width_v, at_k, s.keys)
+    order = given["order"][:][:, None]
+    bias = given["key_bias"][:][:, None] if "key_bias" in given else None
+
+    def step(head: tuple, hidden: bool, i: jax.Array, carry: tuple) -> tuple:
+        d_k, d_v, d_bias = carry
+        at = i * s.queries
+        rows = pl.ds(at, s.queries)
+        q = tiles.read(given["q"], (*head, rows), s.size, s.length, s.width, at, s.queries)
+        d_out = tiles.read(given["d_out"], (*head, rows), s.size_v, s.length, s.width_v, at, s.queries)
+        lse, delta = given["lse"][*head, rows][None], given["delta"][*head, rows][None]
+        scores, slope = tiles.score(s, tiles.product(k, q), bias)
+        p = jnp.exp2(scores * s.unit - lse)
+        if hidden:
+            p = jnp.where(tiles.seen(order, given["lo"][rows][None], given["far"][rows][None]), p, 0.0)
+        d_v = tiles.add_product(d_v, p, d_out)
+        d_s = p * (tiles.product(v, d_out) - delta)
+        if d_bias is not None:
+            d_bias = d_bias + d_s.sum(1)
+        d_k = tiles.add_product(d_k, d_s if slope is None else d_s * slope, q)
+        return d_k, d_v, d_bias
+
+    def of_head(*head_carry: Any) -> tuple:
+        *head, carry = head_carry
+        return tiles.loop(given["range"], lambda *args: step(head, *args), carry)
+
+    zeros = lambda parts: tuple(jnp.zeros((s.keys, n), jnp.float32) for _, n in parts)  # noqa: E731
+    carry = zeros(s.size), zeros(s.size_v), None if d_bias_ref is None else jnp.zeros((s.keys,), jnp.float32)
+    d_k, d_v, d_bias = of_head(carry) if s.group == 1 else jax.lax.fori_loop(0, s.group, of_head, carry)
+    tiles.write(d_k_ref, s.size, tuple(d * s.scale for d in d_k), s.length_k, s.width, at_k)
+    tiles.write(d_v_ref, s.size_v, d_v, s.length_k, s.width_v, at_k)
+    if d_bias_ref is not None:
+        plgpu.store(d_bias_ref.at[:], d_bias, mask=at_k + jnp.arange(s.keys) < s.length_k)
+
+
+def backward(
+    static: Static,
+    x: Inputs,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+    *,
+    plan: Plan | None = None,
+    interpret: bool = False,
+) -> Inputs:
+    """Cotangents of the inputs (None for labels); see nn.kernels.xla."""
+    primal = x
+    # Where nothing is seen, lse is -inf whatever the inputs are: its cotangent ends there.
+    alive = jnp.isfinite(lse)
+    lse = jnp.where(alive, lse, 0.0)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(alive, d_lse, 0.0)
+    d_sinks = None
+    if x.sinks is not None:
+        p = jnp.where(alive, jnp.exp(x.sinks.astype(jnp.float32)[None, :, :, None] - lse), 0.0)
+        d_sinks = -(p * delta).sum((0, 3))
+    lse = lse * LOG2E
+    d_out = d_out.astype(x.v.dtype)
+    if tiles.folds(x):
+        x = tiles.fold(x)
+        d_out, lse, delta = (a.reshape(*a.shape[:2], 1, -1, *a.shape[4:]) for a in (d_out, lse, delta))
+    plan = plan or Plan.of(x)
+    rest = {"d_out": d_out, "lse": lse, "delta": delta}
+    d_q = _d_queries(static, x, rest, plan.by_query, interpret).reshape(primal.q.shape)
+    d_k, d_v, d_key_bias = _d_keys(static, x, rest, plan.by_key, interpret)
+    found = Inputs(d_q, d_k, d_v, None, None, None, d_key_bias, d_sinks, None, None, None)
+    return jax.tree.map(
+        lambda d, a: None if d is None else sharding.unvary(d, a).astype(a.dtype),
+        found,
+        primal,
+        is_leaf=lambda d: d is None,
+    )
+
+
+def _given(x: Inputs, s: Shape, rest: dict, see: dict, by_key: bool) -> dict:
+    more = ((0, 0),) * 3 + ((0, s.query_blocks * s.queries - s.length),)
+    small = {name: jnp.pad(rest[name], more) for name in ("lse", "delta")}
+    return {
+        **{"q": x.q, "k": x.k, "v": x.v, "d_out": rest["d_out"]},
+        **small,
+        **see,
+        "range": tiles.ranges(see, s, by_key),
+        **tiles.optional(x, s),
+    }
+
+
+def _d_queries(static: Static, x: Inputs, rest: dict, blocks: Blocks, interpret: bool) -> jax.Array:
+    s = Shape.of(static, x, blocks)
+    given = _given(x, s, rest, tiles.labels(x, s), by_key=False)
+    specs = tiles.by_query(s)
+    b, kv = x.k.shape[:2]
+    grid = (s.query_blocks, kv * s.group, b)
+    return tiles.call(_by_query, s, grid, blocks, given, specs, [(x.q.shape, x.q.dtype, specs["q"])], interpret)[0]
+
+
+def _d_keys(
+    static: Static, x: Inputs, rest: dict, blocks: Blocks, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    b, kv, group = x.q.shape[:3]
+    s = Shape.of(static, x, blocks)
+    # Few keys' heads and short rows would leave most of a GPU idle: their queries' heads are then taken apart.
+    parts = next(
+        n for n in range(1, group + 1) if group % n == 0 and (n == group or n * b * kv * s.key_blocks >= PROGRAMS)
+    )
+    apart = lambda a: a.reshape(b, kv * parts, group // parts, *a.shape[3:])  # noqa: E731
+    given = _given(x, s, rest, tiles.labels(x, s), by_key=True)
+    given |= {name: apart(given[name]) for name in ("q", "d_out", "lse", "delta")}
+    s = Shape.of(static, x.replace(q=given["q"]), blocks)
+    specs = _key_specs(s, parts)
+    out = [
+        ((b, kv * parts, s.length_k, n), a.dtype if parts == 1 else jnp.float32, _of_key(s, padded))
+        for a, n, padded in ((x.k, s.width, tiles.padded(s.size)), (x.v, s.width_v, tiles.padded(s.size_v)))
+    ]
+    if x.key_bias is not None:
+        spec = pl.BlockSpec((None, None, s.keys), lambda j, h, b: (b, h, j))
+        out.append(((b, kv * parts, s.length_k), jnp.float32, spec))
+    grid = (s.key_blocks, kv * parts, b)
+    d_k, d_v, *d_bias = tiles.call(_by_key, s, grid, blocks, given, specs, out, interpret)
+    if parts > 1:
+        d_k, d_v = (d.reshape(b, kv, parts, *d.shape[2:]).sum(2) for d in (d_k, d_v))
+    return d_k, d_v, d_bias[0].sum(1) if d_bias else None
+
+
+def _of_key(s: Shape, width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, s.keys, width), lambda j, h, b: (b, h, j, 0))
+
+
+def _key_specs(s: Shape, parts: int) -> dict[str, pl.BlockSpec]:
+    """What a program of a block of keys reads, on a grid (blocks, heads of keys × parts, rows)."""
+    rows = s.query_blocks * s.queries
+    of_key = lambda n: pl.BlockSpec(  # noqa: E731
+        (None, None, s.keys, n), lambda j, h, b: (b, jax.lax.div(h, parts), j, 0)
+    )
+    group = None if s.group == 1 else s.group
+    of_query = lambda n: pl.BlockSpec((None, None, group, rows, n), lambda j, h, b: (b, h, 0, 0, 0))  # noqa: E731
+    per_head = pl.BlockSpec((None, None, group, rows), lambda j, h, b: (b, h, 0, 0))
+    per_query = pl.BlockSpec((None, rows), lambda j, h, b: (b, 0))
+    per_key = pl.BlockSpec((None, s.keys), lambda j, h, b: (b, j))
+    return {
+        "q": of_query(tiles.padded(s.size)),
+        "d_out": of_query(tiles.padded(s.size_v)),
+        "k": of_key(tiles.padded(s.size)),
+        "v": of_key(tiles.padded(s.size_v)),
+        "order": per_key,
+        "key_bias": per_key,
+        "lo": per_query,
+        "far": per_query,
+        "range": pl.BlockSpec((None, None, 4), lambda j, h, b: (b, j, 0)),
+        "lse": per_head,
+        "delta": per_head,
+    }
