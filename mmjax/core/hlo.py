@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mmjax.core import hlo_cost, hlo_groups
 from mmjax.core.hlo_text import Computation, Module, Op, parse
 
-__all__ = ["Collective", "Count", "Kernel", "Unknown", "Work", "count", "parse"]
+__all__ = ["Collective", "Count", "Hints", "Kernel", "Unknown", "Work", "count", "parse"]
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # What moves or computes nothing by itself; `*-done` is counted where it starts.
@@ -121,11 +121,12 @@ class Hints:
     """What the text does not say.
 
     turns: of a loop whose bounds are data; None if it is not known either.
-    kernel: the cost of a kernel, from its operation and the program it is in; None: as the text says.
+    kernel: the cost of a kernel, from its operation, the cost that it states, and the bytes of what it is given and
+      gives.
     """
 
     turns: Callable[[Op], float | None] = lambda op: None
-    kernel: Callable[[Op, Module], Kernel | None] = lambda op, module: None
+    kernel: Callable[[Op, Kernel, float], Kernel] = lambda op, stated, moved: stated
 
 
 NO_HINTS = Hints()
@@ -237,7 +238,9 @@ def _custom(module: Module, inside: Computation, op: Op, hints: Hints, unknown: 
     moved, flops = hlo_cost.moved(module, inside, op), hlo_cost.library(inside, op, target)
     if flops is not None and op.shape.parts:
         moved -= sum(part.bytes for part in op.shape.parts if part.dtype == "s8")  # room to work in
-    own = hints.kernel(op, module) or _stated(op.rest)
+    own = stated(op)
+    if own is not None:
+        own = hints.kernel(op, own, moved)
     if own is not None:
         flops, moved = own.flops, own.bytes
     elif flops is None and target in ("tpu_custom_call", "triton_kernel_call", "__gpu$xla.gpu.triton"):
@@ -245,9 +248,9 @@ def _custom(module: Module, inside: Computation, op: Op, hints: Hints, unknown: 
     yield Work(op.name, op.scope, flops or 0.0, moved, hlo_cost.cycles(op))
 
 
-def _stated(rest: str) -> Kernel | None:
+def stated(op: Op) -> Kernel | None:
     """The cost that Pallas writes down, where a kernel was given one."""
-    if '"cost_estimate"' not in rest:
+    if '"cost_estimate"' not in op.rest:
         return None
-    of = dict(re.findall(r'"(flops|bytes_accessed)":"?(\d+)', rest[rest.index('"cost_estimate"') :]))
+    of = dict(re.findall(r'"(flops|bytes_accessed)":"?(\d+)', op.rest[op.rest.index('"cost_estimate"') :]))
     return Kernel(float(of.get("flops", 0)), float(of.get("bytes_accessed", 0)))

@@ -4,16 +4,19 @@ They are counted from the intervals of one row (models.flops.Row), which all row
 """
 
 from dataclasses import dataclass
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mmjax.core.hlo import Hints
+from mmjax.core.hlo import Hints, Kernel
 from mmjax.core.hlo_text import Op
 from mmjax.models import vlm
 from mmjax.models.flops import Row
 from mmjax.nn import transformer
 from mmjax.nn.kernels import xla
+from mmjax.nn.kernels.inputs import Inputs
+from mmjax.nn.kernels.tpu_blocks import BIG, Blocks
 
 
 @dataclass(frozen=True)
@@ -57,39 +60,91 @@ def patches(row: Row, prefix: int, windowed: bool = False) -> Seen:
     return Seen(*(np.concatenate([*a, *b]) for a, b in zip((order, lo, hi), more, strict=True)))
 
 
-def turns(seen: Seen, queries: int, keys: int) -> float:
+def _cut(of: np.ndarray, size: int, fill: int) -> np.ndarray:
+    """[blocks, size], padded."""
+    return np.pad(of, (0, -len(of) % size), constant_values=fill).reshape(-1, size)
+
+
+def touched(seen: Seen, queries: int, keys: int) -> np.ndarray:
+    """Which blocks of queries reach which blocks of keys: bool[query blocks, key blocks]."""
+    lo, hi = _cut(seen.lo, queries, 0), _cut(seen.hi, queries, -1)
+    order, some = _cut(seen.order, keys, -1), lo <= hi
+    first, last = np.where(some, lo, BIG).min(1), np.where(some, hi, -1).max(1)
+    low, high = np.where(order >= 0, order, BIG).min(1), order.max(1)
+    return (first[:, None] <= high[None]) & (low[None] <= last[:, None])
+
+
+def span(touch: np.ndarray) -> np.ndarray:
+    """How many blocks lie from the first to the last that each block of queries reaches."""
+    at = np.arange(touch.shape[1])
+    return np.maximum(np.where(touch, at + 1, 0).max(1) - np.where(touch, at, touch.shape[1]).min(1), 0)
+
+
+def turns(seen: Seen) -> float:
     """Blocks of keys that the loop of nn.kernels.xla goes through for a block of queries, on average."""
-    nq, nk = -(-len(seen.lo) // queries), -(-len(seen.order) // keys)
-    q, k = (np.array_split(np.arange(n), parts) for n, parts in ((len(seen.lo), nq), (len(seen.order), nk)))
-    first, last = (np.array([f(a[i]) for i in q]) for f, a in ((np.min, seen.lo), (np.max, seen.hi)))
-    low, high = (np.array([f(seen.order[i]) for i in k]) for f in (np.min, np.max))
-    touch = (first[:, None] <= high[None]) & (low[None] <= last[:, None])
-    start = np.where(touch, np.arange(nk), nk).min(1)
-    stop = np.where(touch, np.arange(nk) + 1, 0).max(1)
-    return float(np.maximum(stop - start, 0).mean())
+    n, m = len(seen.lo), len(seen.order)
+    queries, keys = (-(-size // -(-size // most)) for size, most in ((n, xla.QUERIES), (m, xla.KEYS)))
+    return float(span(touched(seen, queries, keys)).mean())
 
 
-def hints(cfg: vlm.Config, row: Row, see: str, media: int) -> Hints:
-    """The turns of attention's loops in encoder and decoder, which named scopes tell apart."""
-    own = {"decoder": [(1.0, sequence(row, see, media))]}
+def shares(seen: Seen, blocks: Blocks) -> tuple[float, float]:
+    """Of all pairs of queries and keys, the share that the TPU kernels compute; of all keys and values as often as
+    there are blocks of queries, the share that they fetch.
+    """
+    n, m = len(seen.lo), len(seen.order)
+    computed = touched(seen, blocks.query_part, blocks.key_part).sum() * blocks.query_part * blocks.key_part
+    fetched = touched(seen, blocks.queries, blocks.keys)
+    whole = (n + -n % blocks.queries) * (m + -m % blocks.keys)
+    return float(computed / whole), float(span(fetched).sum() / fetched.size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stack of blocks: what its layers see, each with the share of the layers that see so."""
+
+    sees: tuple[tuple[float, Seen], ...]
+    blocks: Blocks
+
+
+def hints(cfg: vlm.Config, row: Row, see: str, media: int, heads: int = 1) -> Hints:
+    """What attention takes in encoder and decoder, which named scopes tell apart.
+
+    heads: parts that key heads are split into over the devices.
+    """
+    parts = {"decoder": Part(((1.0, sequence(row, see, media)),), _blocks(cfg.decoder.blocks, row.tokens, heads))}
     if row.pictures:
-        inside = _share_windowed(cfg.vision.blocks)
-        own["vision"] = [(1 - inside, patches(row, cfg.vision.prefix))]
-        own["vision"] += [(inside, patches(row, 0, True))] if inside else []
+        inside = len(cfg.vision.blocks.windowed) / cfg.vision.blocks.layers
+        sees = ((1 - inside, patches(row, cfg.vision.prefix)), (inside, patches(row, 0, True)))[: 2 if inside else 1]
+        length = len(sees[0][1].lo)
+        parts["vision"] = Part(sees, _blocks(cfg.vision.blocks, length, heads))
 
-    def of(op: Op) -> Any:
-        part = part_of(op.scope)
-        if "attention" not in op.scope or part not in own:
-            return None
-        return sum(share * turns(seen, xla.QUERIES, xla.KEYS) for share, seen in own[part])
+    def of(op: Op) -> Part | None:
+        return parts.get(part_of(op.scope)) if "attention" in op.scope else None
 
-    return Hints(turns=of)
+    def loop(op: Op) -> float | None:
+        part = of(op)
+        return None if part is None else sum(share * turns(seen) for share, seen in part.sees)
+
+    def kernel(op: Op, stated: Kernel, moved: float) -> Kernel:
+        part = of(op)
+        if part is None:
+            return stated
+        computed, fetched = (sum(share * shares(seen, part.blocks)[i] for share, seen in part.sees) for i in (0, 1))
+        # They state half of all pairs, and that half of all keys are read for every block of queries.
+        again = max(stated.bytes - moved, 0.0)
+        return Kernel(stated.flops * computed / 0.5, moved + again * fetched / 0.5)
+
+    return Hints(loop, kernel)
+
+
+def _blocks(cfg: transformer.Config, length: int, split: int) -> Blocks:
+    """How the TPU kernels cut rows of this length."""
+    kv = max(cfg.kv_heads // split, 1)
+    group = max(cfg.heads // split, 1) // kv
+    q, k = (jax.ShapeDtypeStruct((1, *shape, length, cfg.head), jnp.bfloat16) for shape in ((kv, group), (kv,)))
+    return Blocks.of(Inputs(q, k, k, None, None, None, None, None, None, None, None))
 
 
 def part_of(scope: str) -> str:
     """Which part of the model an operation belongs to, by the named scopes of models.vlm and train.step."""
     return next((p for p in ("vision", "connector", "decoder", "loss", "update") if p in scope), "other")
-
-
-def _share_windowed(cfg: transformer.Config) -> float:
-    return len(cfg.windowed) / cfg.layers

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from mmjax.core import hlo
+from mmjax.core.sharding import Rules, parts_of
 from mmjax.models import flops
 from mmjax.models.flops import Flops, Row
 from mmjax.plan import attention, chips, roofline
@@ -36,7 +37,8 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     row = flops.full_row(bucket, cfg.sequence, document)
     model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen)
     media = flops.media_tokens(cfg.model, row)
-    counted = hlo.count(hlo.parse(program.text), attention.hints(cfg.model, row, cfg.sequence.see, media))
+    hints = attention.hints(cfg.model, row, cfg.sequence.see, media, parts_of("heads", mesh, Rules()))
+    counted = hlo.count(hlo.parse(program.text), hints)
     time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     mfu = model.total * bucket.rows / mesh.size / (time.step * topology.chip.flops)
     return Figures(bucket, program, row, model, counted, time, mfu)

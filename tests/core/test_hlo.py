@@ -141,8 +141,9 @@ def test_a_kernels_own_cost_or_one_that_is_told():
     assert (stated.flops, stated.bytes, stated.unknown) == (300, 40, [])
     silent = text.format(line[: line.index(", backend_config")])
     assert [u.name for u in hlo.count(hlo.parse(silent)).unknown] == ["k"]
-    told = hlo.count(hlo.parse(silent), Hints(kernel=lambda op, module: Kernel(7.0, 5.0)))
-    assert (told.flops, told.bytes, told.unknown) == (7, 5, [])
+    told = Hints(kernel=lambda op, stated, moved: Kernel(stated.flops / 2, moved))
+    half = hlo.count(hlo.parse(text.format(line)), told)
+    assert (half.flops, half.bytes, half.unknown) == (150, 2 * 8 * 4, [])
 
 
 def test_shapes_as_they_are_written():

@@ -31,7 +31,7 @@ def test_a_packed_sequence(documents):
     lo, hi = zip(*(intervals.causal(n) for n in documents), strict=True)
     first = np.repeat(np.cumsum((0, *documents[:-1])), documents)
     theirs = bounds(np.arange(row.tokens), np.concatenate(lo) + first, np.concatenate(hi) + first)
-    assert attention.turns(attention.sequence(row, "causal", 0), xla.QUERIES, xla.KEYS) == pytest.approx(theirs)
+    assert attention.turns(attention.sequence(row, "causal", 0)) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -48,7 +48,7 @@ def test_pictures_with_their_class_tokens_behind_all_patches(prefix):
     np.testing.assert_array_equal(seen.order, order)
     np.testing.assert_array_equal(seen.lo, lo)
     np.testing.assert_array_equal(seen.hi, hi)
-    assert attention.turns(seen, xla.QUERIES, xla.KEYS) == pytest.approx(bounds(order, lo, hi))
+    assert attention.turns(seen) == pytest.approx(bounds(order, lo, hi))
 
 
 def test_loops_are_told_apart_by_their_scope():
