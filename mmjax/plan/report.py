@@ -14,6 +14,7 @@ from mmjax.plan.advice import Advice, axes
 from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, State, TooLarge
 from mmjax.plan.roofline import Estimate
+from mmjax.plan.tips import tips
 from mmjax.sequence.batch import Bucket
 from mmjax.train.config import Config
 
@@ -29,6 +30,7 @@ class Figures:
     counted: hlo.Count
     time: Estimate
     mfu: float
+    tips: list[str]
 
 
 def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.sharding.Mesh, document: int) -> Figures:
@@ -41,7 +43,7 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     counted = hlo.count(hlo.parse(program.text), hints)
     time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     mfu = model.total * bucket.rows / mesh.size / (time.step * topology.chip.flops)
-    return Figures(bucket, program, row, model, counted, time, mfu)
+    return Figures(bucket, program, row, model, counted, time, mfu, tips(cfg, counted, mesh))
 
 
 def as_json(
@@ -78,6 +80,7 @@ def of_figures(f: Figures, count: int) -> dict[str, Any]:
         "mfu": f.mfu,
         "tokens_per_second": b.rows * b.tokens / t.step,
         "unknown": [asdict(u) for u in f.counted.unknown],
+        "tips": f.tips,
     }
 
 
@@ -140,6 +143,7 @@ def words(f: Figures, topology: Topology, count: int, limit: float) -> str:
             f"takes the GPU), and JAX takes {chips.SHARE:.0%} of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more"
         )
     out += [f"not known: {u.name} ({u.what})" for u in f.counted.unknown]
+    out += [f"faster: {tip}" for tip in f.tips]
     return "\n".join(out)
 
 

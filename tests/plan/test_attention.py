@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from mmjax.core.hlo_text import Op, Shape
 from mmjax.models.flops import Row
-from mmjax.nn.kernels import xla
+from mmjax.nn.kernels import tpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.plan import attention
 from mmjax.sequence import behind, intervals
@@ -49,6 +49,24 @@ def test_pictures_with_their_class_tokens_behind_all_patches(prefix):
     np.testing.assert_array_equal(seen.lo, lo)
     np.testing.assert_array_equal(seen.hi, hi)
     assert attention.turns(seen) == pytest.approx(bounds(order, lo, hi))
+
+
+@pytest.mark.parametrize(("heads", "kv", "size"), [(32, 32, 128), (28, 4, 128), (16, 16, 64)])
+def test_the_kernels_tiles_are_those_that_they_compute(heads, kv, size):
+    """Their own ranges: which tiles are touched, and which blocks lie between the first and the last."""
+    row = Row((1500, 300, 1200), ())
+    seen = attention.sequence(row, "causal", 0)
+    n = row.tokens
+    q, k = jnp.zeros((1, kv, heads // kv, n, size), jnp.bfloat16), jnp.zeros((1, kv, n, size), jnp.bfloat16)
+    label = (jnp.asarray(a, jnp.int32)[None] for a in (seen.order, seen.lo, seen.hi))
+    x, g = tpu_blocks.layout(Inputs(q, k, k, *label, None, None, None, None, None))
+    of, touch = tpu_blocks.ranges(x, g)
+    of = {name: np.asarray(a[0]) for name, a in of.items()}
+    parts = (of["first"][:, None] <= of["high"]) & (of["low"] <= of["last"][:, None])
+    reach = tpu_blocks.span(touch)
+    computed, fetched = attention.shares(seen, g.blocks)
+    assert computed == pytest.approx(float(parts.mean()))
+    assert fetched == pytest.approx(float((reach["end"] - reach["begin"]).sum() / touch.size))
 
 
 def test_loops_are_told_apart_by_their_scope():
