@@ -121,12 +121,12 @@ class Hints:
     """What the text does not say.
 
     turns: of a loop whose bounds are data; None if it is not known either.
-    kernel: the cost of a kernel, from its operation, the cost that it states, and the bytes of what it is given and
-      gives.
+    kernel: the cost of a kernel, from its operation, the cost that it states if it does, and the bytes of what it is
+      given and gives; None if it is not known either.
     """
 
     turns: Callable[[Op], float | None] = lambda op: None
-    kernel: Callable[[Op, Kernel, float], Kernel] = lambda op, stated, moved: stated
+    kernel: Callable[[Op, Kernel | None, float], Kernel | None] = lambda op, stated, moved: stated
 
 
 NO_HINTS = Hints()
@@ -238,9 +238,7 @@ def _custom(module: Module, inside: Computation, op: Op, hints: Hints, unknown: 
     moved, flops = hlo_cost.moved(module, inside, op), hlo_cost.library(inside, op, target)
     if flops is not None and op.shape.parts:
         moved -= sum(part.bytes for part in op.shape.parts if part.dtype == "s8")  # room to work in
-    own = stated(op)
-    if own is not None:
-        own = hints.kernel(op, own, moved)
+    own = hints.kernel(op, stated(op), moved)
     if own is not None:
         flops, moved = own.flops, own.bytes
     elif flops is None and target in ("tpu_custom_call", "triton_kernel_call", "__gpu$xla.gpu.triton"):

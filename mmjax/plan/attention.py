@@ -3,6 +3,7 @@
 They are counted from the intervals of one row (models.flops.Row), which all rows are taken to be like.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -104,33 +105,57 @@ class Part:
 
     sees: tuple[tuple[float, Seen], ...]
     blocks: Blocks
+    products: int  # numbers of a head, times heads and rows of a device: 2 FLOPs each for a product of two positions
+
+    def share(self, of: Callable[[Seen], float]) -> float:
+        """The mean over its layers."""
+        return sum(share * of(seen) for share, seen in self.sees)
 
 
-def hints(cfg: vlm.Config, row: Row, see: str, media: int, heads: int = 1) -> Hints:
+# Products of every tile: scores and output; scores again, their cotangent, that of q; and those of k and v.
+GPU_KERNELS = {"forward_kernel": 2, "by_query": 3, "by_key": 4}
+GPU_TILE = (128, 64)  # nn.kernels.gpu_tiles.Plan
+
+
+def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads: int = 1) -> Hints:
     """What attention takes in encoder and decoder, which named scopes tell apart.
 
-    heads: parts that key heads are split into over the devices.
+    Args:
+      cfg: the model.
+      row: what is in every row.
+      see: who sees whom in the sequence (sequence.interleave).
+      media: media tokens of a row.
+      rows: of a device, that go through the model at once.
+      heads: parts that heads are split into over the devices.
     """
-    parts = {"decoder": Part(((1.0, sequence(row, see, media)),), _blocks(cfg.decoder.blocks, row.tokens, heads))}
+
+    def part(blocks: transformer.Config, *sees: tuple[float, Seen]) -> Part:
+        count = rows * max(blocks.heads // heads, 1) * blocks.head
+        return Part(tuple(s for s in sees if s[0]), _blocks(blocks, len(sees[0][1].lo), heads), count)
+
+    parts = {"decoder": part(cfg.decoder.blocks, (1.0, sequence(row, see, media)))}
     if row.pictures:
-        inside = len(cfg.vision.blocks.windowed) / cfg.vision.blocks.layers
-        sees = ((1 - inside, patches(row, cfg.vision.prefix)), (inside, patches(row, 0, True)))[: 2 if inside else 1]
-        length = len(sees[0][1].lo)
-        parts["vision"] = Part(sees, _blocks(cfg.vision.blocks, length, heads))
+        inside, prefix = len(cfg.vision.blocks.windowed) / cfg.vision.blocks.layers, cfg.vision.prefix
+        whole, windows = patches(row, prefix), patches(row, 0, True)
+        parts["vision"] = part(cfg.vision.blocks, (1 - inside, whole), (inside, windows))
 
     def of(op: Op) -> Part | None:
         return parts.get(part_of(op.scope)) if "attention" in op.scope else None
 
     def loop(op: Op) -> float | None:
         part = of(op)
-        return None if part is None else sum(share * turns(seen) for share, seen in part.sees)
+        return None if part is None else part.share(turns)
 
-    def kernel(op: Op, stated: Kernel, moved: float) -> Kernel:
+    def kernel(op: Op, stated: Kernel | None, moved: float) -> Kernel | None:
         part = of(op)
         if part is None:
             return stated
-        computed, fetched = (sum(share * shares(seen, part.blocks)[i] for share, seen in part.sees) for i in (0, 1))
-        # They state half of all pairs, and that half of all keys are read for every block of queries.
+        if stated is None:
+            products = next((n for name, n in GPU_KERNELS.items() if name in op.rest), 0)
+            pairs = part.share(lambda seen: touched(seen, *GPU_TILE).sum() * GPU_TILE[0] * GPU_TILE[1])
+            return Kernel(2.0 * products * part.products * pairs, moved) if products else None
+        # The TPU's state half of all pairs, and that half of all keys are read for every block of queries.
+        computed, fetched = (part.share(lambda seen, i=i: shares(seen, part.blocks)[i]) for i in (0, 1))
         again = max(stated.bytes - moved, 0.0)
         return Kernel(stated.flops * computed / 0.5, moved + again * fetched / 0.5)
 

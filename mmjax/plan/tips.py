@@ -30,6 +30,6 @@ def tips(cfg: Config, counted: Count, mesh: jax.sharding.Mesh) -> list[str]:
     if summed > MUCH * whole and mesh.shape["fsdp"] == mesh.size > 2:
         out.append(
             f"{summed / 1e9:,.1f} GB of what is sent are gradients that every chip sums whole: where fsdp takes all "
-            f"chips, the compiler does not let each sum its share alone; --mesh.data 2 --mesh.fsdp {mesh.size // 2} does"
+            f"chips, the compiler lets none sum its share alone; --mesh.data 2 --mesh.fsdp {mesh.size // 2} does"
         )
     return out
