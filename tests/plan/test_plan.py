@@ -64,6 +64,29 @@ def test_without_the_compiler_it_says_what_to_install(tiny):
     assert "pip install 'mmjax[tpu]'" in done.stderr
 
 
+def test_without_the_gpu_compiler_it_says_what_to_install(tiny):
+    done = plan(tiny, "--topology", "h100:8", block="jax_cuda13_plugin")
+    assert done.returncode == 2
+    assert "pip install --no-deps jax-cuda13-plugin==" in done.stderr
+
+
+@pytest.mark.slow
+def test_gpus_are_planned_for_without_one(tiny):
+    pytest.importorskip("jax_cuda13_plugin", reason="XLA's GPU compiler: pip install --no-deps jax-cuda13-plugin …")
+    done = plan(tiny, "--topology", "h100:8", "--json", "--update.compute", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    (bucket,) = found["buckets"]
+    assert found["chips"] == 8
+    assert bucket["flops"] > bucket["model_flops_per_chip"] > 0
+    assert bucket["memory"]["temporaries"] > 0
+    assert bucket["collectives"]["all-reduce"]["bytes"] > 0
+    assert "counted here" in done.stdout
+    small = plan(tiny, "--topology", "h100:8", "--memory", "0.001")
+    assert small.returncode == 1
+    assert "DOES NOT FIT" in small.stdout
+
+
 def test_a_config_whose_documents_are_elsewhere_needs_shapes():
     done = plan("llava_7b", "--topology", "v5e:2x2", "--packing.shapes")
     assert done.returncode == 2
