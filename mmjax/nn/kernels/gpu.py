@@ -30,15 +30,15 @@ FLOOR = -1e30  # a finite start of the running maximum: a query that sees nothin
 
 
 def refusal(static: Static, x: Inputs) -> str | None:
-    """Why these kernels cannot compute it; None where they can."""
+    """Why these kernels cannot compute it, or are not worth it; None where they are."""
+    if x.q.shape[3] < 128 or x.k.shape[2] < 256:
+        return "A short row is one tile, which XLA computes as well."
     if static.bias is not None:
         return "A bias is an arbitrary function of JAX, which Triton cannot compile."
     if len({a.dtype for a in (x.q, x.k, x.v)}) > 1 or x.q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return "Queries, keys and values must be of one type: float32, bfloat16 or float16."
     if max(x.q.shape[-1], x.v.shape[-1]) > 256:
         return "Heads of more than 256 numbers do not fit into registers."
-    if 0 in x.q.shape or 0 in x.v.shape:
-        return "There is nothing to compute."
     return None
 
 
