@@ -143,15 +143,16 @@ def measure(cfg: Any, steps: int) -> dict[str, Any]:
 
 def said(found: dict[str, Any]) -> str:
     """The same in words."""
-    spread, mesh = found["step_seconds"], " × ".join(f"{k} {n}" for k, n in found["mesh"].items()) or "one device"
+    spread, several = found["step_seconds"], len(found["buckets"]) > 1
+    mesh = "".join(f", {name} {size}" for name, size in found["mesh"].items())
     shapes = ", ".join(
         f"{b['rows']} × ({b['tokens']} tokens, {b['patches']} patches)"
-        + (f" {1e3 * b['step_seconds']['median']:.4g} ms" if b["step_seconds"] and len(found["buckets"]) > 1 else "")
+        + (f" {1e3 * b['step_seconds']['median']:.4g} ms" if b["step_seconds"] and several else "")
         for b in found["buckets"]
     )
     lines = {
-        "hardware": f"{found['devices']} × {found['device']}, mesh {mesh}, {found['processes']} process(es), jax "
-        f"{found['jax']}",
+        "hardware": f"{found['devices']} × {found['device']} of {found['processes']} host{'s' * (found['processes'] > 1)}"
+        f"{mesh}; jax {found['jax']}",
         "model": f"{found['parameters']:,} parameters, {found['compute']}; rows {shapes}",
         "step": f"{1e3 * spread['median']:.4g} ms, the median of {found['steps']}; half of them between "
         f"{1e3 * spread['quarter']:.4g} and {1e3 * spread['three_quarters']:.4g} ms, all between "
@@ -161,7 +162,7 @@ def said(found: dict[str, Any]) -> str:
         "MFU": f"{found['mfu']:.3f}: {found['flops_per_step'] / 1e9:,.4g} GFLOP of the model a step, of "
         f"{found['peak_flops'] / 1e12:,.4g} TFLOP/s ({found['peak_is']})",
         "memory": f"{found['memory_bytes'] / 2**20:,.0f} MiB a device at most ({found['memory_is']})",
-        "compiling": f"{found['compile_seconds']:.1f} s, {len(found['buckets'])} train step(s)",
+        "compiling": f"{found['compile_seconds']:.1f} s, {len(found['buckets'])} bucket{'s' * several}",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
 
