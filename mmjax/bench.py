@@ -151,8 +151,8 @@ def said(found: dict[str, Any]) -> str:
         for b in found["buckets"]
     )
     lines = {
-        "hardware": f"{found['devices']} × {found['device']} of {found['processes']} host{'s' * (found['processes'] > 1)}"
-        f"{mesh}; jax {found['jax']}",
+        "hardware": f"{found['devices']} × {found['device']}, {found['processes']} process"
+        f"{'es' * (found['processes'] > 1)}{mesh}; jax {found['jax']}",
         "model": f"{found['parameters']:,} parameters, {found['compute']}; rows {shapes}",
         "step": f"{1e3 * spread['median']:.4g} ms, the median of {found['steps']}; half of them between "
         f"{1e3 * spread['quarter']:.4g} and {1e3 * spread['three_quarters']:.4g} ms, all between "
