@@ -95,15 +95,16 @@ class Topology:
     def bandwidth(self, coordinates: list[tuple[int, ...]]) -> float:
         """Bytes per second that each of these chips can send to the others.
 
-        On a torus over the links of all axes they differ in: two along an axis that closes to a ring, one where it does
-        not (the chip at the end has no other). Of GPUs, NVLink within a node, the network beyond.
+        On a torus over the links of all axes they differ in: two along an axis that they take whole and that closes to
+        a ring, else one (the chip at the end has no other). Of GPUs, NVLink within a node, the network beyond.
         """
         if self.gpu:
             return self.chip.link if len({c[0] // NODE for c in coordinates}) == 1 else self.chip.network
         links = 0
         for axis, size in enumerate(self.sizes):
-            if len({c[axis] for c in coordinates}) > 1:
-                links += 2 if size % self.chip.whole == 0 else 1
+            places = len({c[axis] for c in coordinates})
+            if places > 1:
+                links += 2 if places == size and size % self.chip.whole == 0 else 1
         return max(links, 1) * self.chip.link
 
 
