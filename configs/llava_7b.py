@@ -5,6 +5,8 @@
 
 CLIP ViT-L/14 at 336 pixels, whose second to last block's features are used; an MLP of two layers; Vicuna-7B. The
 defaults are for 256 chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
+
+`model.decoder.vocab` must be what the tokenizer has; 32,064 is that of Hugging Face's weights, padded.
 """
 
 import dataclasses
@@ -61,5 +63,7 @@ def config() -> Config:
         optimizer=Optimizer(learning_rate=2e-5, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         objective=Objective(chunk=4096),
         update=Update(compute="bfloat16"),
+        # Not fsdp over all chips: the TPU compiler then sums gradients whole on every chip, twice the bytes, and so it
+        # does where a chip's share of a matrix is no multiple of 16 tiles (11,008 over 64).
         mesh=MeshConfig(data=8, fsdp=32),
     )
