@@ -28,7 +28,7 @@ PICTURES = 5  # in a row: LLaVA's documents have one each, and about 240 tokens 
 
 
 def model() -> vlm.Config:
-    """7.06 billion parameters."""
+    """7.05 billion parameters."""
     clip = ENCODERS["clip-l14-336"]()
     # Features of the second to last block: the last one, and the head, are not there at all.
     seen = dataclasses.replace(clip.blocks, layers=clip.blocks.layers - 1, remat="full")
