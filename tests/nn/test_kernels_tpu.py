@@ -170,14 +170,13 @@ def test_a_whole_tile_is_not_masked_and_an_empty_slot_in_it_is():
 def test_what_a_kernel_cannot_do_is_left_to_xla():
     see = tuple(jnp.asarray(x, jnp.int32)[None] for x in (np.arange(512), *intervals.causal(512)))
     x, static = inputs(see), Static(1.0, None, None)
-    assert tpu.supports(static, x)
+    assert tpu.refusal(static, x) is None
     where = jnp.zeros((1, 512), jnp.int32)
     biased = x.replace(bias_params=jnp.zeros((2, 9)), bias_query=where, bias_key=where)
-    assert tpu.supports(Static(1.0, None, table_of), biased)
-    assert not tpu.supports(Static(1.0, None, gathered), biased)  # a look-up
-    assert not tpu.supports(static, inputs(see, size=512))
-    short = tuple(a[:, :100] for a in see)
-    assert not tpu.supports(static, inputs(short))
+    assert tpu.refusal(Static(1.0, None, table_of), biased) is None
+    assert "lower the bias" in tpu.refusal(Static(1.0, None, gathered), biased)  # a look-up
+    assert "256" in tpu.refusal(static, inputs(see, size=512))
+    assert "short" in tpu.refusal(static, inputs(tuple(a[:, :100] for a in see)))
     text = str(jax.make_jaxpr(functools.partial(backend.forward, Static(1.0, None, gathered)))(biased))
     assert "pallas_call" not in text
 
@@ -196,7 +195,7 @@ def test_a_program_gets_the_kernel_of_the_platform_it_is_compiled_for():
     assert "tpu_custom_call" not in program("xla", "tpu")
     assert "tpu_custom_call" not in program("auto", "cpu")
     with (
-        pytest.raises(InputError, match="no kernel of attention 'cudnn'; choose one of auto, xla, tpu"),
+        pytest.raises(InputError, match="no kernel of attention 'cudnn'; choose one of auto, xla, tpu, gpu"),
         backend.use("cudnn"),
     ):
         pass

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interval_cases import draw, masks, stack
+from jax.sharding import NamedSharding, PartitionSpec
 from nn.test_attention import relative
 from sharded import test_length as models
 
@@ -240,6 +241,17 @@ def test_keys_that_nobody_reaches_are_passed_on_and_not_computed():
     np.testing.assert_allclose(out, 1.0, rtol=1e-6)
 
 
+def test_one_label_at_the_edge_of_a_part_is_reached(rng):
+    """The first or last of a chunk, wherever its queries are."""
+    q, k, v = draw(rng, 1, 64, 64, 1, 1)
+    with jax.set_mesh(mesh_of(1, 1, 1, 8)), attention.context("ring"):
+        program = jax.jit(attention.attend)
+        for label in (0, 3, 4, 31, 32, 60, 63):
+            see = jnp.full((1, 64), label)
+            out, _ = program(q, k, v, jnp.arange(64)[None], see, see)
+            np.testing.assert_allclose(out, np.broadcast_to(v[:, label, None], out.shape), rtol=1e-6)
+
+
 def on_a_ring(*sizes, length=64, keys=64, rows=2):
     """Whether attention passes keys on."""
     q, k = jnp.zeros((rows, length, 4, 8)), jnp.zeros((rows, keys, 2, 8))
@@ -274,7 +286,7 @@ def test_long_rows_go_round_and_short_ones_are_gathered(monkeypatch):
 def test_no_device_gathers_keys_and_values():
     """Forwards and backwards, in the compiled program; `test_tpu` asks the TPU's compiler for memory."""
     mesh, see, found = mesh_of(1, 1, 1, 8), jax.ShapeDtypeStruct((1, 64), jnp.int32), {}
-    split = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+    split = NamedSharding(mesh, PartitionSpec(None, "sequence"))
     q, k = (jax.ShapeDtypeStruct((1, 64, heads, 8), jnp.float32, sharding=split) for heads in (4, 2))
     for how in ("gather", "ring"):
         with jax.set_mesh(mesh), attention.context(how):

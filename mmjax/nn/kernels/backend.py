@@ -13,8 +13,8 @@ from mmjax.core.errors import InputError
 from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.inputs import Inputs, Static
 
-Backend = Literal["auto", "xla", "tpu"]
-PLATFORMS = {"tpu": ("tpu",)}  # where each kernel runs; elsewhere it is interpreted
+Backend = Literal["auto", "xla", "tpu", "gpu"]
+PLATFORMS = {"tpu": ("tpu",), "gpu": ("cuda",)}  # where each kernel runs; elsewhere it is interpreted
 
 _backend: contextvars.ContextVar[Backend] = contextvars.ContextVar("mmjax_attention", default="auto")
 
@@ -24,7 +24,7 @@ def use(backend: str) -> Iterator[None]:
     """Traces what is inside with one kernel of attention. It is read while tracing: a compiled function keeps its own.
 
     "auto" takes the platform's own, also where a program is compiled ahead of time for another than this machine's;
-    what a kernel cannot do (`supports`), and every other platform, is "xla". A kernel that is asked for by name is
+    what a kernel cannot do (`refusal`), and every other platform, is "xla". A kernel that is asked for by name is
     interpreted on other platforms: the same numbers, slowly.
 
     Args:
@@ -55,7 +55,7 @@ def _run(name: str, static: Static, x: Inputs, *rest: jax.Array):
         return getattr(xla, name)(static, x, *rest)
     # Imported where they are first traced: they bring Pallas along.
     modules = {key: importlib.import_module(f"mmjax.nn.kernels.{key}") for key in PLATFORMS if asked in ("auto", key)}
-    able = {key: module for key, module in modules.items() if module.supports(static, x)}
+    able = {key: module for key, module in modules.items() if module.refusal(static, x) is None}
     on: dict[str, Callable] = {
         platform: functools.partial(getattr(module, name), static)
         for key, module in able.items()

@@ -24,12 +24,12 @@ from mmjax.nn.kernels.gpu_backward import backward
 from mmjax.nn.kernels.gpu_tiles import LOG2E, Blocks, Plan, Shape
 from mmjax.nn.kernels.inputs import Inputs, Static
 
-__all__ = ["Blocks", "Plan", "backward", "forward", "supports"]
+__all__ = ["Blocks", "Plan", "backward", "forward", "refusal"]
 
 FLOOR = -1e30  # a finite start of the running maximum: a query that sees nothing gets exp2(-inf) = 0 and no NaN
 
 
-def supports(static: Static, x: Inputs) -> str | None:
+def refusal(static: Static, x: Inputs) -> str | None:
     """Why these kernels cannot compute it; None where they can."""
     if static.bias is not None:
         return "A bias is an arbitrary function of JAX, which Triton cannot compile."
@@ -85,7 +85,7 @@ def forward(
     """(out [B, K, G, L, Ev] in v's dtype, log-sum-exp f32[B, K, G, L]); see nn.kernels.xla.
 
     Args:
-      static, x: for which `supports` gives None.
+      static, x: for which `refusal` gives None.
       plan: blocks other than Plan.of gives.
       interpret: computed by JAX instead of Triton, on any device, for tests.
     """
@@ -99,12 +99,12 @@ def forward(
     blocks = (plan or Plan.of(x)).forward
     s = Shape.of(static, x, blocks)
     see = tiles.labels(x, s)
-    given = {"q": x.q, "k": x.k, "v": x.v, **see, "range": tiles.ranges(see, s), **tiles.optional(x, s)}
+    given = {**tiles.heads_last(x), **see, "range": tiles.ranges(see, s), **tiles.optional(x, s)}
     if sinks is not None:
         given["sinks"] = jnp.pad(sinks, ((0, 0), (0, 0), (0, s.query_blocks * s.queries - s.length)))
     specs = tiles.by_query(s)
-    shape = x.q.shape[:-1]
-    out = [((*shape, s.width_v), x.v.dtype, specs["d_out"]), (shape, jnp.float32, specs["lse"])]
+    last = given["q"].shape[:-1]
+    out = [((*last, s.width_v), x.v.dtype, specs["d_out"]), (x.q.shape[:-1], jnp.float32, specs["lse"])]
     grid = (s.query_blocks, kv * s.group, b)
     out, lse = tiles.call(_forward_kernel, s, grid, blocks, given, specs, out, interpret)
-    return out.reshape(b, kv, group, length, s.width_v), lse.reshape(b, kv, group, length)
+    return out.transpose(0, 2, 3, 1, 4).reshape(b, kv, group, length, s.width_v), lse.reshape(b, kv, group, length)

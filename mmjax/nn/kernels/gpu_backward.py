@@ -1,6 +1,7 @@
 """The backward pass of nn.kernels.gpu: one kernel by blocks of queries, one by blocks of keys; both compute the scores
 again from the saved log-sum-exp."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ def _by_key(s: Shape, given: dict, d_k_ref: Any, d_v_ref: Any, d_bias_ref: Any =
         d_k, d_v, d_bias = carry
         at = i * s.queries
         rows = pl.ds(at, s.queries)
-        q = tiles.read(given["q"], (*head, rows), s.size, s.length, s.width, at, s.queries)
-        d_out = tiles.read(given["d_out"], (*head, rows), s.size_v, s.length, s.width_v, at, s.queries)
+        q = tiles.read(given["q"], (rows, *head), s.size, s.length, s.width, at, s.queries)
+        d_out = tiles.read(given["d_out"], (rows, *head), s.size_v, s.length, s.width_v, at, s.queries)
         lse, delta = given["lse"][*head, rows][None], given["delta"][*head, rows][None]
         scores, slope = tiles.score(s, tiles.product(k, q), bias)
         p = jnp.exp2(scores * s.unit - lse)
@@ -124,7 +125,8 @@ def _given(x: Inputs, s: Shape, rest: dict, see: dict, by_key: bool) -> dict:
     more = ((0, 0),) * 3 + ((0, s.query_blocks * s.queries - s.length),)
     small = {name: jnp.pad(rest[name], more) for name in ("lse", "delta")}
     return {
-        **{"q": x.q, "k": x.k, "v": x.v, "d_out": rest["d_out"]},
+        **tiles.heads_last(x),
+        "d_out": rest["d_out"].transpose(0, 3, 1, 2, 4),
         **small,
         **see,
         "range": tiles.ranges(see, s, by_key),
@@ -138,7 +140,8 @@ def _d_queries(static: Static, x: Inputs, rest: dict, blocks: Blocks, interpret:
     specs = tiles.by_query(s)
     b, kv = x.k.shape[:2]
     grid = (s.query_blocks, kv * s.group, b)
-    return tiles.call(_by_query, s, grid, blocks, given, specs, [(x.q.shape, x.q.dtype, specs["q"])], interpret)[0]
+    out = [(given["q"].shape, x.q.dtype, specs["q"])]
+    return tiles.call(_by_query, s, grid, blocks, given, specs, out, interpret)[0].transpose(0, 2, 3, 1, 4)
 
 
 def _d_keys(
@@ -150,13 +153,14 @@ def _d_keys(
     parts = next(
         n for n in range(1, group + 1) if group % n == 0 and (n == group or n * b * kv * s.key_blocks >= PROGRAMS)
     )
-    apart = lambda a: a.reshape(b, kv * parts, group // parts, *a.shape[3:])  # noqa: E731
     given = _given(x, s, rest, tiles.labels(x, s), by_key=True)
-    given |= {name: apart(given[name]) for name in ("q", "d_out", "lse", "delta")}
-    s = Shape.of(static, x.replace(q=given["q"]), blocks)
+    heads = (kv * parts, group // parts)
+    given |= {name: a.reshape(*a.shape[:2], *heads, a.shape[-1]) for name in ("q", "d_out") for a in (given[name],)}
+    given |= {name: a.reshape(b, *heads, a.shape[-1]) for name in ("lse", "delta") for a in (given[name],)}
+    s = replace(s, group=group // parts)
     specs = _key_specs(s, parts)
     out = [
-        ((b, kv * parts, s.length_k, n), a.dtype if parts == 1 else jnp.float32, _of_key(s, padded))
+        ((b, s.length_k, kv * parts, n), a.dtype if parts == 1 else jnp.float32, _of_key(s, padded))
         for a, n, padded in ((x.k, s.width, tiles.padded(s.size)), (x.v, s.width_v, tiles.padded(s.size_v)))
     ]
     if x.key_bias is not None:
@@ -165,22 +169,22 @@ def _d_keys(
     grid = (s.key_blocks, kv * parts, b)
     d_k, d_v, *d_bias = tiles.call(_by_key, s, grid, blocks, given, specs, out, interpret)
     if parts > 1:
-        d_k, d_v = (d.reshape(b, kv, parts, *d.shape[2:]).sum(2) for d in (d_k, d_v))
-    return d_k, d_v, d_bias[0].sum(1) if d_bias else None
+        d_k, d_v = (d.reshape(*d.shape[:2], kv, parts, -1).sum(3) for d in (d_k, d_v))
+    return d_k.swapaxes(1, 2), d_v.swapaxes(1, 2), d_bias[0].sum(1) if d_bias else None
 
 
 def _of_key(s: Shape, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, s.keys, width), lambda j, h, b: (b, h, j, 0))
+    return pl.BlockSpec((None, s.keys, None, width), lambda j, h, b: (b, j, h, 0))
 
 
 def _key_specs(s: Shape, parts: int) -> dict[str, pl.BlockSpec]:
     """What a program of a block of keys reads, on a grid (blocks, heads of keys × parts, rows)."""
     rows = s.query_blocks * s.queries
     of_key = lambda n: pl.BlockSpec(  # noqa: E731
-        (None, None, s.keys, n), lambda j, h, b: (b, jax.lax.div(h, parts), j, 0)
+        (None, s.keys, None, n), lambda j, h, b: (b, j, jax.lax.div(h, parts), 0)
     )
     group = None if s.group == 1 else s.group
-    of_query = lambda n: pl.BlockSpec((None, None, group, rows, n), lambda j, h, b: (b, h, 0, 0, 0))  # noqa: E731
+    of_query = lambda n: pl.BlockSpec((None, rows, None, group, n), lambda j, h, b: (b, 0, h, 0, 0))  # noqa: E731
     per_head = pl.BlockSpec((None, None, group, rows), lambda j, h, b: (b, h, 0, 0))
     per_query = pl.BlockSpec((None, rows), lambda j, h, b: (b, 0))
     per_key = pl.BlockSpec((None, s.keys), lambda j, h, b: (b, j))

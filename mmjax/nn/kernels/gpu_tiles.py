@@ -48,7 +48,7 @@ class Plan:
             small = Blocks(32, 32, 4, 2)
             return cls(small, small, small)
         if size <= 64:
-            return cls(Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 4, 3))
+            return cls(Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 8, 3))
         if size <= 128:
             return cls(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2))
         return cls(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
@@ -247,7 +247,7 @@ def seen(order: jax.Array, lo: jax.Array, far: jax.Array) -> jax.Array:
 
 def call(
     kernel: Callable, s: Shape, grid: tuple, blocks: Blocks, given: dict, specs: dict, out: list, interpret: bool
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The kernel over a grid; `out` is a list of (shape, dtype, spec)."""
     given = sharding.vary(given)
     shapes = [sharding.shaped(shape, dtype, given) for shape, dtype, _ in out]
@@ -272,9 +272,9 @@ def by_query(s: Shape) -> dict[str, pl.BlockSpec]:
     per_query = pl.BlockSpec((None, s.queries), lambda i, h, b: (b, last - i))
     per_head = pl.BlockSpec((None, None, None, s.queries), lambda i, h, b: (b, *heads(h), last - i))
     of_query = lambda n: pl.BlockSpec(  # noqa: E731
-        (None, None, None, s.queries, n), lambda i, h, b: (b, *heads(h), last - i, 0)
+        (None, s.queries, None, None, n), lambda i, h, b: (b, last - i, *heads(h), 0)
     )
-    of_key = lambda n: pl.BlockSpec((None, None, rows, n), lambda i, h, b: (b, jax.lax.div(h, s.group), 0, 0))  # noqa: E731
+    of_key = lambda n: pl.BlockSpec((None, rows, None, n), lambda i, h, b: (b, 0, jax.lax.div(h, s.group), 0))  # noqa: E731
     return {
         "q": of_query(padded(s.size)),
         "d_out": of_query(padded(s.size_v)),
@@ -289,6 +289,12 @@ def by_query(s: Shape) -> dict[str, pl.BlockSpec]:
         "delta": per_head,
         "sinks": pl.BlockSpec((None, None, s.queries), lambda i, h, b: (*heads(h), last - i)),
     }
+
+
+def heads_last(x: Inputs) -> dict[str, jax.Array]:
+    """q [B, L, K, G, E], k and v [B, S, K, E]: what nn.attention had before it put heads first, so that XLA takes both
+    transpositions away, and the kernels, to whom strides are free, read the arrays of the model."""
+    return {"q": x.q.transpose(0, 3, 1, 2, 4), "k": x.k.swapaxes(1, 2), "v": x.v.swapaxes(1, 2)}
 
 
 def optional(x: Inputs, s: Shape) -> dict[str, jax.Array]:

@@ -31,18 +31,19 @@ from mmjax.nn.kernels.tpu_blocks import LANES, Grid, layout, ranges, span, turn,
 from mmjax.nn.kernels.tpu_tiles import LOG2E, arrays_of, call, heads, over_keys, put, scores, tiles
 
 
-def supports(static: Static, x: Inputs) -> bool:
-    """Whether these kernels can compute it, and are worth it: a short row is one tile, which XLA does as well.
+def refusal(static: Static, x: Inputs) -> str | None:
+    """Why these kernels cannot compute it, or are not worth it; None where they are.
 
-    Head sizes up to 256. A bias whose function Pallas can lower for a TPU: arithmetic, comparisons and choices of what
-    it is given, not a table that it looks things up in (a sum over `where(bin == n, table[:, n], 0)` does as well).
+    A bias's function must be what Pallas can lower for a TPU: arithmetic, comparisons and choices of what it is given,
+    not a table that it looks things up in (a sum over `where(bin == n, table[:, n], 0)` does as well).
     """
-    return (
-        x.q.shape[3] >= LANES
-        and x.k.shape[2] >= 2 * LANES
-        and max(x.k.shape[3], x.v.shape[3]) <= 2 * LANES
-        and (static.bias is None or _lowers(static, x))
-    )
+    if x.q.shape[3] < LANES or x.k.shape[2] < 2 * LANES:
+        return "A short row is one tile, which XLA computes as well."
+    if max(x.k.shape[3], x.v.shape[3]) > 2 * LANES:
+        return "Heads of more than 256 numbers do not fit into on-chip memory."
+    if static.bias is not None and not _lowers(static, x):
+        return "Pallas cannot lower the bias's function for a TPU."
+    return None
 
 
 def _lowers(static: Static, x: Inputs) -> bool:
