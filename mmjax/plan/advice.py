@@ -92,14 +92,18 @@ def ladder(cfg: Config, sizes: dict[str, int], state: float, memory: float) -> I
             yield changed(f"backwards, computes {why}", **flags), cfg, state
     while (parts := 2 * cfg.update.accumulate) <= _rows(cfg, sizes) and _rows(cfg, sizes) % parts == 0:
         yield changed("rows through the model in parts", update__accumulate=parts), cfg, state
-    while cfg.objective.chunk > 256 or cfg.objective.chunk > cfg.packing.tokens:
-        chunk = max(256, min(cfg.objective.chunk, cfg.packing.tokens) // 4)
+    while (chunk := max(256, _chunk(cfg) // 4)) < _chunk(cfg):
         yield changed("fewer logits at a time", objective__chunk=chunk), cfg, state
     while sizes["data"] % 2 == 0:
         yield shard(), cfg, state
     while cfg.packing.shapes and cfg.packing.tokens >= 2 * LEAST:
         shapes = tuple((-(-p // 16) * 8, -(-n // 2)) for p, n in cfg.packing.shapes)
         yield changed("shorter rows", packing__tokens=cfg.packing.tokens // 2, packing__shapes=shapes), cfg, state
+
+
+def _chunk(cfg: Config) -> int:
+    """Tokens of a row whose logits exist at a time."""
+    return min(cfg.objective.chunk, cfg.packing.tokens)
 
 
 def _rows(cfg: Config, sizes: dict[str, int]) -> int:

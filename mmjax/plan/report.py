@@ -104,7 +104,7 @@ def table(buckets: tuple[Bucket, ...]) -> str:
 def head(topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float) -> str:
     sizes = " × ".join(f"{name} {n}" for name, n in axes(mesh).items())
     return (
-        f"{topology.text}: {mesh.size} chips {topology.chip.name}, mesh {sizes}\n"
+        f"{topology.text}: {mesh.size} × {topology.chip.name}, mesh {sizes}\n"
         f"each chip holds {_gib(state.parameters)} of {state.count:,} parameters and {_gib(state.optimizer)} of the "
         f"optimizer's state; it has {_gib(limit)}"
     )
