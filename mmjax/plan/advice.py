@@ -31,10 +31,19 @@ class Advice:
     program: Program
 
     @property
-    def flags(self) -> str:
+    def _last(self) -> dict[str, str]:
         """The last value of every flag."""
-        last = {name: value for change in self.changes for name, value in change.flags}
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in last.items())
+        return {name: value for change in self.changes for name, value in change.flags}
+
+    @property
+    def flags(self) -> str:
+        """All of it, as on the command line."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self._last.items())
+
+    @property
+    def standing(self) -> tuple[Change, ...]:
+        """The changes that no later one replaces."""
+        return tuple(c for c in self.changes if any(self._last[name] == value for name, value in c.flags))
 
 
 def find(

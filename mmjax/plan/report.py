@@ -158,7 +158,7 @@ def refusal(bucket: Bucket, what: TooLarge, advice: Advice | None, limit: float)
         out.append("nothing that was tried makes it fit; take more chips, or ones with more memory")
     else:
         out.append(f"this fits ({_gib(advice.program.memory.total)}), which was compiled to see:")
-        out += [f"  {change}" for change in advice.changes]
+        out += [f"  {change}" for change in advice.standing]
         out.append(f"all together: {advice.flags}")
     return "\n".join(out)
 

@@ -56,6 +56,7 @@ def test_the_first_that_fits_is_the_advice():
     assert isinstance(found, Advice)
     assert found.flags == "--model.decoder.blocks.remat full --model.vision.blocks.remat full --update.accumulate 2"
     assert found.program is made
+    assert found.standing == found.changes[1:]
     assert len(told) == 3
     assert advice.find(run(), SIZES, 1.0, 16.0, lambda cfg: TooLarge(2.0, 1.0)) is None
 
