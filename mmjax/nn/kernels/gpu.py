@@ -30,15 +30,15 @@ FLOOR = -1e30  # a finite start of the running maximum: a query that sees nothin
 
 
 def refusal(static: Static, x: Inputs) -> str | None:
-    """Why these kernels cannot compute it; None where they can."""
+    """Why these kernels cannot compute it, or are not worth it; None where they are."""
+    if x.q.shape[3] < 128 or x.k.shape[2] < 256:
+        return "A short row is one tile, which XLA computes as well."
     if static.bias is not None:
         return "A bias is an arbitrary function of JAX, which Triton cannot compile."
     if len({a.dtype for a in (x.q, x.k, x.v)}) > 1 or x.q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return "Queries, keys and values must be of one type: float32, bfloat16 or float16."
     if max(x.q.shape[-1], x.v.shape[-1]) > 256:
         return "Heads of more than 256 numbers do not fit into registers."
-    if 0 in x.q.shape or 0 in x.v.shape:
-        return "There is nothing to compute."
     return None
 
 
@@ -82,7 +82,7 @@ def _forward_kernel(s: Shape, given: dict, out_ref: Any, lse_ref: Any) -> None:
 def forward(
     static: Static, x: Inputs, *, plan: Plan | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """(out [B, K, G, L, Ev] in v's dtype, log-sum-exp f32[B, K, G, L]); see nn.kernels.xla.
+    """(out [B, K, G, L, Ev] in v's dtype, or wide; log-sum-exp f32[B, K, G, L]); see nn.kernels.xla.
 
     Args:
       static, x: for which `refusal` gives None.
@@ -104,7 +104,8 @@ def forward(
         given["sinks"] = jnp.pad(sinks, ((0, 0), (0, 0), (0, s.query_blocks * s.queries - s.length)))
     specs = tiles.by_query(s)
     last = given["q"].shape[:-1]
-    out = [((*last, s.width_v), x.v.dtype, specs["d_out"]), (x.q.shape[:-1], jnp.float32, specs["lse"])]
+    kind = jnp.float32 if static.wide else x.v.dtype
+    out = [((*last, s.width_v), kind, specs["d_out"]), (x.q.shape[:-1], jnp.float32, specs["lse"])]
     grid = (s.query_blocks, kv * s.group, b)
     out, lse = tiles.call(_forward_kernel, s, grid, blocks, given, specs, out, interpret)
     return out.transpose(0, 2, 3, 1, 4).reshape(b, kv, group, length, s.width_v), lse.reshape(b, kv, group, length)

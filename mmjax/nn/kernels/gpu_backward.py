@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mmjax.core import sharding
+from mmjax.nn.kernels import cotangents
 from mmjax.nn.kernels import gpu_tiles as tiles
 from mmjax.nn.kernels.gpu_tiles import LOG2E, Blocks, Plan, Shape
 from mmjax.nn.kernels.inputs import Inputs, Static
@@ -71,7 +71,7 @@ def _by_key(s: Shape, given: dict, d_k_ref: Any, d_v_ref: Any, d_bias_ref: Any =
 
     def of_head(*head_carry: Any) -> tuple:
         *head, carry = head_carry
-        return tiles.loop(given["range"], lambda *args: step(head, *args), carry)
+        return tiles.loop(given["range"], lambda *args: step(tuple(head), *args), carry)
 
     zeros = lambda parts: tuple(jnp.zeros((s.keys, n), jnp.float32) for _, n in parts)  # noqa: E731
     carry = zeros(s.size), zeros(s.size_v), None if d_bias_ref is None else jnp.zeros((s.keys,), jnp.float32)
@@ -93,17 +93,11 @@ def backward(
     plan: Plan | None = None,
     interpret: bool = False,
 ) -> Inputs:
-    """Cotangents of the inputs (None for labels); see nn.kernels.xla."""
+    """Cotangents of the inputs, in their dtypes or wide (None for labels); see nn.kernels.xla."""
     primal = x
-    # Where nothing is seen, lse is -inf whatever the inputs are: its cotangent ends there.
-    alive = jnp.isfinite(lse)
-    lse = jnp.where(alive, lse, 0.0)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(alive, d_lse, 0.0)
-    d_sinks = None
-    if x.sinks is not None:
-        p = jnp.where(alive, jnp.exp(x.sinks.astype(jnp.float32)[None, :, :, None] - lse), 0.0)
-        d_sinks = -(p * delta).sum((0, 3))
-    lse = lse * LOG2E
+    results = out, lse, d_out, d_lse
+    delta, lse = cotangents.delta(*results), jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
+    d_sinks = None if x.sinks is None else cotangents.of_sinks(x.sinks, *results)
     d_out = d_out.astype(x.v.dtype)
     if tiles.folds(x):
         x = tiles.fold(x)
@@ -113,12 +107,7 @@ def backward(
     d_q = _d_queries(static, x, rest, plan.by_query, interpret).reshape(primal.q.shape)
     d_k, d_v, d_key_bias = _d_keys(static, x, rest, plan.by_key, interpret)
     found = Inputs(d_q, d_k, d_v, None, None, None, d_key_bias, d_sinks, None, None, None)
-    return jax.tree.map(
-        lambda d, a: None if d is None else sharding.unvary(d, a).astype(a.dtype),
-        found,
-        primal,
-        is_leaf=lambda d: d is None,
-    )
+    return cotangents.settled(static, found, primal)
 
 
 def _given(x: Inputs, s: Shape, rest: dict, see: dict, by_key: bool) -> dict:
@@ -140,7 +129,7 @@ def _d_queries(static: Static, x: Inputs, rest: dict, blocks: Blocks, interpret:
     specs = tiles.by_query(s)
     b, kv = x.k.shape[:2]
     grid = (s.query_blocks, kv * s.group, b)
-    out = [(given["q"].shape, x.q.dtype, specs["q"])]
+    out = [(given["q"].shape, jnp.float32 if static.wide else x.q.dtype, specs["q"])]
     return tiles.call(_by_query, s, grid, blocks, given, specs, out, interpret)[0].transpose(0, 2, 3, 1, 4)
 
 
@@ -160,7 +149,7 @@ def _d_keys(
     s = replace(s, group=group // parts)
     specs = _key_specs(s, parts)
     out = [
-        ((b, s.length_k, kv * parts, n), a.dtype if parts == 1 else jnp.float32, _of_key(s, padded))
+        ((b, s.length_k, kv * parts, n), jnp.float32 if static.wide or parts > 1 else a.dtype, _of_key(s, padded))
         for a, n, padded in ((x.k, s.width, tiles.padded(s.size)), (x.v, s.width_v, tiles.padded(s.size_v)))
     ]
     if x.key_bias is not None:

@@ -113,7 +113,7 @@ def _forward_kernel(static: Static, g: Grid, scalars: dict, x: dict, out: dict, 
 
 
 def forward(static: Static, x: Inputs, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(out [B, K, G, L, Ev] in v's dtype, log-sum-exp f32[B, K, G, L])."""
+    """(out [B, K, G, L, Ev] in v's dtype, or wide; log-sum-exp f32[B, K, G, L])."""
     x = sharding.vary(x)
     length = x.q.shape[3]
     x, g = layout(x)

@@ -116,7 +116,7 @@ def backward(
     d_lse: jax.Array,
     interpret: bool = False,
 ) -> Inputs:
-    """Cotangents of the inputs (None for labels and what the bias reads)."""
+    """Cotangents of the inputs, in their dtypes or wide (None for labels and what the bias reads)."""
     primal = x
     x, out, lse, d_out, d_lse = sharding.vary((x, out, lse, d_out, d_lse))
     length, keys = x.q.shape[3], x.k.shape[2]
