@@ -34,9 +34,9 @@ def model() -> vlm.Config:
         hidden=18944,
         qkv_bias=True,
         rope=rope.Config(128, (16, 24, 24), 1_000_000.0),
-        remat="attention",
+        remat="full",
     )
-    vision = dataclasses.replace(tower.vision, blocks=dataclasses.replace(tower.vision.blocks, remat="attention"))
+    vision = dataclasses.replace(tower.vision, blocks=dataclasses.replace(tower.vision.blocks, remat="full"))
     return vlm.Config(vision, tower.merger, decoder.Config(152064, language, tied=False), placeholder=151655)
 
 
