@@ -413,14 +413,11 @@ def vary(tree: Any, like: Any = None) -> Any:
 
 
 def shaped(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """What a kernel's result looks like, which varies over the manual axes that any array in the tree `like` does."""
-    axes = frozenset().union(*map(_varies, jax.tree.leaves(like)))
-    if not axes:
-        return jax.ShapeDtypeStruct(shape, dtype)
-    if hasattr(jax.typeof(jax.tree.leaves(like)[0]), "manual_axis_type"):
-        kind = type(jax.typeof(jax.tree.leaves(like)[0]).manual_axis_type)
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind(varying=axes))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    """What a kernel's result looks like, which varies over the manual axes that all arrays in the tree `like` do."""
+    kind = jax.typeof(jax.tree.leaves(like)[0])
+    if hasattr(kind, "manual_axis_type"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.manual_axis_type)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=kind.vma)  # before jax 0.9 or so
 
 
 def unvary(cotangent: jax.Array, primal: jax.Array) -> jax.Array:

@@ -21,8 +21,8 @@ are sent to the device, and their bytes normalised there, within the time. Befor
 of the first updates on the same documents must agree to 1e-4, or the benchmark fails.
 
 Contestants take turns; medians of 5 turns. A turn is one step that does not count (see tests.benchmarks.encoders), then
-8 steps (a) or all documents once (b). The last line is JSON. The aims are for a CPU; with --gpu both run on a GPU, torch's
-batches lie there already, and at this size starting kernels is what torch spends its time on.
+8 steps (a) or all documents once (b). The last line is JSON. The aims are for a CPU; with --gpu both run on a GPU,
+torch's batches lie there already, and at this size starting kernels is what torch spends its time on.
 """
 
 import argparse
@@ -34,11 +34,8 @@ import sys
 import time
 from collections.abc import Callable
 
-GPU = "--gpu" in sys.argv
-if GPU:
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs memory as well
-else:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = "cuda" if "--gpu" in sys.argv else "cpu"
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # on a GPU torch needs memory as well
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +57,7 @@ from mmjax.train.config import Objective, Optimizer
 from mmjax.train.step import batch_shardings, compile_step, of_devices
 from tests.benchmarks.llava import PATCH, UNUSED, Numbers, collate, document, ours, theirs
 
+GPU = "--gpu" in sys.argv
 DEVICE = "cuda" if GPU else "cpu"
 THREADS, BATCH, STEPS, CHECKED, CLOSE = 2, 8, 8, 4, 1e-4
 TOKENS, ROWS, SHAPES = 1024, 2, 3

@@ -30,6 +30,7 @@ def kernels(monkeypatch):
     if not ON_GPU:
         small = Plan(Blocks(32, 16), Blocks(16, 32), Blocks(32, 16))
         monkeypatch.setattr(Plan, "of", classmethod(lambda cls, x: small))
+    monkeypatch.setattr(gpu, "one_tile", lambda x: False)  # short rows as well
     jax.clear_caches()  # what was traced before keeps its own kernel
     with backend.use("gpu"):
         yield
@@ -184,7 +185,7 @@ def inputs(size=64, dtype="bfloat16"):
     return Inputs(of(2, 2, 64, size), of(2, 64, size), of(2, 64, size), *see, *[None] * 5)
 
 
-def test_what_a_kernel_cannot_do_is_left_to_xla():
+def test_what_a_kernel_cannot_do_is_left_to_xla(monkeypatch):
     plain, x = Static(1.0, None, None), inputs()
     assert gpu.refusal(plain, x) is None
     assert "256" in gpu.refusal(plain, inputs(512))
@@ -193,6 +194,10 @@ def test_what_a_kernel_cannot_do_is_left_to_xla():
     assert "bias" in gpu.refusal(biased, x)
     assert "pallas_call" in str(jax.make_jaxpr(functools.partial(backend.forward, plain))(x))
     assert "pallas_call" not in str(jax.make_jaxpr(functools.partial(backend.forward, biased))(x))
+    monkeypatch.undo()
+    assert "one tile" in gpu.refusal(plain, x)
+    decoding = x.replace(q=x.q[..., :1, :], k=jnp.tile(x.k, (1, 1, 8, 1)), v=jnp.tile(x.v, (1, 1, 8, 1)))
+    assert gpu.refusal(plain, decoding) is None
 
 
 def test_a_program_for_gpus_gets_the_kernels():

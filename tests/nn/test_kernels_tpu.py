@@ -10,6 +10,7 @@ import pytest
 from interval_cases import both_ways, close, draw, masks, stack
 
 from mmjax.core.errors import InputError
+from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.nn import attention
 from mmjax.nn.kernels import backend, tpu
 from mmjax.nn.kernels.inputs import Inputs, Static
@@ -199,3 +200,18 @@ def test_a_program_gets_the_kernel_of_the_platform_it_is_compiled_for():
         backend.use("cudnn"),
     ):
         pass
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_on_a_mesh_every_platform_gets_its_kernel(explicit):
+    """Types say over which devices results vary, and every kernel must say so alike."""
+    mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2, explicit=explicit))
+    q, k = (jnp.zeros((2, 512, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    see = tuple(jnp.tile(jnp.asarray(x, jnp.int32)[None], (2, 1)) for x in (np.arange(512), *intervals.causal(512)))
+    for devices in (mesh, make_mesh(MeshConfig(explicit=explicit), jax.devices()[:1])):
+        for how in ("gather", "ring"):
+            with jax.set_mesh(devices), backend.use("auto"), attention.context(how):
+                grad = jax.grad(lambda q, k: attention.attend(q, k, k, *see)[0].astype(jnp.float32).sum(), (0, 1))
+                traced = jax.jit(grad).trace(q, k)
+            assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+            assert "custom_call @tpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()

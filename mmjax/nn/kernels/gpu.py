@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mmjax.nn.kernels import gpu_tiles as tiles
+from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.gpu_backward import backward
 from mmjax.nn.kernels.gpu_blocks import LOG2E, Blocks, Plan, Shape
 from mmjax.nn.kernels.inputs import Inputs, Static
@@ -29,18 +30,26 @@ FLOOR = -1e30  # a finite start of the running maximum: a query that sees nothin
 
 
 def refusal(static: Static, x: Inputs) -> str | None:
-    """Why these kernels cannot compute it; None where they can."""
+    """Why these kernels cannot compute it, or are not worth it; None where they are."""
     if tiles.plgpu is None:
         return "This version of JAX compiles no Pallas kernels through Triton."
+    if one_tile(x):
+        return "It is one tile, which XLA computes as well."
     if static.bias is not None:
         return "A bias is an arbitrary function of JAX, which Triton cannot compile."
     if len({a.dtype for a in (x.q, x.k, x.v)}) > 1 or x.q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return "Queries, keys and values must be of one type: float32, bfloat16 or float16."
     if max(x.q.shape[-1], x.v.shape[-1]) > 256:
         return "Heads of more than 256 numbers do not fit into registers."
-    if 0 in x.q.shape or 0 in x.v.shape:
-        return "There is nothing to compute."
     return None
+
+
+def one_tile(x: Inputs) -> bool:
+    """Whether plain XLA computes everything at once, without a loop."""
+    if 0 in x.q.shape or 0 in x.v.shape:
+        return True
+    t = xla.Tiling.of(x)
+    return t.rows == x.q.shape[0] and t.query_blocks == t.key_blocks == 1
 
 
 def _forward_kernel(s: Shape, given: dict, out_ref: Any, lse_ref: Any) -> None:

@@ -85,7 +85,7 @@ def _by_key(s: Shape, given: dict, d_k_ref: Any, d_v_ref: Any, d_bias_ref: Any =
 
     def of_head(*head_carry: Any) -> tuple:
         *head, carry = head_carry
-        return tiles.loop(bounds, lambda *args: step(head, *args), carry)
+        return tiles.loop(bounds, lambda *args: step(tuple(head), *args), carry)
 
     zeros = lambda parts: tuple(jnp.zeros((s.keys, n), jnp.float32) for _, n in parts)  # noqa: E731
     carry = zeros(s.size), zeros(s.size_v), None if d_bias_ref is None else jnp.zeros((s.keys,), jnp.float32)
