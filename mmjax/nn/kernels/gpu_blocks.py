@@ -32,9 +32,13 @@ class Plan:
     def of(cls, x: Inputs) -> "Plan":
         size = max(x.q.shape[-1], x.v.shape[-1])
         if x.q.dtype.itemsize > 2:
-            # Products of float32 run outside of tensor cores where the precision is "highest": small tiles compile.
-            small = Blocks(32, 32, 4, 2)
-            return cls(small, small, small)
+            # Products in full precision run outside of tensor cores, where large tiles do not fit registers.
+            small, exact = Blocks(32, 32, 4, 2), jax.config.jax_default_matmul_precision in ("highest", "float32")
+            if exact or size > 128:
+                return cls(small, small, small)
+            if size > 64:
+                return cls(Blocks(64, 64, 8, 2), small, small)
+            return cls(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2))
         # The best of those tried on an H200, in bfloat16 (tests.benchmarks.attention_gpu --parts sweep).
         if size <= 64:
             return cls(Blocks(64, 128, 4, 3), Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 2))
