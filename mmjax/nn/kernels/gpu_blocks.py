@@ -45,12 +45,12 @@ def _best(x: Inputs) -> Plan:
     size = max(x.q.shape[-1], x.v.shape[-1])
     if x.q.dtype.itemsize > 2:
         # Products in full precision run outside of tensor cores, where large tiles do not fit registers.
-        small, exact = Blocks(32, 32, 4, 2), jax.config.jax_default_matmul_precision in ("highest", "float32")
-        if exact or size > 128:
-            return Plan(small, small, small)
-        if size > 64:
-            return Plan(Blocks(64, 64, 8, 2), small, small)
-        return Plan(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2))
+        exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+        if size > (64 if exact else 128):
+            return Plan(Blocks(32, 16), Blocks(32, 16), Blocks(16, 32))
+        if exact or size > 64:
+            return Plan(Blocks(32, 32) if exact else Blocks(64, 64, 8), Blocks(32, 32), Blocks(32, 32))
+        return Plan(Blocks(64, 64), Blocks(64, 64), Blocks(64, 32))
     # Heads of 64 and 128: the best of those tried on an H200 (tests.benchmarks.attention_gpu --parts sweep).
     if size <= 64:
         return Plan(Blocks(64, 128, 4, 3), Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 2))
