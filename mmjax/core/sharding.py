@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -100,8 +101,13 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh
             f"The mesh {wanted} does not fit {len(devices)} device(s); set mesh.data, mesh.fsdp, "
             f"mesh.sequence and mesh.tensor to sizes whose product is {len(devices)} (one of them may be -1)."
         )
-    kind = AxisType.Explicit if cfg.explicit else AxisType.Auto
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(kind,) * len(MESH_AXES), devices=devices)
+    kinds = (AxisType.Explicit if cfg.explicit else AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:
+        # A torus of three axes (TPU v4, v5p) whose axes must be split to give these sizes.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(placed, MESH_AXES, axis_types=kinds)
 
 
 def partition(axes: Axes, rules: Rules, sizes: dict[str, int], shape: tuple[int, ...] | None = None) -> P:
@@ -382,8 +388,12 @@ def parts(logical: str) -> int:
     """Over how many devices the mesh in force splits a logical axis; 1 where nothing may be said."""
     if _mode() is None:
         return 1
-    mesh = jax.sharding.get_abstract_mesh()
-    return int(np.prod([mesh.shape[a] for a in _rules.get().mesh_axes(logical) if a in mesh.shape]))
+    return parts_of(logical, jax.sharding.get_abstract_mesh(), _rules.get())
+
+
+def parts_of(logical: str, mesh: Any, rules: Rules) -> int:
+    """Over how many devices a mesh splits a logical axis."""
+    return int(np.prod([mesh.shape[a] for a in rules.mesh_axes(logical) if a in mesh.shape]))
 
 
 def _varies(x: jax.Array) -> frozenset[str]:

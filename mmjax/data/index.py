@@ -104,6 +104,7 @@ def training(
     rows: int,
     seed: int,
     patches: int = 0,
+    fixed: tuple[Bucket, ...] = (),
     long: Literal["refuse", "split"] = "refuse",
 ) -> Plan:
     """Plans `steps` training steps over the documents in order, window by window.
@@ -120,6 +121,7 @@ def training(
       tokens, rows: the shape of every batch.
       seed: of the shuffles.
       patches: of the largest document that may come; 0: as many as the sample has from which shapes are chosen.
+      fixed: the bucket shapes, where none are to be chosen.
       long: what happens to a document that is longer than a row (see sequence.split).
 
     Raises:
@@ -133,11 +135,11 @@ def training(
         window = np.arange(start, min(start + WINDOW, len(documents)))
         new = measure(documents, window.tolist(), layout)
         if long == "split":
-            room = (tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT)
+            room = max((b.row for b in fixed), default=(tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT))
             window, new = _split(documents, window, new, layout, room, parts)
         names = _names(documents, parts, window)
         if not shapes:
-            shapes = buckets.choose(new[:SAMPLE], k, tokens, rows, patches, names)
+            shapes = fixed or buckets.choose(new[:SAMPLE], k, tokens, rows, patches, names)
             waiting: list[list[tuple[int, ...]]] = [[] for _ in shapes]
         buckets.refuse_too_large(new, shapes, names)
         numbers, sizes = np.append(numbers, window), np.concatenate([sizes, new])

@@ -1,4 +1,7 @@
-"""A vision-language model: encoder → connector → media tokens in the decoder's sequence, or beside it (Flamingo)."""
+"""A vision-language model: encoder → connector → media tokens in the decoder's sequence, or beside it (Flamingo).
+
+Profiles and compiled programs name its parts: vision, connector, decoder (`jax.named_scope`).
+"""
 
 from dataclasses import dataclass
 
@@ -86,18 +89,20 @@ def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d
     """The row's media tokens [B, M, D], picture after picture."""
     windowed = bool(cfg.vision.blocks.windowed)
     at = {"image": batch.patch_image, "grid": batch.grid}
-    features = vit.apply(
-        params["vision"],
-        batch.patches,
-        cfg.vision,
-        order=batch.patch_order,
-        lo=batch.patch_lo,
-        hi=batch.patch_hi,
-        position=batch.patch_position,
-        window=(batch.window_lo, batch.window_hi) if windowed else None,
-        **at,
-    )
-    return connect(params["connector"], features, cfg.connector, order=batch.patch_order, **at)
+    with jax.named_scope("vision"):
+        features = vit.apply(
+            params["vision"],
+            batch.patches,
+            cfg.vision,
+            order=batch.patch_order,
+            lo=batch.patch_lo,
+            hi=batch.patch_hi,
+            position=batch.patch_position,
+            window=(batch.window_lo, batch.window_hi) if windowed else None,
+            **at,
+        )
+    with jax.named_scope("connector"):
+        return connect(params["connector"], features, cfg.connector, order=batch.patch_order, **at)
 
 
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
@@ -124,18 +129,20 @@ def hidden(
     if batch.frames is not None:
         raise InputError("This model has no encoder for sound; leave audio out of the documents.")
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
-    x = decoder.embed(params["decoder"], batch.tokens)
+    with jax.named_scope("decoder"):
+        x = decoder.embed(params["decoder"], batch.tokens)
     media = media_tokens(params, batch, cfg) if media is None else media
     if cfg.decoder.cross is not None:
         exists = present(batch, cfg)
         exists = batch.patch_order >= 0 if exists is None else exists
         labels = jnp.where(exists, jnp.arange(media.shape[1], dtype=jnp.int32)[None], -1)
-        x = _marked(params, x, batch, cfg)
-        beside = {"media": (media, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
-        return decoder.apply(params["decoder"], x, cfg.decoder, **see, **beside)
-    at = sharding.take_rows(media, batch.slot)
-    x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
-    return decoder.apply(params["decoder"], _marked(params, x, batch, cfg), cfg.decoder, **see)
+        see |= {"media": (media, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
+    else:
+        at = sharding.take_rows(media, batch.slot)
+        x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
+    x = _marked(params, x, batch, cfg)
+    with jax.named_scope("decoder"):
+        return decoder.apply(params["decoder"], x, cfg.decoder, **see)
 
 
 def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -> Float[Array, "b l d"]:

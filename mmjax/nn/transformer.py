@@ -275,6 +275,7 @@ def _attention(params: dict, x: jax.Array, cfg: Config, order, lo, hi, turn) -> 
         q, k = normed("q", q), normed("k", k)
     if turn is not None:
         q, k = (rotary.rotate(x, *turn, cfg.rope.pairs) for x in (q, k))
-    out, _ = attend(q, k, v, order, lo, hi)
+    with jax.named_scope("attention"):
+        out, _ = attend(q, k, v, order, lo, hi)
     y = sharding.dense(out, params["out"]["kernel"], PLACE)
     return linear.plus(y, params["out"]["bias"]) if cfg.has_bias("out") else y

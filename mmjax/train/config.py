@@ -22,10 +22,18 @@ class Packing:
     tokens: int = 256
     buckets: int = 2
     patches: int = 0  # of the largest document that may come; 0: as many as the first thousand have
+    shapes: tuple[tuple[int, int], ...] = ()  # patches and images of a row, by bucket: these, and none are chosen
     long: Literal["refuse", "split"] = "refuse"  # a document longer than a row: refused, or cut between its spans
     memory: int = 1024  # MiB in which pictures are decoded, by all threads together
     reduced: bool = False  # decode large JPEG at a lower scale: faster, not to the last bit what others train with
     holes: int = 0  # documents whose pictures may be unreadable; they are blank and nothing in them is learnt
+
+    def __post_init__(self):
+        if self.shapes and (self.patches or min(map(min, self.shapes)) < 1):
+            raise InputError(
+                f"packing.shapes is {self.shapes} and packing.patches {self.patches}; give patches and images of each "
+                f"bucket, at least 1 of both, and leave packing.patches at 0."
+            )
 
 
 @dataclass(frozen=True)

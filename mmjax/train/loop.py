@@ -18,7 +18,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory, require_space
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
-from mmjax.data.source import read
+from mmjax.data.source import Source, read
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
@@ -45,6 +45,13 @@ class Programs:
     asking: jax.sharding.NamedSharding  # of what every process is asked to do
     compiles: int  # of train steps
     seconds: float  # of all
+
+    def run(
+        self, bucket: int, now: TrainState, batch: batches.Batch, asking: jax.Array, parts: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """A step on this process' rows of a batch, cut into so many parts."""
+        batch = cluster.place(cut(batch, parts), self.placed[bucket], self.shapes[bucket])
+        return self.steps[bucket](now, batch, asking)
 
 
 def run(cfg: Config) -> int:
@@ -104,17 +111,23 @@ def _owned(cfg: Config, needed: int) -> Iterator[None]:
 
 def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
     """The train step of every bucket and the evaluation, compiled."""
+    counter = Compiles()
+    programs = compile_steps(cfg, data.training, shape, mesh)
+    data.evaluation.compile(cfg, shape.params, mesh, Rules())
+    return dataclasses.replace(programs, seconds=counter.seconds)
+
+
+def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
+    """The train step of every bucket, compiled."""
     counter, rules = Compiles(), Rules()
     tx = state.optimizer(cfg.optimizer, cfg.steps)
-    source, steps, shapes, placed = data.training, [], [], []
+    steps, shapes, placed = [], [], []
     for bucket in source.plan.buckets:
         batch = batches.abstract(bucket, source.values, source.vocab, source.cfg)
         steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective, cfg.update))
         shapes.append(cut(batch, cfg.update.accumulate))
         placed.append(batch_shardings(shapes[-1], mesh, rules, cfg.update.accumulate))
-    compiles = counter.count
-    data.evaluation.compile(cfg, shape.params, mesh, rules)
-    return Programs(steps, shapes, placed, of_devices(mesh), compiles, counter.seconds)
+    return Programs(steps, shapes, placed, of_devices(mesh), counter.count, counter.seconds)
 
 
 @dataclasses.dataclass
@@ -176,10 +189,8 @@ class Loop:
         return now
 
     def _step(self, step: int, now: TrainState, batch: batches.Batch, asking: jax.Array) -> tuple[TrainState, dict]:
-        bucket, programs = self.data.training.plan.steps[step - 1].bucket, self.programs
-        batch = cut(batch, self.cfg.update.accumulate)
-        batch = cluster.place(batch, programs.placed[bucket], programs.shapes[bucket])
-        return programs.steps[bucket](now, batch, asking)
+        bucket = self.data.training.plan.steps[step - 1].bucket
+        return self.programs.run(bucket, now, batch, asking, self.cfg.update.accumulate)
 
     def _asking(self, status: int) -> jax.Array:
         return cluster.whole(np.full(self.programs.asking.mesh.size, status, np.int32), self.programs.asking)

@@ -10,13 +10,14 @@ from mmjax.data import drawings, index, sets
 from mmjax.data.memory import Memory
 from mmjax.data.source import Holes, Source
 from mmjax.models import vlm
+from mmjax.sequence.batch import Bucket
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import layout
 from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
-from mmjax.train.config import Config
+from mmjax.train.config import Config, Packing
 from mmjax.train.evaluate import HeldOut, Questions
 
 
@@ -72,6 +73,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         rows=packing.rows,
         seed=cfg.seed,
         patches=packing.patches,
+        fixed=fixed_buckets(packing),
         long=packing.long,
     )
     if epochs and len(plan.steps) != cfg.steps:
@@ -97,6 +99,11 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     else:
         evaluation = _held_out(cfg, held_out, lay, made)
     return Data(tokenizer, training, evaluation, fingerprints)
+
+
+def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
+    """The buckets that `packing.shapes` gives; none where they are to be chosen."""
+    return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
 
 
 def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:

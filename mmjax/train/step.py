@@ -32,8 +32,10 @@ def loss_fn(
     `per`: what the sum is divided by, where the batch is a part of another; else the sum of its own weights.
     """
     hidden = vlm.hidden(params, batch, cfg)
-    head = functools.partial(decoder.logits, params["decoder"], cfg=cfg.decoder)
-    found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk)
+    head = functools.partial(decoder.logits, cfg=cfg.decoder)
+    own = {name: params["decoder"][name] for name in (decoder.head(cfg.decoder),)}
+    with jax.named_scope("loss"):
+        found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk, params=own)
     total = found.loss + objective.z * found.z(batch.weight) if objective.z else found.loss
     sums = {"loss": found.loss, "weight": found.weight, "correct": found.correct}
     return total / (jnp.maximum(found.weight, 1.0) if per is None else per), sums
@@ -89,9 +91,10 @@ def train_step(
     norm = optax.tree.norm(grads)
     sound = violations.sum() == 0
     usable = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & ~_spike(norm, state.guard, update)
-    updates, moments = tx.update(grads, state.optimizer, trained)
-    new = (optax.apply_updates(trained, updates), moments)
-    new = jax.tree.map(lambda a, b: jnp.where(sound & usable, a, b), new, (trained, state.optimizer))
+    with jax.named_scope("update"):
+        updates, moments = tx.update(grads, state.optimizer, trained)
+        new = (optax.apply_updates(trained, updates), moments)
+        new = jax.tree.map(lambda a, b: jnp.where(sound & usable, a, b), new, (trained, state.optimizer))
     guard = jax.tree.map(lambda a, b: jnp.where(sound, a, b), _counted(norm, usable, state.guard), state.guard)
     after = TrainState(state.step + sound.astype(jnp.int32), tree.merge(new[0], fixed), new[1], guard)
     return after, {

@@ -100,6 +100,17 @@ def test_a_bucket_that_no_step_uses_is_left_out():
     assert {plan.fill_tokens for plan in plans} == {50 / TOKENS}
 
 
+def test_buckets_that_are_given_are_taken():
+    documents = Documents(230)
+    fixed = (Bucket(ROWS, TOKENS, 24, 3), Bucket(ROWS, TOKENS, 40, 5))
+    of = {"steps": 8, "k": 1, "tokens": TOKENS, "rows": ROWS, "seed": 0}
+    plan = index.training(documents, documents.layout, fixed=fixed, **of)
+    assert plan.buckets == fixed
+    check_rows_and_fill(plan, documents)
+    with pytest.raises(InputError, match="fits none of the buckets"):
+        index.training(documents, documents.layout, fixed=(Bucket(ROWS, TOKENS, 8, 2),), **of)
+
+
 def test_windows_come_in_order_and_nothing_waits_for_ever():
     """What waits for a next window is a quarter of one at most, and goes with it."""
     documents = Documents(230)

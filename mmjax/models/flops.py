@@ -1,0 +1,157 @@
+"""Model FLOPs: what a training step must multiply and add, whatever a program makes of it.
+
+For MFU (Chowdhery et al. 2022, PaLM, appendix B): the matrices times the tokens that they see, forwards and backwards,
+and attention inside the intervals. Nothing that is computed twice counts (remat, the loss in chunks), and no tile of
+scores beyond the intervals. A table that is looked up costs nothing; the head is a matrix.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmjax.core import tree
+from mmjax.core.spec import map_specs
+from mmjax.models import decoder, vlm
+from mmjax.nn import transformer
+from mmjax.sequence import interleave
+from mmjax.sequence.batch import Bucket
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stands in a row: tokens of each document, patches of each picture; windows of so many patches."""
+
+    documents: tuple[int, ...]
+    pictures: tuple[int, ...]
+    window: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.documents)
+
+    @property
+    def patches(self) -> int:
+        return sum(self.pictures)
+
+
+def full_row(bucket: Bucket, sequence: interleave.Config = interleave.PLAIN, document: int = 0) -> Row:
+    """A row without padding: documents of `document` tokens (0: one as long as the row), pictures of one size.
+
+    The last document takes what is left.
+    """
+    size = document or bucket.tokens
+    documents = [size] * (bucket.tokens // size)
+    if rest := bucket.tokens - sum(documents):
+        documents.append(rest)
+    each, more = divmod(bucket.patches, bucket.images)
+    pictures = tuple(each + (i < more) for i in range(bucket.images) if each + (i < more))
+    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: FLOPs of its matrices and of its attention, forwards."""
+
+    matrices: float
+    attention: float = 0.0
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one row. forward: by part of the model, in the order in which they run. total: backwards as well."""
+
+    forward: dict[str, Part] = field(default_factory=dict)
+    total: float = 0.0
+
+
+def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str] = ()) -> Flops:
+    """FLOPs of one row of a training step.
+
+    Backwards, a matrix takes as many FLOPs for the gradient of what it read, where something before it is trained, and
+    as many for its own, where it is. Attention has no matrix: four products backwards for two forwards.
+
+    Args:
+      cfg: the model.
+      row: what is in it.
+      see: who sees whom in the sequence (sequence.interleave); a prefix counts as causal.
+      frozen: parameters that are not trained (train.config.Update).
+    """
+    names, sizes = tree.flatten(vlm.spec(cfg)), matrices(cfg)
+    still = tree.flatten(tree.choose(vlm.spec(cfg), frozen)[0]) if frozen else {}
+    media, patches = media_tokens(cfg, row), row.patches + cfg.vision.prefix * len(row.pictures)
+    attention = {
+        "vision": _vision(cfg.vision.blocks, row, cfg.vision.prefix),
+        "decoder": _decoder(cfg.decoder, row, see, media),
+    }
+    forward, total, before = {}, 0.0, False
+    for part in ("vision", "connector", "decoder"):
+        own = {n: size for n, size in sizes.items() if n.startswith(f"{part}/")}
+        seen = {n: 2.0 * size * _sees(n, cfg, row, patches, media) for n, size in own.items()}
+        trained = sum(flops for n, flops in seen.items() if n not in still)
+        before = before or any(n not in still for n in names if n.startswith(f"{part}/"))
+        forward[part] = Part(sum(seen.values()), attention.get(part, 0.0))
+        total += (1 + before) * forward[part].matrices + trained + (1 + 2 * before) * forward[part].attention
+    return Flops(forward, total)
+
+
+def matrices(cfg: vlm.Config) -> dict[str, int]:
+    """The size of everything that tokens are multiplied with, by name: kernels, and the table of the head.
+
+    Scales, biases and position tables are none.
+    """
+    head = f"decoder/{decoder.head(cfg.decoder)}"
+    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
+    return {n: size for n, size in sizes.items() if n == head or n.rsplit("/", 1)[-1] == "kernel"}
+
+
+def media_tokens(cfg: vlm.Config, row: Row) -> int:
+    """Media tokens of a row."""
+    if cfg.connector.per_picture:
+        return cfg.connector.per_picture * len(row.pictures)
+    return row.patches // cfg.connector.square**2
+
+
+def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> int | float:
+    """How many tokens go through a matrix."""
+    part, *path = name.split("/")
+    if part == "vision" and path[0] == "embed":
+        return _embedded(path[1], cfg, row)
+    if part == "vision":
+        return len(row.pictures) if path[0] == "head" else patches
+    keys = any(p in ("k", "v", "kv") for p in path)
+    if part == "decoder":
+        return media if path[0] == "cross" and keys else row.tokens
+    # A resampler's keys and values, and what it projects first, are patches; its latents are its media tokens.
+    return row.patches if cfg.connector.per_picture and (keys or path[0] == "projection") else media
+
+
+def _embedded(name: str, cfg: vlm.Config, row: Row) -> int | float:
+    """Of a stem, each of a patch's squares; of a matrix for several frames, the one of a still picture."""
+    embed = cfg.vision.embed
+    if name.startswith("stem_"):
+        return row.patches * (embed.patch // embed.stem[int(name.removeprefix("stem_"))][0]) ** 2
+    return row.patches / embed.frames
+
+
+def _pairs(cfg: transformer.Config, pairs: float) -> float:
+    """FLOPs of so many scores in every layer: q·k and the weighted sum of values."""
+    return 4.0 * cfg.heads * cfg.head * pairs
+
+
+def _vision(cfg: transformer.Config, row: Row, prefix: int) -> float:
+    whole = float(sum((n + prefix) ** 2 for n in row.pictures))
+    within = row.patches * min(row.window, max(row.pictures, default=0))
+    inside = len(cfg.windowed)
+    return _pairs(cfg, (cfg.layers - inside) * whole + inside * within)
+
+
+def _decoder(cfg: decoder.Config, row: Row, see: str, media: int) -> float:
+    pairs = sum(n * (n + 1) / 2 for n in row.documents)
+    if see == "bidirectional_images" and row.pictures:
+        each = media / len(row.pictures)
+        pairs += len(row.pictures) * each * (each - 1) / 2
+    out = _pairs(cfg.blocks, cfg.blocks.layers * pairs)
+    if cfg.cross is not None and row.pictures:  # one picture for each token
+        layers = cfg.blocks.layers // cfg.cross.every
+        out += 4.0 * cfg.cross.heads * cfg.cross.head * layers * row.tokens * media / len(row.pictures)
+    return out

@@ -1,0 +1,57 @@
+"""python -m mmjax.plan CONFIG --topology v5e:16x16 [--all] [--documents N] [--memory GIB] [--json] [--field value …]"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from mmjax.core import config
+from mmjax.core.errors import InputError
+from mmjax.plan import set_environment
+
+WHAT = """Compiles the train step of the largest bucket for chips that are not here, and says what it needs.
+
+planner's options:
+  --topology T    TPUs and their torus (v5e:16x16, v5p:8x8x4, v4:4x4x4, v6e:8x8), or GPUs (a100:8, h100:64, h200, b200)
+  --all           every bucket, not the largest alone
+  --documents N   tokens of each document of a row (all of the row is one), for the work of attention
+  --memory GIB    of a chip that the step may use (all that the compiler allows)
+  --json          one JSON object, last"""
+
+
+def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The planner's own options, and what is left: the config and its fields."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--documents", type=int, default=0)
+    parser.add_argument("--memory", type=float, default=0.0)
+    parser.add_argument("--json", action="store_true")
+    try:
+        mine, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; see python -m mmjax.plan --help.") from None
+    if mine.documents < 0 or mine.memory < 0:
+        raise InputError(f"--documents is {mine.documents} and --memory {mine.memory}; give numbers above 0.")
+    return mine, rest
+
+
+def run(arguments: Sequence[str]) -> int:
+    """0: everything fits; 1: something does not."""
+    set_environment()  # before JAX is imported
+    mine, rest = options(arguments)
+    cfg = config.from_command_line("mmjax.plan", rest, WHAT)
+    if mine.topology is None:
+        raise InputError("Which chips? Give --topology, as in --topology v5e:16x16.")
+    from mmjax.plan import planner
+
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    result, text = planner.plan(cfg, mine.topology, mine.all, mine.documents, mine.memory, say)
+    print(text)
+    if mine.json:
+        print(json.dumps(result))
+    return 0 if all(b["fits"] for b in result["buckets"]) else 1
+
+
+if __name__ == "__main__":
+    config.main(run)

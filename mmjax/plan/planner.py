@@ -1,0 +1,62 @@
+"""A plan from a config and a topology: compile, count, advise."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mmjax.core.sharding import make_mesh
+from mmjax.plan import advice, chips, program, report
+from mmjax.plan.chips import GIB
+from mmjax.plan.program import Program, TooLarge
+from mmjax.train.config import Config
+
+
+def plan(
+    cfg: Config,
+    topology: str,
+    every: bool = False,
+    document: int = 0,
+    memory: float = 0.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], str]:
+    """The plan as numbers and in words.
+
+    Args:
+      cfg: the run.
+      topology: the chips (plan.chips.topology).
+      every: all buckets; else the largest.
+      document: tokens of each document in a row; 0: a row is one document.
+      memory: GiB of a chip that the step may use; 0: all that the compiler allows.
+      say: is told what is being compiled.
+
+    Raises:
+      InputError: for everything the user can mend.
+    """
+    of = chips.topology(topology)
+    found = program.buckets(cfg)
+    devices = chips.devices(of)
+    mesh = make_mesh(cfg.mesh, devices)
+    state = program.state_bytes(program.abstract(cfg, mesh)[0])
+    limit = memory * GIB or of.chip.memory
+
+    def attempt(cfg: Config, bucket=None) -> Program | TooLarge:
+        bucket = bucket or program.buckets(cfg)[-1]
+        made = program.compiled(cfg, bucket, make_mesh(cfg.mesh, devices))
+        if isinstance(made, Program) and made.memory.total > limit:
+            return TooLarge(made.memory.total, limit)
+        return made
+
+    numbers, text = [], [report.table(found), report.head(of, mesh, state, limit)]
+    for bucket in reversed(found) if every else found[-1:]:
+        say(f"compiling {bucket.rows} rows × {bucket.tokens} tokens, {bucket.patches} patches for {topology}")
+        made = attempt(cfg, bucket)
+        if isinstance(made, Program):
+            of_bucket = report.figures(cfg, made, of, mesh, document)
+            numbers.append(report.of_figures(of_bucket, mesh.size))
+            text.append(report.words(of_bucket, of, mesh.size, limit))
+            continue
+        # What the largest bucket needs is enough for the others.
+        held = state.parameters + state.optimizer
+        tip = advice.find(cfg, advice.axes(mesh), held, limit, attempt, say) if bucket == found[-1] else None
+        numbers.append(report.refused(bucket, made, tip))
+        text.append(report.refusal(bucket, made, tip, limit))
+    return report.as_json(cfg, of, mesh, state, limit, numbers), "\n\n".join(text)

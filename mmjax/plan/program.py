@@ -1,0 +1,166 @@
+"""The real train step of a bucket, compiled for chips that are not here, and what the compiler says of its memory."""
+
+import dataclasses
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mmjax.core.errors import InputError
+from mmjax.core.sharding import Rules, parts_of
+from mmjax.models import vlm
+from mmjax.plan.chips import GIB
+from mmjax.sequence import batch as batches
+from mmjax.sequence.batch import Batch, Bucket, Values
+from mmjax.tokenizers.vocab import Vocab
+from mmjax.train import state
+from mmjax.train.config import Config
+from mmjax.train.prepare import fixed_buckets, prepare_data
+from mmjax.train.state import TrainState
+from mmjax.train.step import compile_step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each chip, as the compiler states them: what goes in and comes out, how much of that is one and the
+    same, what lives in between, the program itself, and the most at one time where it says so.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int | None = None
+
+    @property
+    def total(self) -> int:
+        """What the program needs to run."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that the compiler refused: bytes that it would need on each chip, and that there are; 0: not said."""
+
+    needed: float
+    available: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled step. text: of the optimised program."""
+
+    bucket: Bucket
+    memory: Memory
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes on each chip, from the specs alone: parameters, and what the optimizer keeps."""
+
+    parameters: float
+    optimizer: float
+    count: int  # of parameters
+
+
+def buckets(cfg: Config) -> tuple[Bucket, ...]:
+    """The buckets of a config, the largest last: those it gives (packing.shapes), else those its documents ask for.
+
+    Raises:
+      InputError: it gives none, and its documents cannot be read here.
+    """
+    found = fixed_buckets(cfg.packing)
+    if not found:
+        try:
+            found = prepare_data(cfg).training.plan.buckets
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"The buckets of this config come from its documents, which cannot be read here ({error}); give "
+                f"patches and images of a row instead, as --packing.shapes 2304 4."
+            ) from error
+    return tuple(sorted(found, key=lambda b: (b.patches, b.images)))
+
+
+def refuse(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError where the train step would refuse the config on this mesh."""
+    cfg.model.refuse(cfg.sequence)
+    parts = parts_of("batch", mesh, Rules()) * cfg.update.accumulate
+    if cfg.packing.rows % parts:
+        raise InputError(
+            f"packing.rows is {cfg.packing.rows}, which {parts // cfg.update.accumulate} devices of the data and fsdp "
+            f"axes cannot share evenly in each of {cfg.update.accumulate} parts (update.accumulate); set it to a "
+            f"multiple of {parts}."
+        )
+
+
+def abstract(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
+    """The abstract state on a mesh, and the optimizer that it is of."""
+    tx = state.optimizer(cfg.optimizer, cfg.steps)
+    return state.abstract(vlm.spec(cfg.model), tx, mesh, Rules(), cfg.update.frozen), tx
+
+
+def state_bytes(shape: TrainState) -> State:
+    """What each chip holds of a state between steps."""
+
+    def local(tree: Any) -> float:
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shape.params))
+    return State(local(shape.params), local(shape.optimizer), count)
+
+
+def batch_of(cfg: Config, bucket: Bucket) -> Batch:
+    """The abstract batch of a bucket; ids do not matter to its shape."""
+    vocab = Vocab(*range(9), size=cfg.model.decoder.vocab)
+    patch = cfg.resolution.patch
+    return batches.abstract(bucket, Values(patch * patch * 3), vocab, cfg.sequence)
+
+
+def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | TooLarge:
+    """Compiles the train step of a bucket.
+
+    Raises:
+      InputError: the config does not fit the mesh.
+      RuntimeError: whatever else the compiler refuses.
+    """
+    refuse(cfg, mesh)
+    shape, tx = abstract(cfg, mesh)
+    began = time.monotonic()
+    try:
+        made = compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        return too_large(str(error))
+    return Program(bucket, memory_of(made), made.as_text(), time.monotonic() - began)
+
+
+def memory_of(made: jax.stages.Compiled) -> Memory:
+    said = made.memory_analysis()
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    return Memory(
+        *(getattr(said, f"{name}_size_in_bytes") for name in names), getattr(said, "peak_memory_in_bytes", None)
+    )
+
+
+def too_large(message: str) -> TooLarge:
+    """Reads the compiler's refusal: "Used 20.1G of 15.75G hbm", or "(367.63G) exceeds available HBM (15.75G)"."""
+    number = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"[Uu]sed {number} of {number}", message)
+    found = found or re.search(rf"\({number}\) exceeds available \w+ \({number}\)", message)
+    if not found:
+        return TooLarge(0.0, 0.0)
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    return TooLarge(float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]])
+
+
+def with_flag(cfg: Any, name: str, value: Any) -> Any:
+    """The config with the field of a dotted name changed."""
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(cfg, **{head: with_flag(getattr(cfg, head), rest, value) if rest else value})

@@ -1,0 +1,93 @@
+"""What the planner takes attention's loops to be, against the loops' own bounds."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from mmjax.core.hlo import Kernel
+from mmjax.core.hlo_text import Op, Shape
+from mmjax.models.flops import Row
+from mmjax.nn.kernels import gpu_tiles, tpu_blocks, xla
+from mmjax.nn.kernels.inputs import Inputs
+from mmjax.plan import attention
+from mmjax.sequence import behind, intervals
+
+
+def bounds(order, lo, hi) -> float:
+    """Turns of the loop over keys, on average, from the function that computes its bounds."""
+    n = len(order)
+    q, k = jnp.zeros((1, 1, 1, n, 4)), jnp.zeros((1, 1, n, 4))
+    label = (jnp.asarray(a, jnp.int32)[None] for a in (order, lo, hi))
+    x = Inputs(q, k, k, *label, None, None, None, None, None)
+    _, _, start, stop = xla._tiles(x, xla.Tiling.of(x))
+    return float(jnp.maximum(stop - start, 0).mean())
+
+
+@pytest.mark.parametrize("documents", [(1500,), (300, 700, 20, 480), (1024,)])
+def test_a_packed_sequence(documents):
+    row = Row(documents, ())
+    lo, hi = zip(*(intervals.causal(n) for n in documents), strict=True)
+    first = np.repeat(np.cumsum((0, *documents[:-1])), documents)
+    theirs = bounds(np.arange(row.tokens), np.concatenate(lo) + first, np.concatenate(hi) + first)
+    assert attention.turns(attention.sequence(row, "causal", 0)) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_pictures_with_their_class_tokens_behind_all_patches(prefix):
+    pictures = (576, 300, 600)
+    lo, hi = intervals.blocks(pictures)
+    image = np.repeat(np.arange(3), pictures)
+    order, grid = np.arange(sum(pictures)), np.array([[[1, 1, n] for n in pictures]])
+    if prefix:
+        labels, first, last = behind.labels(*(jnp.asarray(a, jnp.int32) for a in (image[None], order[None], grid)), 1)
+        order, lo = np.asarray(labels[0]), np.append(lo + image, first[0])
+        hi = np.append(hi + image + 1, last[0])
+    seen = attention.patches(Row((), pictures), prefix)
+    np.testing.assert_array_equal(seen.order, order)
+    np.testing.assert_array_equal(seen.lo, lo)
+    np.testing.assert_array_equal(seen.hi, hi)
+    assert attention.turns(seen) == pytest.approx(bounds(order, lo, hi))
+
+
+@pytest.mark.parametrize(("heads", "kv", "size"), [(32, 32, 128), (28, 4, 128), (16, 16, 64)])
+def test_the_kernels_tiles_are_those_that_they_compute(heads, kv, size):
+    """Their own ranges: which tiles are touched, and which blocks lie between the first and the last."""
+    row = Row((1500, 300, 1200), ())
+    seen = attention.sequence(row, "causal", 0)
+    n = row.tokens
+    q, k = jnp.zeros((1, kv, heads // kv, n, size), jnp.bfloat16), jnp.zeros((1, kv, n, size), jnp.bfloat16)
+    label = (jnp.asarray(a, jnp.int32)[None] for a in (seen.order, seen.lo, seen.hi))
+    x, g = tpu_blocks.layout(Inputs(q, k, k, *label, None, None, None, None, None))
+    of, touch = tpu_blocks.ranges(x, g)
+    of = {name: np.asarray(a[0]) for name, a in of.items()}
+    parts = (of["first"][:, None] <= of["high"]) & (of["low"] <= of["last"][:, None])
+    reach = tpu_blocks.span(touch)
+    computed, fetched = attention.shares(seen, g.blocks)
+    assert computed == pytest.approx(float(parts.mean()))
+    assert fetched == pytest.approx(float((reach["end"] - reach["begin"]).sum() / touch.size))
+
+
+def test_loops_are_told_apart_by_their_scope():
+    cfg = tiny_model(vocab=64)
+    vision = dataclasses.replace(cfg.vision, blocks=dataclasses.replace(cfg.vision.blocks, windowed=(0,)))
+    row = Row((2048,), (1024, 1024), window=64)
+    told = attention.hints(dataclasses.replace(cfg, vision=vision), row, "causal", 2048).turns
+
+    # The GPU's forward kernel: three rows, 4 heads of 8, two products of every tile that a causal row reaches.
+    line = 'custom_call_target="__gpu$xla.gpu.triton", op_name="jvp(decoder)/attention", name = "forward_kernel"'
+    kernel = attention.hints(cfg, row, "causal", 2048, 3).kernel(Op("k", Shape(), "", "", (), line, False), None, 5.0)
+    tile = gpu_tiles.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 1)).forward
+    reached = sum(-(-(i + 1) * tile.queries // tile.keys) for i in range(2048 // tile.queries))
+    assert kernel == Kernel(2.0 * 2 * (3 * 4 * 8) * reached * tile.queries * tile.keys, 5.0)
+
+    def turns(scope: str) -> float | None:
+        return told(Op("loop", Shape(), "while", "", (), f'metadata={{op_name="{scope}"}}', False))
+
+    assert turns("jit(step)/transpose(jvp(decoder))/while/body/attention/while") == 4.5  # of 8 blocks, causal
+    # One layer sees pictures of 4 blocks, the other its windows, which end with the blocks.
+    assert turns("jit(step)/jvp(vision)/while/body/attention/while") == (4 + 1) / 2
+    assert turns("jit(step)/jvp(decoder)/while") is None
+    assert turns("jit(step)/attention/while") is None
