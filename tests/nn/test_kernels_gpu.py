@@ -128,8 +128,8 @@ def test_ranges_are_the_hull_of_what_is_touched_and_its_first_whole_run():
     assert by_key == [(i, 5, i + 1, 5) if i < 4 else (4, 5, 5, 5) for i in range(5)]
     lo, hi = intervals.packed([24, 40, 16])
     assert [r[:2] for r in reached(at, lo, hi)] == [(0, 1), (0, 2), (1, 3), (1, 4), (4, 5)]
-    window = np.maximum(at - 40, 0), at  # two whole blocks between two that are not
-    assert reached(at, *window)[4] == (1, 5, 2, 4)
+    window = np.maximum(at - 56, 0), at  # two whole blocks between two that are not
+    assert reached(at, *window)[4] == (0, 5, 2, 4)
     hole = np.where(at == 20, -1, at)  # an empty slot: its block is not whole
     assert reached(hole, *intervals.causal(80))[4] == (0, 5, 0, 1)
     nothing = np.zeros(80), np.full(80, -1)

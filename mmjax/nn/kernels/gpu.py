@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from mmjax.nn.kernels import gpu_tiles as tiles
 from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.gpu_backward import backward
-from mmjax.nn.kernels.gpu_blocks import LOG2E, Blocks, Plan, Shape
+from mmjax.nn.kernels.gpu_blocks import LOG2E, Blocks, Plan, Shape, capability
 from mmjax.nn.kernels.inputs import Inputs, Static
 
 __all__ = ["Blocks", "Plan", "backward", "forward", "refusal"]
@@ -33,6 +33,8 @@ def refusal(static: Static, x: Inputs) -> str | None:
     """Why these kernels cannot compute it, or are not worth it; None where they are."""
     if tiles.plgpu is None:
         return "This version of JAX compiles no Pallas kernels through Triton."
+    if (capability() or 9.0) < 8.0:
+        return "XLA compiles Triton for GPUs of compute capability 8.0 and above."
     if one_tile(x):
         return "It is one tile, which XLA computes as well."
     if static.bias is not None:
