@@ -5,6 +5,8 @@
 
 CLIP ViT-L/14 at 336 pixels, whose second to last block's features are used; an MLP of two layers; Vicuna-7B. The
 defaults are for 256 chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
+
+`model.decoder.vocab` must be what the tokenizer has; 32,064 is that of Hugging Face's weights, padded.
 """
 
 import dataclasses
@@ -26,10 +28,10 @@ PICTURES = 5  # in a row: LLaVA's documents have one each, and about 240 tokens 
 
 
 def model() -> vlm.Config:
-    """7.06 billion parameters."""
+    """7.05 billion parameters."""
     clip = ENCODERS["clip-l14-336"]()
     # Features of the second to last block: the last one, and the head, are not there at all.
-    seen = dataclasses.replace(clip.blocks, layers=clip.blocks.layers - 1, remat="full")
+    seen = dataclasses.replace(clip.blocks, layers=clip.blocks.layers - 1, remat="attention")
     language = transformer.Config(
         width=4096,
         layers=32,
@@ -39,7 +41,7 @@ def model() -> vlm.Config:
         hidden=11008,
         epsilon=1e-5,
         rope=rope.Config(128, (64,)),
-        remat="full",
+        remat="attention",
     )
     return vlm.Config(
         vision=dataclasses.replace(clip, blocks=seen, head=None),
@@ -61,5 +63,7 @@ def config() -> Config:
         optimizer=Optimizer(learning_rate=2e-5, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         objective=Objective(chunk=4096),
         update=Update(compute="bfloat16"),
+        # Not fsdp over all chips: the TPU compiler then sums gradients whole on every chip, twice the bytes, and so it
+        # does where a chip's share of a matrix is no multiple of 16 tiles (11,008 over 64).
         mesh=MeshConfig(data=8, fsdp=32),
     )

@@ -54,5 +54,5 @@ def config() -> Config:
         optimizer=Optimizer(learning_rate=1e-5, warmup=0.03, final=0.1, b2=0.95, weight_decay=0.1),
         objective=Objective(chunk=2048),
         update=Update(compute="bfloat16"),
-        mesh=MeshConfig(data=8, fsdp=32),
+        mesh=MeshConfig(data=8, fsdp=32),  # not fsdp over all chips: see llava_7b
     )

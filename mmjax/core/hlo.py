@@ -172,11 +172,9 @@ def _operation(module: Module, inside: Computation, op: Op, hints: Hints, unknow
 
 
 def _beside(w: Work) -> Work:
-    return (
-        w
-        if w.collective is None
-        else dataclasses.replace(w, collective=dataclasses.replace(w.collective, overlaps=True))
-    )
+    if w.collective is None:
+        return w
+    return dataclasses.replace(w, collective=dataclasses.replace(w.collective, overlaps=True))
 
 
 def _loop(module: Module, inside: Computation, op: Op, hints: Hints, unknown: list[Unknown]) -> Work:

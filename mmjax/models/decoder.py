@@ -97,7 +97,11 @@ def apply(
     return norm.apply(params["norm"], x, cfg.norm)
 
 
+def head(cfg: Config) -> str:
+    """The name of the table that makes logits."""
+    return "embed" if cfg.tied else "head"
+
+
 def logits(params: dict, hidden: Float[Array, "b l d"], cfg: Config) -> Float[Array, "b l vocab"]:
     """f32[B, L, V]."""
-    table = params["embed"] if cfg.tied else params["head"]
-    return sharding.dense(hidden, table.T, ("batch", "length", "vocab"), wide=True).astype(jnp.float32)
+    return sharding.dense(hidden, params[head(cfg)].T, ("batch", "length", "vocab"), wide=True).astype(jnp.float32)

@@ -99,7 +99,7 @@ def matrices(cfg: vlm.Config) -> dict[str, int]:
 
     Scales, biases and position tables are none.
     """
-    head = "decoder/embed" if cfg.decoder.tied else "decoder/head"
+    head = f"decoder/{decoder.head(cfg.decoder)}"
     sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
     return {n: size for n, size in sizes.items() if n == head or n.rsplit("/", 1)[-1] == "kernel"}
 

@@ -1,7 +1,8 @@
 """Cross-entropy of the next token, weighted per token."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def loss(
     weight: Float[Array, "b l"],
     *,
     chunk: int = 128,
+    params: Any = None,
 ) -> Loss:
     """The loss without [B, L, V] logits: they exist for `chunk` tokens of every row at a time, forwards and backwards.
 
@@ -37,22 +39,25 @@ def loss(
     Where rows are split along their length, each device takes `chunk` of its own tokens at a time.
 
     Args:
-      logits: hidden states [B, n, D] → logits f32[B, n, V], token by token (a head with its parameters bound). V may be
-        split over devices.
+      logits: hidden states [B, n, D] → logits f32[B, n, V], token by token (a head with its parameters bound), or
+        (params, hidden states) → logits where `params` are given. V may be split over devices.
       hidden: [B, L, D].
       target: i32[B, L], in range even where the weight is 0.
       weight: f32[B, L], 0 for prompt, media and padding.
       chunk: tokens of a row on a device; one that has no more goes in one piece and is computed once.
+      params: the head's, a tree of arrays. Unless V is split over devices, they are then gathered once, and their
+        gradients summed over devices once; else for every chunk.
     """
+    bound = logits if params is None else functools.partial(logits, params)
 
-    def part(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scores = logits(hidden)
+    def part(head: Callable, hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scores = head(hidden)
         return _log_partition(scores), _of_target(scores, target), scores.max(-1)
 
     rows, split = sharding.fitting(("batch", "length"), target.shape)
     length = target.shape[1] // (sharding.parts("length") if split else 1)
     if length <= chunk:
-        log_partition, picked, best = part(hidden, target)
+        log_partition, picked, best = part(bound, hidden, target)
     else:
         count = -(-length // chunk)
         whole, turns = (rows, split), (None, rows, split)
@@ -69,10 +74,21 @@ def loss(
         def join(*parts: jax.Array) -> tuple[jax.Array, ...]:
             return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in parts)
 
-        again = jax.checkpoint(lambda xs: part(*xs), prevent_cse=False)
-        cuts = sharding.local(cut, (hidden, target), ((*whole, None), whole), ((*turns, None), turns))
-        out = jax.lax.map(again, cuts)
-        log_partition, picked, best = sharding.local(join, out, (turns,) * 3, (whole,) * 3)
+        def each(head: Callable, cuts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            return jax.lax.map(jax.checkpoint(lambda xs: part(head, *xs), prevent_cse=False), cuts)
+
+        def apart(params: Any, hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, ...]:
+            """On each device, which adds up its own gradient of the head."""
+            head = functools.partial(logits, sharding.vary(params, (hidden, target)))
+            return join(*each(head, cut(hidden, target)))
+
+        if params is not None and sharding.parts("vocab") == 1:
+            of_head = jax.tree.map(lambda p: (None,) * p.ndim, params)
+            out = sharding.local(apart, (params, hidden, target), (of_head, (*whole, None), whole), (whole,) * 3)
+        else:
+            cuts = sharding.local(cut, (hidden, target), ((*whole, None), whole), ((*turns, None), turns))
+            out = sharding.local(join, each(bound, cuts), (turns,) * 3, (whole,) * 3)
+        log_partition, picked, best = out
     return Loss(
         ((log_partition - picked) * weight).sum(), weight.sum(), ((best <= picked) * weight).sum(), log_partition
     )

@@ -31,10 +31,19 @@ class Advice:
     program: Program
 
     @property
-    def flags(self) -> str:
+    def _last(self) -> dict[str, str]:
         """The last value of every flag."""
-        last = {name: value for change in self.changes for name, value in change.flags}
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in last.items())
+        return {name: value for change in self.changes for name, value in change.flags}
+
+    @property
+    def flags(self) -> str:
+        """All of it, as on the command line."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self._last.items())
+
+    @property
+    def standing(self) -> tuple[Change, ...]:
+        """The changes that no later one replaces."""
+        return tuple(c for c in self.changes if any(self._last[name] == value for name, value in c.flags))
 
 
 def find(
@@ -92,14 +101,18 @@ def ladder(cfg: Config, sizes: dict[str, int], state: float, memory: float) -> I
             yield changed(f"backwards, computes {why}", **flags), cfg, state
     while (parts := 2 * cfg.update.accumulate) <= _rows(cfg, sizes) and _rows(cfg, sizes) % parts == 0:
         yield changed("rows through the model in parts", update__accumulate=parts), cfg, state
-    while cfg.objective.chunk > 256 or cfg.objective.chunk > cfg.packing.tokens:
-        chunk = max(256, min(cfg.objective.chunk, cfg.packing.tokens) // 4)
+    while (chunk := max(256, _chunk(cfg) // 4)) < _chunk(cfg):
         yield changed("fewer logits at a time", objective__chunk=chunk), cfg, state
     while sizes["data"] % 2 == 0:
         yield shard(), cfg, state
     while cfg.packing.shapes and cfg.packing.tokens >= 2 * LEAST:
         shapes = tuple((-(-p // 16) * 8, -(-n // 2)) for p, n in cfg.packing.shapes)
         yield changed("shorter rows", packing__tokens=cfg.packing.tokens // 2, packing__shapes=shapes), cfg, state
+
+
+def _chunk(cfg: Config) -> int:
+    """Tokens of a row whose logits exist at a time."""
+    return min(cfg.objective.chunk, cfg.packing.tokens)
 
 
 def _rows(cfg: Config, sizes: dict[str, int]) -> int:

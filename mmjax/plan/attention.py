@@ -15,7 +15,7 @@ from mmjax.core.hlo_text import Op
 from mmjax.models import vlm
 from mmjax.models.flops import Row
 from mmjax.nn import transformer
-from mmjax.nn.kernels import xla
+from mmjax.nn.kernels import gpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.nn.kernels.tpu_blocks import BIG, Blocks
 
@@ -104,20 +104,25 @@ class Part:
     """A stack of blocks: what its layers see, each with the share of the layers that see so."""
 
     sees: tuple[tuple[float, Seen], ...]
-    blocks: Blocks
+    inputs: Inputs
     products: int  # numbers of a head, times heads and rows of a device: 2 FLOPs each for a product of two positions
 
     def share(self, of: Callable[[Seen], float]) -> float:
         """The mean over its layers."""
         return sum(share * of(seen) for share, seen in self.sees)
 
+    def pairs(self, tile: tuple[int, int]) -> float:
+        """Pairs of queries and keys in the tiles that are reached."""
+        return self.share(lambda seen: touched(seen, *tile).sum() * tile[0] * tile[1])
+
 
 # Products of every tile: scores and output; scores again, their cotangent, that of q; and those of k and v.
 GPU_KERNELS = {"forward_kernel": 2, "by_query": 3, "by_key": 4}
-GPU_TILE = (128, 64)  # nn.kernels.gpu_tiles.Plan
 
 
-def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads: int = 1) -> Hints:
+def hints(
+    cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads: int = 1, compute: str = "bfloat16"
+) -> Hints:
     """What attention takes in encoder and decoder, which named scopes tell apart.
 
     Args:
@@ -127,11 +132,12 @@ def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads:
       media: media tokens of a row.
       rows: of a device, that go through the model at once.
       heads: parts that heads are split into over the devices.
+      compute: the type of queries and keys.
     """
 
     def part(blocks: transformer.Config, *sees: tuple[float, Seen]) -> Part:
         count = rows * max(blocks.heads // heads, 1) * blocks.head
-        return Part(tuple(s for s in sees if s[0]), _blocks(blocks, len(sees[0][1].lo), heads), count)
+        return Part(tuple(s for s in sees if s[0]), _inputs(blocks, len(sees[0][1].lo), heads, compute), count)
 
     parts = {"decoder": part(cfg.decoder.blocks, (1.0, sequence(row, see, media)))}
     if row.pictures:
@@ -151,23 +157,27 @@ def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads:
         if part is None:
             return stated
         if stated is None:
-            products = next((n for name, n in GPU_KERNELS.items() if name in op.rest), 0)
-            pairs = part.share(lambda seen: touched(seen, *GPU_TILE).sum() * GPU_TILE[0] * GPU_TILE[1])
-            return Kernel(2.0 * products * part.products * pairs, moved) if products else None
+            name = next((name for name in GPU_KERNELS if name in op.rest), None)
+            if name is None:
+                return None
+            tile = getattr(gpu_blocks.Plan.of(part.inputs), name.removesuffix("_kernel"))
+            pairs = part.pairs((tile.queries, tile.keys))
+            return Kernel(2.0 * GPU_KERNELS[name] * part.products * pairs, moved)
         # The TPU's state half of all pairs, and that half of all keys are read for every block of queries.
-        computed, fetched = (part.share(lambda seen, i=i: shares(seen, part.blocks)[i]) for i in (0, 1))
+        blocks = Blocks.of(part.inputs)
+        computed, fetched = (part.share(lambda seen, i=i: shares(seen, blocks)[i]) for i in (0, 1))
         again = max(stated.bytes - moved, 0.0)
         return Kernel(stated.flops * computed / 0.5, moved + again * fetched / 0.5)
 
     return Hints(loop, kernel)
 
 
-def _blocks(cfg: transformer.Config, length: int, split: int) -> Blocks:
-    """How the TPU kernels cut rows of this length."""
+def _inputs(cfg: transformer.Config, length: int, split: int, compute: str) -> Inputs:
+    """What a device's kernels are given of a row of this length, by shapes: they cut it as these are."""
     kv = max(cfg.kv_heads // split, 1)
     group = max(cfg.heads // split, 1) // kv
-    q, k = (jax.ShapeDtypeStruct((1, *shape, length, cfg.head), jnp.bfloat16) for shape in ((kv, group), (kv,)))
-    return Blocks.of(Inputs(q, k, k, None, None, None, None, None, None, None, None))
+    q, k = (jax.ShapeDtypeStruct((1, *shape, length, cfg.head), jnp.dtype(compute)) for shape in ((kv, group), (kv,)))
+    return Inputs(q, k, k, None, None, None, None, None, None, None, None)
 
 
 def part_of(scope: str) -> str:

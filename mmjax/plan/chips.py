@@ -29,7 +29,9 @@ class Chip:
     axes: of the torus; 0: there is none. whole: an axis of so many chips, or a multiple of it, closes to a ring.
     network: bytes per second one way out of a node. clock: cycles per second of the compiler's estimates, 0: it makes
       none.
-    cores: devices on a chip, which share all of that; one each but for v4, whose two work as one on a real v4.
+
+    Of a v4's two cores, which work as one where there is a v4, the compiler alone knows one, and half the memory: what
+    fits fits in any case, and cycles count for two.
     """
 
     name: str
@@ -41,7 +43,6 @@ class Chip:
     whole: int = 0
     network: float = 0.0
     clock: float = 0.0
-    cores: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Target:
 
 
 CHIPS = {
-    "v4": Chip("TPU v4 (a core)", 275e12 / 2, 15.25 * GIB, 1.2e12 / 2, 4.5e10 / 2, 3, 4, clock=1.05e9, cores=2),
+    "v4": Chip("TPU v4", 275e12, 15.25 * GIB, 1.2e12, 4.5e10, 3, 4, clock=2 * 1.05e9),
     "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, 2, 16, clock=1.5e9),
     "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.8e12, 9e10, 3, 4, clock=1.75e9),
     "v6e": Chip("TPU v6e", 920e12, 31.25 * GIB, 1.6e12, 9e10, 2, 16, clock=1.75e9),
@@ -94,15 +95,16 @@ class Topology:
     def bandwidth(self, coordinates: list[tuple[int, ...]]) -> float:
         """Bytes per second that each of these chips can send to the others.
 
-        On a torus over the links of all axes they differ in: two along an axis that closes to a ring, one where it does
-        not (the chip at the end has no other). Of GPUs, NVLink within a node, the network beyond.
+        On a torus over the links of all axes they differ in: two along an axis that they take whole and that closes to
+        a ring, else one (the chip at the end has no other). Of GPUs, NVLink within a node, the network beyond.
         """
         if self.gpu:
             return self.chip.link if len({c[0] // NODE for c in coordinates}) == 1 else self.chip.network
         links = 0
         for axis, size in enumerate(self.sizes):
-            if len({c[axis] for c in coordinates}) > 1:
-                links += 2 if size % self.chip.whole == 0 else 1
+            places = len({c[axis] for c in coordinates})
+            if places > 1:
+                links += 2 if places == size and size % self.chip.whole == 0 else 1
         return max(links, 1) * self.chip.link
 
 
@@ -147,9 +149,10 @@ def devices(of: Topology) -> list[Any]:
         settings = {"chips_per_host_bounds": [*(min(n, 2) for n in of.sizes[:2]), 1]}
         named = {"platform": "tpu", "topology_name": of.text}
     try:
-        return list(topologies.get_topology_desc(**named, **settings).devices)
+        found = topologies.get_topology_desc(**named, **settings).devices
     except Exception as error:
         raise InputError(f"The compiler refuses the topology {of.text!r}: {str(error).splitlines()[0]}") from error
+    return [d for d in found if getattr(d, "core_on_chip", 0) == 0]
 
 
 def coordinates(of: Topology, devices: list[Any]) -> list[tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """How long a step would take: by a chip's peak figures, and by the cycles that the TPU compiler itself estimates."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmjax.core.hlo import Count, Work
@@ -11,11 +12,15 @@ Coordinates = list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds. products: all FLOPs at the chip's peak. memory: all bytes at its bandwidth. operations: each at the
-    slower of both, one after the other. beside, alone: collectives that run beside other work, and that do not. step:
-    operations and collectives, where those that may run beside others of their loop's turn do. serial: where none
-    does. cycles: `operations` as the compiler estimates it, 0 where it says nothing. parts: `operations` by part of
-    the model.
+    """Seconds.
+
+    products: all FLOPs at the chip's peak. memory: all bytes at its bandwidth.
+    operations: each at the slower of both, one after the other. parts: the same by part of the model.
+    beside, alone: collectives that run beside other work, and that do not.
+    step: operations and collectives, where those that may run beside others of their loop's turn do. serial: where
+      none does.
+    cycles: `step`, but of operations as long as the TPU compiler itself estimates (of kernels it says nothing); 0
+      where it makes no estimates.
     """
 
     products: float
@@ -50,11 +55,14 @@ def estimate(counted: Count, topology: Topology, coordinates: Coordinates) -> Es
             return 0.0
         return w.collective.bytes / topology.bandwidth([coordinates[d] for d in w.collective.devices])
 
-    def step(of: Count) -> float:
+    def compilers(w: Work) -> float:
+        return w.cycles / chip.clock if w.cycles else operation(w)
+
+    def step(of: Count, operation: Callable[[Work], float] = operation) -> float:
         busy = beside = alone = 0.0
         for w in of.work:
             if w.loop:
-                busy += w.turns * step(w.loop)
+                busy += w.turns * step(w.loop, operation)
             elif w.collective:
                 beside += collective(w) * w.collective.overlaps
                 alone += collective(w) * (not w.collective.overlaps)
@@ -64,6 +72,8 @@ def estimate(counted: Count, topology: Topology, coordinates: Coordinates) -> Es
 
     parts: dict[str, float] = {}
     for w, times in counted.every():
+        if w.collective:
+            continue
         parts[part_of(w.scope)] = parts.get(part_of(w.scope), 0.0) + times * operation(w)
     return Estimate(
         products=counted.flops / chip.flops,
@@ -72,6 +82,6 @@ def estimate(counted: Count, topology: Topology, coordinates: Coordinates) -> Es
         beside=counted.total(lambda w: collective(w) if w.collective and w.collective.overlaps else 0.0),
         alone=counted.total(lambda w: collective(w) if w.collective and not w.collective.overlaps else 0.0),
         step=step(counted),
-        cycles=counted.cycles / chip.clock if chip.clock else 0.0,
+        cycles=step(counted, compilers) if chip.clock else 0.0,
         parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
     )

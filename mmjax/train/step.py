@@ -32,9 +32,10 @@ def loss_fn(
     `per`: what the sum is divided by, where the batch is a part of another; else the sum of its own weights.
     """
     hidden = vlm.hidden(params, batch, cfg)
-    head = functools.partial(decoder.logits, params["decoder"], cfg=cfg.decoder)
+    head = functools.partial(decoder.logits, cfg=cfg.decoder)
+    own = {name: params["decoder"][name] for name in (decoder.head(cfg.decoder),)}
     with jax.named_scope("loss"):
-        found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk)
+        found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk, params=own)
     total = found.loss + objective.z * found.z(batch.weight) if objective.z else found.loss
     sums = {"loss": found.loss, "weight": found.weight, "correct": found.correct}
     return total / (jnp.maximum(found.weight, 1.0) if per is None else per), sums

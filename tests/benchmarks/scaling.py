@@ -2,7 +2,11 @@
 
 `python -m tests.benchmarks.scaling [CHIPS …]` compiles the train step of configs/llava_7b.py for each number of chips
 with the real TPU compiler (`.[tpu]`; no TPU is needed, 1 to 2 minutes each) and counts what each chip holds and sends.
-The last line is JSON.
+The last line is JSON. With jax 0.10.2, parameters split over 32 chips:
+
+    chips           16     64    128    256    512
+    memory, GiB  11.08   7.66   7.67   7.67   7.66
+    sent, GB     43.82  45.92  46.14  46.25  46.31
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny import tiny_model
 
-from mmjax.core import hlo, spec
+from mmjax.core import config, hlo, spec
 from mmjax.encoders import vit
 from mmjax.models import flops, vlm
 from mmjax.models.flops import Row
@@ -90,3 +90,19 @@ def test_norms_and_tables_are_no_matrices():
     assert not any(n.endswith(("scale", "bias")) for n in sizes)
     untied = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, tied=False))
     assert "decoder/embed" not in flops.matrices(untied)
+
+
+def test_llava_7b_by_hand():
+    """Its matrices times tokens, and causal attention within five documents of 820 tokens."""
+    cfg = config.load("llava_7b")
+    row = flops.full_row(Bucket(256, 4100, 2880, 5), cfg.sequence, 820)
+    found = flops.of_row(cfg.model, row)
+    llama = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064
+    clip = 23 * (4 * 1024**2 + 2 * 1024 * 4096)
+    assert found.forward["decoder"].matrices == 2 * 4100 * llama
+    assert found.forward["vision"].matrices == 2 * (2885 * clip + 2880 * 588 * 1024)
+    assert found.forward["connector"].matrices == 2 * 2880 * (1024 * 4096 + 4096**2)
+    assert found.forward["decoder"].attention == 5 * 32 * 4 * 4096 * 820 * 821 / 2
+    assert found.forward["vision"].attention == 5 * 23 * 4 * 1024 * 577**2
+    parts = found.forward.values()
+    assert found.total == 3 * sum(p.matrices + p.attention for p in parts)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.core import sharding
+from mmjax.core import hlo, sharding
 from mmjax.core.sharding import MeshConfig, Rules, make_mesh
 from mmjax.objectives import next_token
 
@@ -54,12 +54,15 @@ def test_correct_counts_the_weight_of_unbeaten_targets():
     assert found.correct == 1.5
 
 
-def both_ways(hidden, table, target, weight, chunk):
-    """Loss and gradients of a head that multiplies by a table."""
+def both_ways(hidden, table, target, weight, chunk, given=True):
+    """Loss and gradients of a head that multiplies by a table, which is `given` or bound."""
+
+    def head(table, hidden):
+        return sharding.dense(hidden, table.T, ("batch", "length", "vocab"))
 
     def total(hidden, table):
-        head = lambda h: sharding.dense(h, table.T, ("batch", "length", "vocab"))  # noqa: E731
-        found = next_token.loss(head, hidden, target, weight, chunk=chunk)
+        call, own = (head, {"params": table}) if given else (functools.partial(head, table), {})
+        found = next_token.loss(call, hidden, target, weight, chunk=chunk, **own)
         return found.loss + 1e-2 * found.z(weight), found
 
     return jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, table)
@@ -78,9 +81,9 @@ def setting():
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 2, 2), (2, 2, 1, 2)])
 def test_chunks_and_meshes_change_nothing(setting, sizes, explicit):
-    """The vocabulary is split over the tensor axis, the table over fsdp as well, rows over the rest."""
+    """The vocabulary is split over the tensor axis, where there is one, the table over fsdp, rows over the rest."""
     arrays, expected = setting
     mesh, rules = make_mesh(MeshConfig(*sizes, explicit=explicit)), Rules()
     axes = (("batch", "length", None), ("vocab", "embed"), ("batch", "length"), ("batch", "length"))
@@ -88,6 +91,27 @@ def test_chunks_and_meshes_change_nothing(setting, sizes, explicit):
     with jax.set_mesh(mesh):
         got = jax.jit(functools.partial(both_ways, chunk=5))(*placed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize(("given", "times"), [(True, 1), (False, 4)])
+def test_a_head_that_is_given_travels_once_for_all_chunks(given, times):
+    """Four chunks of three tokens on eight devices, over which the table is split: its gradient is summed so often."""
+    mesh, rules = make_mesh(MeshConfig(1, 8, 1)), Rules()
+    shapes = ((8, 12, 16), jnp.float32), ((24, 16), jnp.float32), ((8, 12), jnp.int32), ((8, 12), jnp.float32)
+    axes = (("batch", "length", None), ("vocab", "embed"), ("batch", "length"), ("batch", "length"))
+    args = [
+        jax.ShapeDtypeStruct(*x, sharding=sharding.named(mesh, a, rules, x[0]))
+        for x, a in zip(shapes, axes, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        program = jax.jit(functools.partial(both_ways, chunk=3, given=given)).lower(*args).compile()
+    found = [
+        (w.collective.kind, turns)
+        for w, turns in hlo.count(hlo.parse(program.as_text())).every()
+        if w.collective and w.collective.bytes > 4 * 24 * 16 / 2
+    ]
+    summed = sum(turns for kind, turns in found if kind == "all-reduce")
+    assert summed == times, found
 
 
 def test_every_device_works_in_every_turn():

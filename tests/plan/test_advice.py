@@ -15,8 +15,8 @@ from mmjax.train.config import Objective, Packing
 SIZES = {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
 
 
-def run(**changes):
-    packing = Packing(rows=16, tokens=1024, shapes=((64, 2),))
+def run(tokens: int = 1024, **changes):
+    packing = Packing(rows=16, tokens=tokens, shapes=((64, 2),))
     return tiny_run(Path("unused"), packing=packing, mesh=MeshConfig(data=-1), **changes)
 
 
@@ -36,6 +36,7 @@ def test_each_change_stands_on_those_before():
         {"packing.tokens": "512", "packing.shapes": "32 1"},
         {"packing.tokens": "256", "packing.shapes": "16 1"},
     ]
+    assert not [s for s in steps(run(objective=Objective(chunk=4096), tokens=128)) if "objective.chunk" in s]
     *_, (_, last, _) = advice.ladder(run(), SIZES, 1.0, 16.0)
     assert (last.model.decoder.blocks.remat, last.update.accumulate, last.mesh.fsdp) == ("full", 4, 4)
 
@@ -55,6 +56,7 @@ def test_the_first_that_fits_is_the_advice():
     assert isinstance(found, Advice)
     assert found.flags == "--model.decoder.blocks.remat full --model.vision.blocks.remat full --update.accumulate 2"
     assert found.program is made
+    assert found.standing == found.changes[1:]
     assert len(told) == 3
     assert advice.find(run(), SIZES, 1.0, 16.0, lambda cfg: TooLarge(2.0, 1.0)) is None
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
+from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
 from mmjax.models.flops import Row
-from mmjax.nn.kernels import tpu_blocks, xla
+from mmjax.nn.kernels import gpu_blocks, tpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.plan import attention
 from mmjax.sequence import behind, intervals
@@ -74,6 +75,13 @@ def test_loops_are_told_apart_by_their_scope():
     vision = dataclasses.replace(cfg.vision, blocks=dataclasses.replace(cfg.vision.blocks, windowed=(0,)))
     row = Row((2048,), (1024, 1024), window=64)
     told = attention.hints(dataclasses.replace(cfg, vision=vision), row, "causal", 2048).turns
+
+    # The GPU's forward kernel: three rows, 4 heads of 8, two products of every tile that a causal row reaches.
+    line = 'custom_call_target="__gpu$xla.gpu.triton", op_name="jvp(decoder)/attention", name = "forward_kernel"'
+    kernel = attention.hints(cfg, row, "causal", 2048, 3).kernel(Op("k", Shape(), "", "", (), line, False), None, 5.0)
+    tile = gpu_blocks.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 1, "bfloat16")).forward
+    reached = sum(-(-(i + 1) * tile.queries // tile.keys) for i in range(2048 // tile.queries))
+    assert kernel == Kernel(2.0 * 2 * (3 * 4 * 8) * reached * tile.queries * tile.keys, 5.0)
 
     def turns(scope: str) -> float | None:
         return told(Op("loop", Shape(), "while", "", (), f'metadata={{op_name="{scope}"}}', False))

@@ -12,9 +12,9 @@ def test_a_torus_has_two_links_along_an_axis_that_closes_and_one_else():
     pod, slice_ = chips.topology("v5e:16x16"), chips.topology("v5e:4x16")
     link = pod.chip.link
     row, column = [(i, 3) for i in range(16)], [(3, i) for i in range(16)]
-    every = [(i, j) for i in range(4) for j in range(4)]
-    assert [pod.bandwidth(c) for c in (row, column, every)] == [2 * link, 2 * link, 4 * link]
-    assert [slice_.bandwidth(c) for c in (row[:4], column, every)] == [link, 2 * link, 3 * link]
+    some, every = ([(i, j) for i in range(n) for j in range(16)] for n in (2, 16))
+    assert [pod.bandwidth(c) for c in (row, column, some, every)] == [2 * link, 2 * link, 3 * link, 4 * link]
+    assert [slice_.bandwidth(c) for c in (row[:4], column, some)] == [link, 2 * link, 3 * link]
 
 
 def test_gpus_talk_by_nvlink_within_a_node_and_by_network_beyond():

@@ -82,9 +82,6 @@ def test_gpus_are_planned_for_without_one(tiny):
     assert bucket["memory"]["temporaries"] > 0
     assert bucket["collectives"]["all-reduce"]["bytes"] > 0
     assert "counted here" in done.stdout
-    small = plan(tiny, "--topology", "h100:8", "--memory", "0.001")
-    assert small.returncode == 1
-    assert "DOES NOT FIT" in small.stdout
 
 
 def test_a_config_whose_documents_are_elsewhere_needs_shapes():

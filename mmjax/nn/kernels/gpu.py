@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from mmjax.nn.kernels import gpu_tiles as tiles
+from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.gpu_backward import backward
-from mmjax.nn.kernels.gpu_tiles import LOG2E, Blocks, Plan, Shape
+from mmjax.nn.kernels.gpu_blocks import LOG2E, Blocks, Plan, Shape, capability
 from mmjax.nn.kernels.inputs import Inputs, Static
 
 __all__ = ["Blocks", "Plan", "backward", "forward", "refusal"]
@@ -31,8 +31,12 @@ FLOOR = -1e30  # a finite start of the running maximum: a query that sees nothin
 
 def refusal(static: Static, x: Inputs) -> str | None:
     """Why these kernels cannot compute it, or are not worth it; None where they are."""
-    if x.q.shape[3] < 128 or x.k.shape[2] < 256:
-        return "A short row is one tile, which XLA computes as well."
+    if tiles.plgpu is None:
+        return "This version of JAX compiles no Pallas kernels through Triton."
+    if (capability() or 9.0) < 8.0:
+        return "XLA compiles Triton for GPUs of compute capability 8.0 and above."
+    if one_tile(x):
+        return "It is one tile, which XLA computes as well."
     if static.bias is not None:
         return "A bias is an arbitrary function of JAX, which Triton cannot compile."
     if len({a.dtype for a in (x.q, x.k, x.v)}) > 1 or x.q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -42,21 +46,34 @@ def refusal(static: Static, x: Inputs) -> str | None:
     return None
 
 
+def one_tile(x: Inputs) -> bool:
+    """Whether plain XLA computes everything at once, without a loop."""
+    if 0 in x.q.shape or 0 in x.v.shape:
+        return True
+    t = xla.Tiling.of(x)
+    return t.rows == x.q.shape[0] and t.query_blocks == t.key_blocks == 1
+
+
 def _forward_kernel(s: Shape, given: dict, out_ref: Any, lse_ref: Any) -> None:
     at_q = (s.query_blocks - 1 - pl.program_id(0)) * s.queries
     q = tiles.read(given["q"], (slice(None),), s.size, s.length, s.width, at_q, s.queries)
-    lo, far = given["lo"][:][:, None], given["far"][:][:, None]
+    lo = tiles.vector(given["lo"].at[:], at_q, s.queries, s.length, 0)
+    hi = tiles.vector(given["hi"].at[:], at_q, s.queries, s.length, -1)
+    bounds = tiles.reach(tiles.of_queries(lo, hi), tiles.vectors(given, tiles.KEYS, s.key_blocks))
+    lo, hi = lo[:, None], hi[:, None]
 
     def step(hidden: bool, j: jax.Array, carry: tuple) -> tuple:
         out, total, top = carry
         at = j * s.keys
         rows = pl.ds(at, s.keys)
-        order = given["order"][rows] if hidden else None
-        bias = given["key_bias"][rows][None] if "key_bias" in given else None
+        order = tiles.vector(given["order"].at[rows], at, s.keys, s.length_k, -1) if hidden else None
+        bias = (
+            tiles.vector(given["key_bias"].at[rows], at, s.keys, s.length_k, 0.0)[None] if "key_bias" in given else None
+        )
         k = tiles.read(given["k"], (rows,), s.size, s.length_k, s.width, at, s.keys)
         scores, _ = tiles.score(s, tiles.product(q, k), bias)
         if hidden:
-            scores = jnp.where(tiles.seen(order[None], lo, far), scores, -jnp.inf)
+            scores = jnp.where(tiles.seen(order[None], lo, hi), scores, -jnp.inf)
         new = jnp.maximum(top, scores.max(1))
         shrink = jnp.exp2((top - new) * s.unit)
         p = jnp.exp2(scores * s.unit - (new * s.unit)[:, None])
@@ -67,16 +84,16 @@ def _forward_kernel(s: Shape, given: dict, out_ref: Any, lse_ref: Any) -> None:
     top = jnp.full((s.queries,), FLOOR, jnp.float32)
     total = jnp.zeros((s.queries,), jnp.float32)
     if "sinks" in given:
-        sinks = given["sinks"][:]
+        sinks = tiles.vector(given["sinks"].at[:], at_q, s.queries, s.length, 0.0)
         top = jnp.maximum(top, sinks * (LOG2E / s.unit))
         total = jnp.exp2(sinks * LOG2E - top * s.unit)
     out = tuple(jnp.zeros((s.queries, n), jnp.float32) for _, n in s.size_v)
-    out, total, top = tiles.loop(given["range"], step, (out, total, top))
+    out, total, top = tiles.loop(bounds, step, (out, total, top))
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     tiles.write(out_ref, s.size_v, tuple(o / safe[:, None] for o in out), s.length, s.width_v, at_q)
     lse = jnp.where(some, top * (s.unit / LOG2E) + jnp.log(safe), -jnp.inf)
-    plgpu.store(lse_ref.at[:], lse, mask=at_q + jnp.arange(s.queries) < s.length)
+    tiles.save(lse_ref, lse, at_q, s.length)
 
 
 def forward(
@@ -98,10 +115,9 @@ def forward(
         sinks = None if sinks is None else sinks.reshape(kv, 1, -1)
     blocks = (plan or Plan.of(x)).forward
     s = Shape.of(static, x, blocks)
-    see = tiles.labels(x, s)
-    given = {**tiles.heads_last(x), **see, "range": tiles.ranges(see, s), **tiles.optional(x, s)}
+    given = tiles.arrays(x) | tiles.of_blocks(x, s)
     if sinks is not None:
-        given["sinks"] = jnp.pad(sinks, ((0, 0), (0, 0), (0, s.query_blocks * s.queries - s.length)))
+        given["sinks"] = sinks
     specs = tiles.by_query(s)
     last = given["q"].shape[:-1]
     kind = jnp.float32 if static.wide else x.v.dtype

@@ -5,124 +5,24 @@ no power of two is cut into two that are (80 = 64 + 16), in registers only.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from mmjax.core import sharding
-from mmjax.nn.kernels.inputs import Inputs, Static
+from mmjax.nn.kernels.gpu_blocks import Blocks, Shape, padded
+from mmjax.nn.kernels.inputs import Inputs
 
-LOG2E = math.log2(math.e)
-NOBODY = jnp.iinfo(jnp.int32).max
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # JAX means to leave it out one day: gpu.refusal then says so
+    plgpu = None
 
-
-@dataclass(frozen=True)
-class Blocks:
-    """The tile of a kernel, and how Triton compiles it."""
-
-    queries: int
-    keys: int
-    warps: int = 4
-    stages: int = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The blocks of the three kernels."""
-
-    forward: Blocks
-    by_query: Blocks  # the cotangent of q
-    by_key: Blocks  # the cotangents of k and v
-
-    @classmethod
-    def of(cls, x: Inputs) -> "Plan":
-        size = max(x.q.shape[-1], x.v.shape[-1])
-        if x.q.dtype.itemsize > 2:
-            # Products of float32 run outside of tensor cores where the precision is "highest": small tiles compile.
-            small = Blocks(32, 32, 4, 2)
-            return cls(small, small, small)
-        # The best of those tried on an H200, in bfloat16 (tests.benchmarks.attention_gpu --parts sweep).
-        if size <= 64:
-            return cls(Blocks(64, 128, 4, 3), Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 2))
-        if size <= 128:
-            return cls(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2))
-        return cls(Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a kernel knows when it is compiled."""
-
-    queries: int  # a block's
-    keys: int
-    length: int  # a row's
-    length_k: int
-    group: int
-    size: tuple[tuple[int, int], ...]  # parts of the head size: (start, power of two)
-    size_v: tuple[tuple[int, int], ...]
-    width: int
-    width_v: int
-    scale: float
-    softcap: float | None
-    unit: float  # what takes scores to logarithms of base 2
-
-    @classmethod
-    def of(cls, static: Static, x: Inputs, blocks: Blocks) -> "Shape":
-        group, length, width = x.q.shape[2:]
-        s, width_v = x.v.shape[2:]
-        # Where nothing is done to scores but masking, scaling them waits for the exponential, which it is free in.
-        raw = static.softcap is None and x.key_bias is None and static.scale > 0
-        return cls(
-            _power(blocks.queries, length),
-            _power(blocks.keys, s),
-            length,
-            s,
-            group,
-            _parts(width),
-            _parts(width_v),
-            width,
-            width_v,
-            static.scale,
-            static.softcap,
-            static.scale * LOG2E if raw else LOG2E,
-        )
-
-    @property
-    def raw(self) -> bool:
-        return self.unit != LOG2E
-
-    @property
-    def query_blocks(self) -> int:
-        return -(-self.length // self.queries)
-
-    @property
-    def key_blocks(self) -> int:
-        return -(-self.length_k // self.keys)
-
-
-def _power(most: int, length: int) -> int:
-    """A block of at most `most`, no larger than a short row needs; 16 is the least that tensor cores multiply."""
-    return min(most, max(16, pl.next_power_of_2(length)))
-
-
-def _parts(size: int) -> tuple[tuple[int, int], ...]:
-    """A head size as one or two powers of two: 80 = 64 + 16, 72 = 64 + 16 (half of it nothing), 112 = 128."""
-    whole = max(16, pl.next_power_of_2(size))
-    if size <= 16 or size == whole:
-        return ((0, whole),)
-    half = whole // 2
-    rest = max(16, pl.next_power_of_2(size - half))
-    return ((0, whole),) if rest == half else ((0, half), (half, rest))
-
-
-def padded(parts: tuple[tuple[int, int], ...]) -> int:
-    return sum(n for _, n in parts)
+NOBODY = 2**31 - 1  # a label that no key has
+KEYS, QUERIES = ("least", "most", "low"), ("first", "last", "highest", "lowest")  # of a block; see of_keys, of_queries
 
 
 def fold(x: Inputs) -> Inputs:
@@ -136,46 +36,67 @@ def folds(x: Inputs) -> bool:
     return x.q.shape[2] > 1 and x.q.shape[3] <= 32
 
 
-def labels(x: Inputs, s: Shape) -> dict[str, jax.Array]:
-    """Padded to whole blocks: the keys' order, the queries' lo, and how far their hi is from it.
+def of_keys(order: jax.Array) -> tuple[jax.Array, ...]:
+    """Over the last axis: the least and the greatest label, and the least with those of empty slots (-1)."""
+    return jnp.where(order >= 0, order, NOBODY).min(-1), order.max(-1), order.min(-1)
 
-    A query sees a key exactly where order - lo, as an unsigned number, is at most hi - lo. One that sees nothing gets a
-    lo that no label reaches.
+
+def of_queries(lo: jax.Array, hi: jax.Array) -> tuple[jax.Array, ...]:
+    """Over the last axis: the least lo and the greatest hi of those that see anything, and the greatest lo and least hi
+    of all: no label is between those where one sees nothing."""
+    some = lo <= hi
+    above, below = jnp.where(some, lo, NOBODY), jnp.where(some, hi, -1)
+    return above.min(-1), below.max(-1), above.max(-1), below.min(-1)
+
+
+def of_blocks(x: Inputs, s: Shape, by_key: bool = False) -> dict[str, jax.Array]:
+    """`of_keys` of every block of keys, i32[B, blocks] each; or `of_queries` of the queries'."""
+    if not by_key:
+        found = of_keys(_cut(x.order, s.keys, -1))
+        return dict(zip(KEYS, found, strict=True))
+    found = of_queries(_cut(x.lo, s.queries, 0), _cut(x.hi, s.queries, -1))
+    return dict(zip(QUERIES, found, strict=True))
+
+
+def _cut(a: jax.Array, size: int, fill: int) -> jax.Array:
+    more = -a.shape[1] % size
+    return jnp.pad(a, ((0, 0), (0, more)), constant_values=fill).reshape(a.shape[0], -1, size)
+
+
+def reach(queries: tuple, keys: tuple) -> tuple[jax.Array, ...]:
+    """Of one block and all blocks of the other side: the first that it touches, one past the last, and the same of the
+    first run of full blocks (empty at the last where there is none).
+
+    Args:
+      queries, keys: `of_queries` and `of_keys`; numbers of the one side, arrays [blocks] of the other.
     """
-    some = x.lo <= x.hi
-    more_q, more_k = s.query_blocks * s.queries - s.length, s.key_blocks * s.keys - s.length_k
-    return {
-        "order": jnp.pad(x.order, ((0, 0), (0, more_k)), constant_values=-1),
-        "lo": jnp.pad(jnp.where(some, x.lo, NOBODY), ((0, 0), (0, more_q)), constant_values=NOBODY),
-        "far": jnp.pad(jnp.where(some, x.hi - x.lo, 0), ((0, 0), (0, more_q))),
-    }
+    first, last, highest, lowest = queries
+    least, most, low = keys
+    touch = (first <= most) & (least <= last)
+    full = (highest <= low) & (most <= lowest)
+    at = jax.lax.iota(jnp.int32, touch.shape[0])
+    start, stop = jnp.where(touch, at, touch.shape[0]).min(), jnp.where(touch, at + 1, 0).max()
+    run = jnp.where(full, at, stop).min()
+    end = jnp.where(~full & (at > run), at, stop).min()
+    return start, stop, run, end
 
 
-def ranges(see: dict[str, jax.Array], s: Shape, by_key: bool = False) -> jax.Array:
-    """For every block of queries the blocks of keys it reaches (or of keys, the queries): i32[B, blocks, 4].
+def vectors(given: dict, names: tuple[str, ...], count: int) -> tuple[jax.Array, ...]:
+    """What `of_blocks` found; the others of a power of two touch nothing."""
+    size = blocks_read(count)
+    fills = {"least": NOBODY, "most": -1, "low": -1, "first": NOBODY, "last": -1, "highest": NOBODY, "lowest": -1}
+    return tuple(vector(given[name].at[:], 0, size, count, fills[name]) for name in names)
 
-    The first, one past the last, and of the first run of full blocks the same.
-    """
-    b = see["order"].shape[0]
-    order = see["order"].reshape(b, -1, s.keys)
-    lo, far = (see[name].reshape(b, -1, s.queries) for name in ("lo", "far"))
-    some = lo < NOBODY
-    hi = lo + jnp.where(some, far, 0)
-    least, most = jnp.where(order >= 0, order, NOBODY).min(-1), order.max(-1)
-    first, last = lo.min(-1), jnp.where(some, hi, -1).max(-1)
-    touch = (first[:, :, None] <= most[:, None]) & (least[:, None] <= last[:, :, None])
-    full = (lo.max(-1)[:, :, None] <= order.min(-1)[:, None]) & (
-        most[:, None] <= jnp.where(some, hi, -1).min(-1)[:, :, None]
-    )
-    full &= touch
-    if by_key:
-        touch, full = touch.swapaxes(1, 2), full.swapaxes(1, 2)
-    count = touch.shape[-1]
-    at = jnp.arange(count, dtype=jnp.int32)[None, None]
-    start, stop = jnp.where(touch, at, count).min(-1), jnp.where(touch, at + 1, 0).max(-1)
-    run = jnp.minimum(jnp.where(full, at, count).min(-1), stop)
-    end = jnp.clip(jnp.where(~full & (at > run[..., None]), at, count).min(-1), run, stop)
-    return jnp.stack([start, stop, run, end], -1)
+
+def blocks_read(count: int) -> int:
+    return max(16, pl.next_power_of_2(count))
+
+
+def vector(ref: Any, at: Any, size: int, count: int, other: Any) -> jax.Array:
+    """`size` numbers, of which the first is number `at` of `count`; `other` past the end."""
+    if count % size == 0:
+        return ref[...]
+    return plgpu.load(ref, mask=at + jnp.arange(size) < count, other=other)
 
 
 def read(ref: Any, rows: tuple, parts: tuple, count: int, width: int, at: Any, size: int) -> tuple[jax.Array, ...]:
@@ -193,6 +114,11 @@ def read(ref: Any, rows: tuple, parts: tuple, count: int, width: int, at: Any, s
         else:
             out.append(plgpu.load(where, mask=jnp.broadcast_to(mask, (size, n)), other=0.0))
     return tuple(out)
+
+
+def save(ref: Any, value: jax.Array, at: Any, count: int) -> None:
+    """The way back of `vector`."""
+    plgpu.store(ref.at[:], value, mask=at + jnp.arange(value.shape[0]) < count)
 
 
 def write(ref: Any, parts: tuple, values: tuple, count: int, width: int, at: Any) -> None:
@@ -230,9 +156,9 @@ def score(s: Shape, raw: jax.Array, key_bias: jax.Array | None) -> tuple[jax.Arr
     return (raw if key_bias is None else raw + key_bias), slope
 
 
-def loop(bounds: Any, step: Callable, carry: Any) -> Any:
+def loop(bounds: tuple, step: Callable, carry: Any) -> Any:
     """step(masked, block, carry) over a range: its full run, then what is before and after that."""
-    start, stop, run, end = (bounds[i] for i in range(4))
+    start, stop, run, end = bounds
     carry = jax.lax.fori_loop(run, end, functools.partial(step, False), carry)
     before = run - start
 
@@ -242,7 +168,10 @@ def loop(bounds: Any, step: Callable, carry: Any) -> Any:
     return jax.lax.fori_loop(0, jnp.maximum(before, 0) + stop - end, masked, carry)
 
 
-def seen(order: jax.Array, lo: jax.Array, far: jax.Array) -> jax.Array:
+def seen(order: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """lo <= order <= hi, with one comparison: order - lo as an unsigned number is at most hi - lo."""
+    some = lo <= hi
+    lo, far = jnp.where(some, lo, NOBODY), jnp.where(some, hi - lo, 0)
     return (order - lo).astype(jnp.uint32) <= far.astype(jnp.uint32)
 
 
@@ -271,6 +200,7 @@ def by_query(s: Shape) -> dict[str, pl.BlockSpec]:
     heads = lambda h: (jax.lax.div(h, s.group), jax.lax.rem(h, s.group))  # noqa: E731
     rows = s.key_blocks * s.keys
     per_query = pl.BlockSpec((None, s.queries), lambda i, h, b: (b, last - i))
+    per_key = pl.BlockSpec((None, rows), lambda i, h, b: (b, 0))
     per_head = pl.BlockSpec((None, None, None, s.queries), lambda i, h, b: (b, *heads(h), last - i))
     of_query = lambda n: pl.BlockSpec(  # noqa: E731
         (None, s.queries, None, None, n), lambda i, h, b: (b, last - i, *heads(h), 0)
@@ -281,25 +211,22 @@ def by_query(s: Shape) -> dict[str, pl.BlockSpec]:
         "d_out": of_query(padded(s.size_v)),
         "k": of_key(padded(s.size)),
         "v": of_key(padded(s.size_v)),
-        "order": pl.BlockSpec((None, rows), lambda i, h, b: (b, 0)),
-        "key_bias": pl.BlockSpec((None, rows), lambda i, h, b: (b, 0)),
+        "order": per_key,
+        "key_bias": per_key,
         "lo": per_query,
-        "far": per_query,
-        "range": pl.BlockSpec((None, None, 4), lambda i, h, b: (b, last - i, 0)),
+        "hi": per_query,
+        **dict.fromkeys(KEYS, pl.BlockSpec((None, blocks_read(s.key_blocks)), lambda i, h, b: (b, 0))),
         "lse": per_head,
         "delta": per_head,
         "sinks": pl.BlockSpec((None, None, s.queries), lambda i, h, b: (*heads(h), last - i)),
     }
 
 
-def heads_last(x: Inputs) -> dict[str, jax.Array]:
-    """q [B, L, K, G, E], k and v [B, S, K, E]: what nn.attention had before it put heads first, so that XLA takes both
-    transpositions away, and the kernels, to whom strides are free, read the arrays of the model."""
-    return {"q": x.q.transpose(0, 3, 1, 2, 4), "k": x.k.swapaxes(1, 2), "v": x.v.swapaxes(1, 2)}
-
-
-def optional(x: Inputs, s: Shape) -> dict[str, jax.Array]:
-    if x.key_bias is None:
-        return {}
-    more = s.key_blocks * s.keys - s.length_k
-    return {"key_bias": jnp.pad(x.key_bias.astype(jnp.float32), ((0, 0), (0, more)))}
+def arrays(x: Inputs) -> dict[str, jax.Array]:
+    """What every kernel reads: q [B, L, K, G, E], k and v [B, S, K, E], as nn.attention had them before it put heads
+    first, so that XLA takes both transpositions away, and the kernels, to whom strides are free, read the model's own
+    arrays.
+    """
+    found = {"q": x.q.transpose(0, 3, 1, 2, 4), "k": x.k.swapaxes(1, 2), "v": x.v.swapaxes(1, 2)}
+    found |= {"order": x.order, "lo": x.lo, "hi": x.hi}
+    return found if x.key_bias is None else {**found, "key_bias": x.key_bias.astype(jnp.float32)}
