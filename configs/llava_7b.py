@@ -31,7 +31,7 @@ def model() -> vlm.Config:
     """7.05 billion parameters."""
     clip = ENCODERS["clip-l14-336"]()
     # Features of the second to last block: the last one, and the head, are not there at all.
-    seen = dataclasses.replace(clip.blocks, layers=clip.blocks.layers - 1, remat="full")
+    seen = dataclasses.replace(clip.blocks, layers=clip.blocks.layers - 1, remat="attention")
     language = transformer.Config(
         width=4096,
         layers=32,
@@ -41,7 +41,7 @@ def model() -> vlm.Config:
         hidden=11008,
         epsilon=1e-5,
         rope=rope.Config(128, (64,)),
-        remat="full",
+        remat="attention",
     )
     return vlm.Config(
         vision=dataclasses.replace(clip, blocks=seen, head=None),

@@ -254,7 +254,7 @@ def _peak(compute: str) -> tuple[float, str]:
     device = jax.devices()[0]
     if device.device_kind in KINDS:
         made = CHIPS[KINDS[device.device_kind]]
-        return made.flops * made.cores * jax.device_count(), f"dense bfloat16 of {made.name}, by its maker"
+        return made.flops * jax.device_count(), f"dense bfloat16 of {made.name}, by its maker"
     best = _product(2048 if device.platform == "cpu" else 8192, compute)
     # The devices of a CPU are the same cores.
     count = jax.process_count() if device.platform == "cpu" else jax.device_count()

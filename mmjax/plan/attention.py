@@ -15,7 +15,7 @@ from mmjax.core.hlo_text import Op
 from mmjax.models import vlm
 from mmjax.models.flops import Row
 from mmjax.nn import transformer
-from mmjax.nn.kernels import gpu_tiles, xla
+from mmjax.nn.kernels import gpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.nn.kernels.tpu_blocks import BIG, Blocks
 
@@ -120,7 +120,9 @@ class Part:
 GPU_KERNELS = {"forward_kernel": 2, "by_query": 3, "by_key": 4}
 
 
-def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads: int = 1) -> Hints:
+def hints(
+    cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads: int = 1, compute: str = "bfloat16"
+) -> Hints:
     """What attention takes in encoder and decoder, which named scopes tell apart.
 
     Args:
@@ -130,11 +132,12 @@ def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads:
       media: media tokens of a row.
       rows: of a device, that go through the model at once.
       heads: parts that heads are split into over the devices.
+      compute: the type of queries and keys.
     """
 
     def part(blocks: transformer.Config, *sees: tuple[float, Seen]) -> Part:
         count = rows * max(blocks.heads // heads, 1) * blocks.head
-        return Part(tuple(s for s in sees if s[0]), _inputs(blocks, len(sees[0][1].lo), heads), count)
+        return Part(tuple(s for s in sees if s[0]), _inputs(blocks, len(sees[0][1].lo), heads, compute), count)
 
     parts = {"decoder": part(cfg.decoder.blocks, (1.0, sequence(row, see, media)))}
     if row.pictures:
@@ -157,7 +160,7 @@ def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads:
             name = next((name for name in GPU_KERNELS if name in op.rest), None)
             if name is None:
                 return None
-            tile = getattr(gpu_tiles.Plan.of(part.inputs), name.removesuffix("_kernel"))
+            tile = getattr(gpu_blocks.Plan.of(part.inputs), name.removesuffix("_kernel"))
             pairs = part.pairs((tile.queries, tile.keys))
             return Kernel(2.0 * GPU_KERNELS[name] * part.products * pairs, moved)
         # The TPU's state half of all pairs, and that half of all keys are read for every block of queries.
@@ -169,11 +172,11 @@ def hints(cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads:
     return Hints(loop, kernel)
 
 
-def _inputs(cfg: transformer.Config, length: int, split: int) -> Inputs:
+def _inputs(cfg: transformer.Config, length: int, split: int, compute: str) -> Inputs:
     """What a device's kernels are given of a row of this length, by shapes: they cut it as these are."""
     kv = max(cfg.kv_heads // split, 1)
     group = max(cfg.heads // split, 1) // kv
-    q, k = (jax.ShapeDtypeStruct((1, *shape, length, cfg.head), jnp.bfloat16) for shape in ((kv, group), (kv,)))
+    q, k = (jax.ShapeDtypeStruct((1, *shape, length, cfg.head), jnp.dtype(compute)) for shape in ((kv, group), (kv,)))
     return Inputs(q, k, k, None, None, None, None, None, None, None, None)
 
 

@@ -41,7 +41,9 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen)
     media = flops.media_tokens(cfg.model, row)
     rows = max(bucket.rows // parts_of("batch", mesh, Rules()) // cfg.update.accumulate, 1)
-    hints = attention.hints(cfg.model, row, cfg.sequence.see, media, rows, parts_of("heads", mesh, Rules()))
+    hints = attention.hints(
+        cfg.model, row, cfg.sequence.see, media, rows, parts_of("heads", mesh, Rules()), cfg.update.compute
+    )
     counted = hlo.count(hlo.parse(program.text), hints)
     time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     best = model.total * bucket.rows / mesh.size / topology.chip.flops

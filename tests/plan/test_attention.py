@@ -10,7 +10,7 @@ from tiny import tiny_model
 from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
 from mmjax.models.flops import Row
-from mmjax.nn.kernels import gpu_tiles, tpu_blocks, xla
+from mmjax.nn.kernels import gpu_blocks, tpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.plan import attention
 from mmjax.sequence import behind, intervals
@@ -79,7 +79,7 @@ def test_loops_are_told_apart_by_their_scope():
     # The GPU's forward kernel: three rows, 4 heads of 8, two products of every tile that a causal row reaches.
     line = 'custom_call_target="__gpu$xla.gpu.triton", op_name="jvp(decoder)/attention", name = "forward_kernel"'
     kernel = attention.hints(cfg, row, "causal", 2048, 3).kernel(Op("k", Shape(), "", "", (), line, False), None, 5.0)
-    tile = gpu_tiles.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 1)).forward
+    tile = gpu_blocks.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 1, "bfloat16")).forward
     reached = sum(-(-(i + 1) * tile.queries // tile.keys) for i in range(2048 // tile.queries))
     assert kernel == Kernel(2.0 * 2 * (3 * 4 * 8) * reached * tile.queries * tile.keys, 5.0)
 
