@@ -8,10 +8,9 @@ numerics: all masks × head sizes × types, results and gradients, against float
 table: bfloat16, one row, 16 heads of 128 (and 8 query heads on 2 key heads), forward and forward + backward; masks: one
   causal document, 16 packed documents, causal with bidirectional pictures. Peers: cuDNN through
   jax.nn.dot_product_attention; torch SDPA, causal or with a dense mask; for packed documents both also on the
-  documents as rows of a batch, which is the floor; "ours or cudnn" asks on the device whether the row is plainly
-  causal. Medians of five; a program makes several calls (torch: a CUDA graph of one), so that starting it is not what
-  is measured. TFLOP/s count the work inside the intervals: 4 · pairs · heads · size forwards and 3.5 times that both
-  ways.
+  documents as rows of a batch, which is the floor. Medians of five; a program makes several calls (torch: a CUDA graph
+  of one), so that starting it is not what is measured. TFLOP/s count the work inside the intervals: 4 · pairs · heads ·
+  size forwards and 3.5 times that both ways.
 sweep: tiles, warps and stages for every kernel and head size.
 
 The last line is one JSON object.
@@ -32,7 +31,6 @@ from mmjax.sequence import intervals
 from tests.benchmarks.gpu_numerics import numerics
 from tests.benchmarks.gpu_shared import (
     DEVICE,
-    chosen,
     compile_all,
     cudnn,
     jax_jobs,
@@ -91,7 +89,6 @@ def row(length: int, heads: int, kv: int, mask: str) -> dict:
     causal = functools.partial(cudnn, is_causal=True)
     if mask == "causal":
         jobs |= jax_jobs("cudnn", causal, (arrays,), copies)
-        jobs |= jax_jobs("ours or cudnn", chosen, (arrays, *see), copies)
     if mask == "packed":
         jobs |= jax_jobs("cudnn by document", by_document(causal), (arrays,), copies)
     if mask == "images" and length <= 8192:

@@ -57,47 +57,8 @@ def ours(q, k, v, see, key_bias=None, sinks=None, softcap=None, plan=None):
     return last(out), last(lse)
 
 
-# ---- cuDNN where a row is plainly causal, which is known when the program runs
-
-
 def cudnn(qkv, **more):
     return jax.nn.dot_product_attention(*qkv, implementation="cudnn", **more)
-
-
-@jax.custom_vjp
-def chosen(qkv, order, lo, hi):
-    return _chosen(qkv, order, lo, hi)[0]
-
-
-def _chosen(qkv, order, lo, hi):
-    at = jnp.arange(order.shape[1], dtype=jnp.int32)[None]
-    plain = jnp.all((order == at) & (lo == 0) & (hi == at))
-    out, lse = jax.lax.cond(
-        plain,
-        lambda: tuple(cudnn(qkv, is_causal=True, return_residual=True)),
-        lambda: ours(*qkv, (order, lo, hi)),
-    )
-    return out, (qkv, (order, lo, hi), plain, out, lse)
-
-
-def _chosen_back(saved, d_out):
-    """cuDNN's backward pass has no public name of its own: its forward pass comes along."""
-    qkv, see, plain, out, lse = saved
-    heads, kv = qkv[0].shape[2], qkv[1].shape[2]
-    first = lambda a: jnp.moveaxis(a.reshape(*a.shape[:2], kv, heads // kv, *a.shape[3:]), 1, 3)  # noqa: E731
-
-    def own():
-        static = Static(qkv[0].shape[-1] ** -0.5, None, None)
-        results = first(out), first(lse), first(d_out), jnp.zeros_like(first(lse))
-        found = gpu.backward(static, inputs_of(*qkv, see), *results, interpret=not ON_GPU)
-        d_q = jnp.moveaxis(found.q, 3, 1).reshape(qkv[0].shape)
-        return d_q, found.k.swapaxes(1, 2), found.v.swapaxes(1, 2)
-
-    grads = jax.lax.cond(plain, lambda: jax.vjp(functools.partial(cudnn, is_causal=True), qkv)[1](d_out)[0], own)
-    return grads, None, None, None
-
-
-chosen.defvjp(_chosen, _chosen_back)
 
 
 # ---- compile many, measure one
