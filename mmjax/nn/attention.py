@@ -8,9 +8,10 @@
     query -                               lo 0 hi -1: sees nothing, gives zeros
 
 A label of -1 is never seen, because lo >= 0 wherever lo <= hi. Mask memory is O(L): no [L, S] array exists, forwards or
-backwards, and tiles of scores that no interval reaches are not computed (nn.kernels.xla). On a mesh every device works
-on its own rows, heads and queries. Where rows are split along their length, short ones' keys and values are gathered
-for the moment of use, and long ones' go round the devices (nn.ring); else there is no communication.
+backwards, and tiles of scores that no interval reaches are not computed. The kernel is that of the platform a program
+is compiled for (nn.kernels; `nn.kernels.backend.use` chooses another). On a mesh every device works on its own rows,
+heads and queries. Where rows are split along their length, short ones' keys and values are gathered for the moment of
+use, and long ones' go round the devices (nn.ring); else there is no communication.
 """
 
 import contextlib
