@@ -156,7 +156,7 @@ def said(found: dict[str, Any]) -> str:
         "model": f"{found['parameters']:,} parameters, {found['compute']}; rows {shapes}",
         "step": f"{1e3 * spread['median']:.4g} ms, the median of {found['steps']}; half of them between "
         f"{1e3 * spread['quarter']:.4g} and {1e3 * spread['three_quarters']:.4g} ms, all between "
-        f"{1e3 * spread['least']:.4g} and {1e3 * spread['most']:.4g}; {found['waiting']:.1%} waiting for data",
+        f"{1e3 * spread['least']:.4g} and {1e3 * spread['most']:.4g}; the host waited for data {found['waiting']:.1%}",
         "useful tokens": f"{found['tokens_per_second']:,.0f} per second, {found['tokens_per_step']:,.0f} a step; fill "
         f"{found['fill']:.1%} (tokens {found['fill_tokens']:.1%}, patches {found['fill_patches']:.1%})",
         "MFU": f"{found['mfu']:.3f}: {found['flops_per_step'] / 1e9:,.4g} GFLOP of the model a step, of "
@@ -169,7 +169,10 @@ def said(found: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step that was timed. waiting: of its seconds, for data. tokens: that are no padding. flops: of the model."""
+    """A step that was timed. tokens: that are no padding. flops: of the model.
+
+    waiting: of its seconds, what the host waited for the next step's data; the device works on this one meanwhile.
+    """
 
     bucket: int
     seconds: float
@@ -193,7 +196,7 @@ def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:
     asking = cluster.whole(np.zeros(programs.asking.mesh.size, np.int32), programs.asking)
     fed, ended, seen, unread, out = read(source, 0, threads=cfg.threads), 0.0, set(), None, []
 
-    def finish(number: int, held: tuple[np.ndarray, np.ndarray], waiting: float, told: dict[str, jax.Array]) -> None:
+    def finish(number: int, held: tuple[np.ndarray, np.ndarray], told: dict[str, jax.Array], waiting: float) -> None:
         nonlocal ended
         told, began, ended = jax.device_get(told), ended, time.monotonic()
         if told["violations"].any():
@@ -210,9 +213,9 @@ def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:
         bucket = source.plan.steps[number].bucket
         now, told = programs.run(bucket, now, batch, asking, cfg.update.accumulate)
         if unread:
-            finish(*unread)
-        unread = number, (batch.document, batch.grid), waiting, told
-    finish(*unread)
+            finish(*unread, waiting)
+        unread = number, (batch.document, batch.grid), told
+    finish(*unread, 0.0)
     work = _work(cfg)
     return [Step(*measured, work(*held, measured[-1])) for held, *measured in out]
 
