@@ -37,8 +37,9 @@ from mmjax.nn.ring import merge as merge  # part of what this file offers
 
 Context = Literal["auto", "gather", "ring", "dealt"]
 # "auto": keys and values go round where gathered they would take more bytes than this on a device. They are as many
-# bytes on the way either way. Gathered, a layer waits for all of them, once, and holds them, the backward pass with
-# float32 cotangents as large again or twice; on a ring it computes meanwhile, in as many smaller steps as devices.
+# bytes on the way either way, and on a ring those of one part more. Gathered, a layer waits for all of them, once, and
+# holds them, the backward pass with float32 cotangents as large again or twice; on a ring it computes meanwhile, in as
+# many smaller steps as devices.
 GATHERED = 2**27
 RESULTS = ("attention_out", "attention_lse")  # what jax.checkpoint_policies know attend's results by
 
@@ -49,7 +50,8 @@ class Bias:
 
     function: (params, query, key) -> f32[B, heads, queries, keys], or 1 in the place of heads. Pure; it gets blocks of
       `query` and `key` (zeros past the end of a row), and of params the heads that its device has.
-    params: arrays with a leading axis of H heads, which get gradients; or None.
+    params: arrays with a leading axis of H heads, which get gradients; or None. The function gets those of the heads
+      that are computed together, a device's or fewer, and gives each head's bias from its own.
     query: arrays [B, L, ...] that the function reads for each query, its position say; no gradients.
     key: arrays [B, S, ...], for each key.
     """
@@ -275,13 +277,20 @@ def _backward(static: Static, axes: Split, saved: tuple, cotangents: tuple) -> t
     no_gradient = {"order": None, "lo": None, "hi": None, "bias_query": None, "bias_key": None}
     lies, reads = _axes(saved[0], axes), _read(saved[0], axes)
     run = functools.partial(ring.backward, over=axes.ring, dealt=axes.dealt) if axes.ring else backend.backward
+    # Cotangents of what several devices read are added up in float32.
+    wide = replace(static, wide=static.wide or (axes.keys is not None and not axes.ring))
     found = sharding.local(
-        functools.partial(run, static),
+        functools.partial(run, wide),
         (*saved, *cotangents),
         (reads, *_results(axes), *_results(axes)),
         reads.replace(**no_gradient),
     )
+    found = jax.tree.map(lambda d, a: None if d is None else d.astype(a.dtype), found, saved[0], is_leaf=_is_none)
     return (jax.tree.map(sharding.constrain, found, lies.replace(**no_gradient)),)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 _attend.defvjp(_forward, _backward)

@@ -108,7 +108,7 @@ def test_a_bias_of_one_head_serves_all(rng, tiles):
     def shared(params, query, key):
         return relative(params["table"][:1], query, key)
 
-    # The parameters' leading axis is always H heads; a function may use one and return one.
+    # The parameters' leading axis is always H heads; on one device a function may use one and return one.
     four = {"table": np.repeat(table, 4, 0)}
     got = both_ways(qkv, see, cotangents, params=four, where=where, function=shared)
     same = both_ways(qkv, see, cotangents, params=np.repeat(table, 4, 0), where=where, function=relative)

@@ -80,11 +80,11 @@ def gathered(params, query, key):
     return jnp.moveaxis(params[:, distance], 0, 1)
 
 
-@pytest.mark.parametrize("size", [32, 128])
-def test_options_equal_a_dense_mask(rng, size):
+@pytest.mark.parametrize(("size", "kv"), [(32, 2), (128, 4)])
+def test_options_equal_a_dense_mask(rng, size, kv):
     """All options at once: other lengths of queries and keys, labels in any order, queries that see nothing."""
     b, length, keys, heads = 2, 137, 301, 4
-    qkv = draw(rng, b, length, keys, heads, 2, size, size)
+    qkv = draw(rng, b, length, keys, heads, kv, size, size)
     order = np.stack([rng.permutation(keys).astype(np.int32) for _ in range(b)])
     order[:, 240:] = -1
     lo = rng.integers(0, keys, (b, length), dtype=np.int32)
@@ -97,6 +97,7 @@ def test_options_equal_a_dense_mask(rng, size):
     cotangents = tuple(rng.normal(size=(b, length, heads, *e)).astype(np.float32) for e in [(size,), ()])
     given = {"key_bias": key_bias, "sinks": sinks, "params": table, "where": where, "softcap": 0.7}
     out, lse, (grads, *rest) = both_ways(qkv, see, cotangents, function=table_of, **given)
+    assert tpu.refusal(Static(1.0, None, table_of), biased(see, (kv, heads // kv), size, table)) is None
     expected, expected_lse, _, wanted = dense.attention(
         *qkv,
         dense.seen(*see),
@@ -120,6 +121,11 @@ def inputs(see, heads=(1, 2), size=128):
     length, keys = see[1].shape[1], see[0].shape[1]
     of = lambda *s: jnp.zeros((1, *s), jnp.bfloat16)  # noqa: E731
     return Inputs(of(*heads, length, size), of(heads[0], keys, size), of(heads[0], keys, size), *see, *[None] * 5)
+
+
+def biased(see, heads, size, table):
+    where = [jnp.zeros(see[n].shape[:1] + see[n].shape[1:], jnp.int32) for n in (1, 0)]
+    return inputs(see, heads, size).replace(bias_params=jnp.asarray(table), bias_query=where[0], bias_key=where[1])
 
 
 def test_what_no_interval_reaches_is_not_computed():
@@ -172,13 +178,17 @@ def test_what_a_kernel_cannot_do_is_left_to_xla():
     see = tuple(jnp.asarray(x, jnp.int32)[None] for x in (np.arange(512), *intervals.causal(512)))
     x, static = inputs(see), Static(1.0, None, None)
     assert tpu.refusal(static, x) is None
-    where = jnp.zeros((1, 512), jnp.int32)
-    biased = x.replace(bias_params=jnp.zeros((2, 9)), bias_query=where, bias_key=where)
-    assert tpu.refusal(Static(1.0, None, table_of), biased) is None
-    assert "lower the bias" in tpu.refusal(Static(1.0, None, gathered), biased)  # a look-up
+    given = biased(see, (1, 2), 128, np.zeros((2, 9), np.float32))
+    assert tpu.refusal(Static(1.0, None, table_of), given) is None
+    assert "lower the bias" in tpu.refusal(Static(1.0, None, gathered), given)  # a look-up
+    one = lambda params, query, key: table_of(params[:1], query, key)  # noqa: E731
+    assert "from its own" in tpu.refusal(Static(1.0, None, one), given)
+    narrow = given.replace(bias_query=given.bias_query.astype(jnp.int8))
+    assert "lower the bias" in tpu.refusal(Static(1.0, None, table_of), narrow)
+    assert "bfloat16" in tpu.refusal(static, x.replace(q=x.q.astype(jnp.float16)))
     assert "256" in tpu.refusal(static, inputs(see, size=512))
-    assert "short" in tpu.refusal(static, inputs(tuple(a[:, :100] for a in see)))
-    text = str(jax.make_jaxpr(functools.partial(backend.forward, Static(1.0, None, gathered)))(biased))
+    assert "fewer than 128" in tpu.refusal(static, inputs(tuple(a[:, :100] for a in see)))
+    text = str(jax.make_jaxpr(functools.partial(backend.forward, Static(1.0, None, gathered)))(given))
     assert "pallas_call" not in text
 
 
@@ -208,10 +218,15 @@ def test_on_a_mesh_every_platform_gets_its_kernel(explicit):
     mesh = make_mesh(MeshConfig(data=2, tensor=2, sequence=2, explicit=explicit))
     q, k = (jnp.zeros((2, 512, heads, 64), jnp.bfloat16) for heads in (4, 2))
     see = tuple(jnp.tile(jnp.asarray(x, jnp.int32)[None], (2, 1)) for x in (np.arange(512), *intervals.causal(512)))
+    table = jnp.zeros((4, 9))
+
+    def total(q, k, table):
+        bias = attention.Bias(table_of, table, see[1], see[0])
+        return attention.attend(q, k, k, *see, bias=bias)[0].astype(jnp.float32).sum()
+
     for devices in (mesh, make_mesh(MeshConfig(explicit=explicit), jax.devices()[:1])):
         for how in ("gather", "ring"):
             with jax.set_mesh(devices), backend.use("auto"), attention.context(how):
-                grad = jax.grad(lambda q, k: attention.attend(q, k, k, *see)[0].astype(jnp.float32).sum(), (0, 1))
-                traced = jax.jit(grad).trace(q, k)
+                traced = jax.jit(jax.grad(total, (0, 1))).trace(q, k, table)
             assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
             assert "custom_call @tpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()

@@ -25,7 +25,7 @@ def use(backend: str) -> Iterator[None]:
 
     "auto" takes the platform's own, also where a program is compiled ahead of time for another than this machine's;
     what a kernel cannot do (`refusal`), and every other platform, is "xla". A kernel that is asked for by name is
-    interpreted on other platforms: the same numbers, slowly.
+    interpreted on other platforms: the same numbers, slowly, and not on a mesh.
 
     Args:
       backend: one of Backend.

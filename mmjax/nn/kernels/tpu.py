@@ -16,6 +16,7 @@ needs. Inside a block of keys, a part that no interval reaches is not computed, 
     …
 """
 
+import concurrent.futures
 import functools
 from typing import Any
 
@@ -27,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mmjax.core import sharding
 from mmjax.nn.kernels.inputs import Inputs, Static
 from mmjax.nn.kernels.tpu_backward import backward as backward
-from mmjax.nn.kernels.tpu_blocks import LANES, Grid, layout, ranges, span, turn, turned, ungrouped
+from mmjax.nn.kernels.tpu_blocks import LANES, Grid, group_of, layout, ranges, span, turn, turned, ungrouped
 from mmjax.nn.kernels.tpu_tiles import LOG2E, arrays_of, call, heads, over_keys, put, scores, tiles
 
 
@@ -38,21 +39,30 @@ def refusal(static: Static, x: Inputs) -> str | None:
     not a table that it looks things up in (a sum over `where(bin == n, table[:, n], 0)` does as well).
     """
     if x.q.shape[3] < LANES or x.k.shape[2] < 2 * LANES:
-        return "A short row is one tile, which XLA computes as well."
+        return "Rows of fewer than 128 queries or 256 keys are left to XLA."
+    if not {a.dtype for a in (x.q, x.k, x.v)} <= {jnp.dtype("float32"), jnp.dtype("bfloat16")}:
+        return "Queries, keys and values must be float32 or bfloat16."
     if max(x.k.shape[3], x.v.shape[3]) > 2 * LANES:
         return "Heads of more than 256 numbers do not fit into on-chip memory."
     if static.bias is not None and not _lowers(static, x):
-        return "Pallas cannot lower the bias's function for a TPU."
+        return (
+            "Pallas cannot lower the bias's function for a TPU, or it is not one of each head from its own parameters."
+        )
     return None
 
 
 def _lowers(static: Static, x: Inputs) -> bool:
     """Whether the bias and its gradient can be part of a kernel: asked by lowering one that has nothing else."""
-    heads = max([a.shape[0] for a in jax.tree.leaves(x.bias_params)], default=1)
+    if any(a.dtype.itemsize != 4 for a in jax.tree.leaves((x.bias_query, x.bias_key))):
+        return False  # what is narrower lowers, and then Mosaic cannot turn it
+    group = group_of(x)
     params, query, key = (
         jax.tree.map(lambda a: jax.ShapeDtypeStruct((*first, *a.shape[len(first) :]), a.dtype), tree)  # noqa: B023
-        for tree, first in ((x.bias_params, (heads,)), (x.bias_query, (1, LANES)), (x.bias_key, (1, LANES)))
+        for tree, first in ((x.bias_params, (group,)), (x.bias_query, (1, LANES)), (x.bias_key, (1, LANES)))
     )
+    # Each head's from its own parameters, as many as there are of them; or, without any, one for all heads.
+    twice = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2 * group, *a.shape[1:]), a.dtype), params)
+    heads = 2 * group if jax.tree.leaves(params) else 1
 
     def body(given, out):
         params, query, key = jax.tree.map(lambda ref: ref[...], given)
@@ -65,12 +75,18 @@ def _lowers(static: Static, x: Inputs) -> bool:
         "bias": jax.ShapeDtypeStruct((LANES, LANES), jnp.float32),
         "params": [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.tree.leaves(params)],
     }
-    trial = jax.jit(lambda *given: pl.pallas_call(body, out_shape=out)(given))
-    try:
-        trial.trace(params, query, key).lower(lowering_platforms=("tpu",))
-    except Exception:  # whatever Pallas says of what it cannot do
-        return False
-    return True
+
+    def trial() -> bool:
+        kernel = jax.jit(lambda *given: pl.pallas_call(body, out_shape=out)(given))
+        kernel.trace(params, query, key).lower(lowering_platforms=("tpu",))
+        return jax.eval_shape(static.bias, twice, query, key).shape[1] == heads
+
+    # In a thread of its own, where no mesh is in force and nothing else is being traced.
+    with concurrent.futures.ThreadPoolExecutor(1) as apart:
+        try:
+            return apart.submit(trial).result()
+        except Exception:  # whatever Pallas says of what it cannot do
+            return False
 
 
 def _forward_kernel(static: Static, g: Grid, scalars: dict, x: dict, out: dict, acc: Any, top: Any, total: Any) -> None:

@@ -89,7 +89,7 @@ def _key_kernel(static: Static, g: Grid, scalars: dict, x: dict, out: dict, d_k:
             )
 
         if jax.tree.leaves(x["bias_params"]):
-            bias, back = jax.vjp(bias_of(static, x, queries, part), bias_params(x))
+            bias, back = jax.vjp(bias_of(static, x, queries, part), bias_params(x, g))
             n = g.blocks.query_part
             each = [d_score[:, h * n : (h + 1) * n].T for h in range(g.group)]
             d_bias_tile = sum(each)[None, None] if bias.shape[1] == 1 else jnp.stack(each)[None]

@@ -30,7 +30,7 @@ class Blocks:
 
     @classmethod
     def of(cls, x: Inputs) -> "Blocks":
-        group, length, keys = _group(x), _up(x.q.shape[3], LANES), _up(x.k.shape[2], LANES)
+        group, length, keys = group_of(x), _up(x.q.shape[3], LANES), _up(x.k.shape[2], LANES)
         query_part, key_part = _divisor(length, max(LANES, min(2 * LANES, 512 // group))), _divisor(keys, 256)
         queries = query_part * _divisor(length // query_part, max(1, 1024 // (group * query_part)))
         size_last = x.k.shape[3] % LANES == 0 and x.v.shape[3] % LANES == 0
@@ -39,7 +39,7 @@ class Blocks:
         )
 
 
-def _group(x: Inputs) -> int:
+def group_of(x: Inputs) -> int:
     """How many heads that share keys go through together: all, or as many of them as on-chip memory has room for."""
     return max(n for n in range(1, 5 if _wide(x) else 9) if x.q.shape[2] % n == 0)
 
@@ -69,6 +69,7 @@ class Grid:
     share: int
     query_blocks: int
     key_blocks: int
+    flat: tuple[bool, ...]  # of the bias's parameters, which are one number a head
 
     @property
     def query_parts(self) -> int:
@@ -132,11 +133,11 @@ def ranges(x: Inputs, g: Grid) -> tuple[dict, jax.Array]:
 
 def layout(x: Inputs) -> tuple[Inputs, Grid]:
     """The inputs in whole blocks, q as [B, groups, group, L, E]."""
-    blocks, group = Blocks.of(x), _group(x)
+    blocks, group = Blocks.of(x), group_of(x)
     x = _padded(x, blocks)
     b, kv, heads, length, _ = x.q.shape
-    share = heads // group
-    grid = Grid(blocks, b, kv * share, group, share, length // blocks.queries, x.k.shape[2] // blocks.keys)
+    share, flat = heads // group, tuple(a.ndim == 1 for a in jax.tree.leaves(x.bias_params))
+    grid = Grid(blocks, b, kv * share, group, share, length // blocks.queries, x.k.shape[2] // blocks.keys, flat)
     sinks = None if x.sinks is None else grouped(x.sinks, grid, 0)
     return x.replace(q=grouped(x.q, grid), sinks=sinks), grid
 

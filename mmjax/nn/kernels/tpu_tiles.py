@@ -183,11 +183,10 @@ def over_queries(weights: jax.Array, a: jax.Array, g: Grid) -> jax.Array:
     return _dot(weights, a, (1, 0)) if g.blocks.size_last else _dot(a, weights, (1, 1))
 
 
-def bias_params(x: dict) -> Any:
+def bias_params(x: dict, g: Grid) -> Any:
     """What the bias's function has of this group of heads."""
-    return jax.tree.map(
-        lambda ref: ref[0, 0] if len(ref.shape) == 3 and ref.shape[1] == 1 else ref[0], x["bias_params"]
-    )
+    leaves, tree = jax.tree.flatten(x["bias_params"])
+    return tree.unflatten([ref[0, 0] if flat else ref[0] for ref, flat in zip(leaves, g.flat, strict=True)])
 
 
 def _at(ref: Any, at: Any) -> jax.Array:
@@ -210,7 +209,7 @@ def scores(static: Static, g: Grid, q: jax.Array, queries: Any, part: dict, x: d
         tanh = jnp.tanh(s * (static.scale / static.softcap))
         s, slope = (static.softcap * LOG2E) * tanh, 1.0 - tanh * tanh
     if static.bias is not None:
-        bias = bias_of(static, x, queries, part)(bias_params(x))
+        bias = bias_of(static, x, queries, part)(bias_params(x, g))
         s = s + LOG2E * jnp.concatenate(
             [bias[0, h].T for h in range(bias.shape[1])] * (g.group // bias.shape[1]), axis=1
         )
