@@ -5,6 +5,7 @@ one way per link), which agree with cloud.google.com/tpu/docs (v4, v5e, v5p, v6e
 modules (dense bfloat16; NVLink one way; a network adapter for each GPU, as in DGX).
 """
 
+import collections
 import difflib
 import importlib.util
 import re
@@ -96,10 +97,13 @@ class Topology:
         """Bytes per second that each of these chips can send to the others.
 
         On a torus over the links of all axes they differ in: two along an axis that they take whole and that closes to
-        a ring, else one (the chip at the end has no other). Of GPUs, NVLink within a node, the network beyond.
+        a ring, else one (the chip at the end has no other). Of GPUs, NVLink within a node; beyond it a ring for each of
+        the group's GPUs in a node, which leaves by its own network adapter, or NVLink where that is slower.
         """
         if self.gpu:
-            return self.chip.link if len({c[0] // NODE for c in coordinates}) == 1 else self.chip.network
+            nodes = collections.Counter(c[0] // NODE for c in coordinates)
+            cards = self.chip.network * max(nodes.values())
+            return self.chip.link if len(nodes) == 1 else min(self.chip.link, cards)
         links = 0
         for axis, size in enumerate(self.sizes):
             places = len({c[axis] for c in coordinates})
