@@ -41,9 +41,8 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen)
     media = flops.media_tokens(cfg.model, row)
     rows = max(bucket.rows // parts_of("batch", mesh, Rules()) // cfg.update.accumulate, 1)
-    hints = attention.hints(
-        cfg.model, row, cfg.sequence.see, media, rows, parts_of("heads", mesh, Rules()), cfg.update.compute
-    )
+    heads, length = (parts_of(axis, mesh, Rules()) for axis in ("heads", "length"))
+    hints = attention.hints(cfg.model, row, cfg.sequence.see, media, rows, heads, cfg.update.compute, length)
     counted = hlo.count(hlo.parse(program.text), hints)
     time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     best = model.total * bucket.rows / mesh.size / topology.chip.flops
