@@ -93,6 +93,11 @@ class Topology:
     def gpu(self) -> bool:
         return self.kind in TARGETS
 
+    @property
+    def most(self) -> float:
+        """Bytes that a program may use at most: of a TPU what its compiler allows, of a GPU all that there are."""
+        return self.chip.memory / (SHARE if self.gpu else 1.0)
+
     def bandwidth(self, coordinates: list[tuple[int, ...]]) -> float:
         """Bytes per second that each of these chips can send to the others.
 
@@ -155,8 +160,13 @@ def devices(of: Topology) -> list[Any]:
     try:
         found = topologies.get_topology_desc(**named, **settings).devices
     except Exception as error:
-        raise InputError(f"The compiler refuses the topology {of.text!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"The compiler refuses the topology {of.text!r}: {first_line(error)}") from error
     return [d for d in found if getattr(d, "core_on_chip", 0) == 0]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is called."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def coordinates(of: Topology, devices: list[Any]) -> list[tuple[int, ...]]:

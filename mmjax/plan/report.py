@@ -104,10 +104,12 @@ def table(buckets: tuple[Bucket, ...]) -> str:
 
 def head(topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float) -> str:
     sizes = " × ".join(f"{name} {n}" for name, n in axes(mesh).items())
+    half = topology.kind == "v4" and limit == topology.chip.memory
     return (
         f"{topology.text}: {mesh.size} × {topology.chip.name}, mesh {sizes}\n"
         f"each chip holds {_gib(state.parameters)} of {state.count:,} parameters and {_gib(state.optimizer)} of the "
         f"optimizer's state; it has {_gib(limit)}"
+        + (", one core's half of a v4's 32 GiB: its compiler alone knows no more" if half else "")
     )
 
 
@@ -158,7 +160,10 @@ def refusal(bucket: Bucket, what: TooLarge, advice: Advice | None, limit: float)
     if advice is None:
         out.append("nothing that was tried makes it fit; take more chips, or ones with more memory")
     else:
-        out.append(f"this fits ({_gib(advice.program.memory.total)}), which was compiled to see:")
+        out.append(
+            f"this fits ({_gib(advice.program.memory.total)}), which was compiled to see; each change stands on those "
+            f"before, and not all of them need be:"
+        )
         out += [f"  {change}" for change in advice.standing]
         out.append(f"all together: {advice.flags}")
     return "\n".join(out)
