@@ -142,7 +142,7 @@ def words(f: Figures, topology: Topology, count: int, limit: float) -> str:
         f"   ({b.rows * b.tokens / t.step:,.0f} tokens per second)"
         + (f"; {f.mfu_by_cycles:.3f} by the compiler's own cycles, {_ms(t.cycles)}" if f.mfu_by_cycles else ""),
         f"taken for granted: rows are full; documents of {_sizes(f.row.documents)} tokens, pictures of "
-        f"{_sizes(f.row.pictures)} patches; peak rates are reached",
+        f"{_sizes(f.row.pictures)} patches; peak rates are reached; no two groups share links",
     ]
     if topology.gpu:
         out.append(
