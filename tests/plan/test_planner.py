@@ -32,6 +32,13 @@ def no_chips(monkeypatch):
     monkeypatch.setattr(chips, "devices", lambda of: jax.devices()[:4])
 
 
+def test_help_says_what_is_not_planned(capsys, monkeypatch):
+    monkeypatch.setattr(command, "set_environment", lambda: None)
+    with pytest.raises(SystemExit):
+        command.run([])
+    assert "evaluate or decode are not planned" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("given", ["nan", "inf", "-1"])
 def test_memory_is_a_number(given):
     with pytest.raises(InputError, match=r"--memory is .*; give GiB"):
