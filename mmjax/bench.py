@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
         if processes.index() == 0:
             print(said(found))
             if mine.json:
-                print(json.dumps(found))
+                print(json.dumps(found, allow_nan=False))
     return 0
 
 

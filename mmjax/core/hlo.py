@@ -16,12 +16,13 @@ from mmjax.core.hlo_text import Computation, Module, Op, parse
 __all__ = ["Collective", "Count", "Hints", "Kernel", "Unknown", "Work", "count", "parse"]
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# What moves or computes nothing by itself; `*-done` is counted where it starts.
+# What moves or computes nothing by itself.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("opt-barrier", "domain", "async-update", "async-done", "copy-done", "slice-done", "send-done", "recv-done"),
-    *(f"{kind}-done" for kind in COLLECTIVES),
+    *("opt-barrier", "domain"),
 }
+GOES_ON = ("-done", "-update")  # counted where it starts
+KERNELS = ("tpu_custom_call", "triton_kernel_call", "__gpu$xla.gpu.triton", "__cudnn$")  # whose work calls do not say
 FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 
 
@@ -146,7 +147,7 @@ def _computation(module: Module, name: str, hints: Hints) -> Count:
 
 def _operation(module: Module, inside: Computation, op: Op, hints: Hints, unknown: list[Unknown]) -> Iterator[Work]:
     kind = op.kind
-    if kind in FREE:
+    if kind in FREE or kind.endswith(GOES_ON):
         return
     if kind == "while":
         yield _loop(module, inside, op, hints, unknown)
@@ -160,8 +161,13 @@ def _operation(module: Module, inside: Computation, op: Op, hints: Hints, unknow
             found = _computation(module, name, hints)
             unknown += found.unknown
             yield from (_beside(w) for w in found.work) if kind == "async-start" else found.work
+    elif kind in ("fusion-start", "call-start", "custom-call-start"):
+        started = dataclasses.replace(op, kind=kind.removesuffix("-start"), shape=op.shape.last)
+        yield from map(_beside, _operation(module, inside, started, hints, unknown))
     elif base := _collective_kind(kind):
-        yield _collective(module, inside, op, base, kind.endswith("-start") or "async_collective_name" in op.rest)
+        # XLA's GPU compiler splits every collective in two, and says of which it waits for at once.
+        starts = kind.endswith("-start") and '"is_sync":true' not in op.rest
+        yield _collective(module, inside, op, base, starts or "async_collective_name" in op.rest)
     elif kind == "custom-call":
         yield from _custom(module, inside, op, hints, unknown)
     elif kind == "fusion":
@@ -226,6 +232,8 @@ def _fusion(module: Module, inside: Computation, op: Op) -> Iterator[Work]:
                     w = dataclasses.replace(w, collective=half)
                 found.append(w)
     yield from found
+    if op.name.startswith(("async-collective-start", "async-collective-done")):
+        return  # what goes in and comes out is moved by the collective
     yield Work(op.name, op.scope, flops, hlo_cost.moved(module, inside, op), hlo_cost.cycles(op))
 
 
@@ -239,7 +247,7 @@ def _custom(module: Module, inside: Computation, op: Op, hints: Hints, unknown: 
     own = hints.kernel(op, stated(op), moved)
     if own is not None:
         flops, moved = own.flops, own.bytes
-    elif flops is None and target in ("tpu_custom_call", "triton_kernel_call", "__gpu$xla.gpu.triton"):
+    elif flops is None and target.startswith(KERNELS):
         unknown.append(Unknown(op.name, op.scope, f"a kernel ({target}) without a cost, counted by its memory alone"))
     yield Work(op.name, op.scope, flops or 0.0, moved, hlo_cost.cycles(op))
 

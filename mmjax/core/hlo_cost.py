@@ -84,11 +84,18 @@ def moved(module: Module, inside: Computation, op: Op) -> float:
     if op.kind == "fusion":
         comp = module.computations[op.called[0]]
         parameters = {int(o.inner): o for o in comp.ops.values() if o.kind == "parameter"}
-        reads = sum(0.0 if s.memory == 0 else _read(module, comp, parameters[i]) for i, s in enumerate(shapes))
-        return reads + _written(module, comp, comp.root, op.shape)
-    if op.kind in ("copy-start", "slice-start"):
-        made = op.shape.parts[1 if op.kind == "slice-start" else 0]
+        through = _through_fusion(op) if comp.name.startswith("async_collective_fusion") else {}
+        reads = sum(
+            _read(module, comp, parameters[i])
+            for i, s in enumerate(shapes)
+            if s.memory != 0 and i not in through.values()
+        )
+        return reads + _written(module, comp, comp.root, op.shape, tuple(through))
+    if op.kind in ("copy-start", "slice-start", "dynamic-slice-start"):
+        made = op.shape.parts[0 if op.kind == "copy-start" else 1]
         return made.memory + (made.bytes if shapes[0].memory else 0.0)
+    if op.kind == "dynamic-update-slice-start":
+        return shapes[1].memory + (shapes[1].bytes if shapes[0].memory else 0.0)
     if op.kind in ("dynamic-slice", "slice", "gather"):
         return 2 * op.shape.memory
     if op.kind in ("dynamic-update-slice", "scatter"):
@@ -96,6 +103,12 @@ def moved(module: Module, inside: Computation, op: Op) -> float:
     if op.kind in ("iota", "broadcast"):
         return op.shape.memory
     return op.shape.memory + sum(s.memory for s in shapes)
+
+
+def _through_fusion(op: Op) -> dict[int, int]:
+    """Results of a fusion that are operands of it: what a collective beside it works on."""
+    _, _, pairs = op.rest.partition("output_to_operand_aliasing=")
+    return {int(made): int(given) for made, given in re.findall(r"\{(\d+)\}: \((\d+), \{\}\)", pairs)}
 
 
 def _read(module: Module, comp: Computation, source: Op) -> float:
@@ -120,11 +133,11 @@ def _read(module: Module, comp: Computation, source: Op) -> float:
     return min(out, whole)
 
 
-def _written(module: Module, comp: Computation, op: Op, shape: Shape) -> float:
-    """Bytes that a fusion writes of its result."""
+def _written(module: Module, comp: Computation, op: Op, shape: Shape, but: tuple[int, ...] = ()) -> float:
+    """Bytes that a fusion writes of its result, `but` some of its parts."""
     if op.kind == "tuple" and shape.parts:
-        each = zip(op.operands, shape.parts, strict=True)
-        return sum(_written(module, comp, comp.ops[name], part) for name, part in each)
+        each = enumerate(zip(op.operands, shape.parts, strict=True))
+        return sum(_written(module, comp, comp.ops[name], part) for i, (name, part) in each if i not in but)
     if shape.memory == 0 or op.kind == "parameter":
         return 0.0
     if op.kind == "dynamic-update-slice":
@@ -190,12 +203,12 @@ def _step(module: Module, op: Op, place: int) -> int | None:
         new = comp.root
     if new.kind not in ("add", "subtract"):
         return None
-    sides = [_through(comp, name) for name in new.operands]
+    sides, sign = [_through(comp, name) for name in new.operands], 1 if new.kind == "add" else -1
     for side in sides:
         if side.kind == "constant":
-            return int(side.inner) * (1 if new.kind == "add" else -1)
+            return sign * int(side.inner)
         if side.kind == "parameter" and comp is not body:
             outer = _through(body, _through(body, body.root.operands[place]).operands[int(side.inner)])
             if outer.kind == "constant":
-                return int(outer.inner)
+                return sign * int(outer.inner)
     return None

@@ -67,8 +67,9 @@ class Flops:
 def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str] = ()) -> Flops:
     """FLOPs of one row of a training step.
 
-    Backwards, a matrix takes as many FLOPs for the gradient of what it read, where something before it is trained, and
-    as many for its own, where it is. Attention has no matrix: four products backwards for two forwards.
+    Backwards, a matrix takes as many FLOPs for the gradient of what it read, where anything in its part of the model or
+    before is trained, and as many for its own, where it is. (So the first of all takes both, as in PaLM's 6 N.)
+    Attention has no matrix: four products backwards for two forwards.
 
     Args:
       cfg: the model.

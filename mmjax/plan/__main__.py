@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from mmjax.core.errors import InputError
 from mmjax.plan import set_environment
 
 WHAT = """Compiles the train step of the largest bucket for chips that are not here, and says what it needs.
+Programs that evaluate or decode are not planned.
 
 planner's options:
   --topology T    TPUs and their torus (v5e:16x16, v5p:8x8x4, v4:4x4x4, v6e:8x8), or GPUs (a100:8, h100:64, h200, b200)
@@ -31,13 +33,15 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         mine, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise InputError(f"{error}; see python -m mmjax.plan --help.") from None
-    if mine.documents < 0 or mine.memory < 0:
-        raise InputError(f"--documents is {mine.documents} and --memory {mine.memory}; give numbers above 0.")
+    if mine.documents < 0:
+        raise InputError(f"--documents is {mine.documents}; give tokens, or 0: all of the row is one document.")
+    if not 0 <= mine.memory < math.inf:  # nor nan
+        raise InputError(f"--memory is {mine.memory}; give GiB, or 0: all that the compiler allows.")
     return mine, rest
 
 
 def run(arguments: Sequence[str]) -> int:
-    """0: everything fits; 1: something does not."""
+    """0: everything fits; 1: something does not. (2: an InputError, config.main's; what a compiler refuses is one.)"""
     set_environment()  # before JAX is imported
     mine, rest = options(arguments)
     cfg = config.from_command_line("mmjax.plan", rest, WHAT)
@@ -49,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     result, text = planner.plan(cfg, mine.topology, mine.all, mine.documents, mine.memory, say)
     print(text)
     if mine.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     return 0 if all(b["fits"] for b in result["buckets"]) else 1
 
 

@@ -105,9 +105,14 @@ def ladder(cfg: Config, sizes: dict[str, int], state: float, memory: float) -> I
         yield changed("fewer logits at a time", objective__chunk=chunk), cfg, state
     while sizes["data"] % 2 == 0:
         yield shard(), cfg, state
-    while cfg.packing.shapes and cfg.packing.tokens >= 2 * LEAST:
-        shapes = tuple((-(-p // 16) * 8, -(-n // 2)) for p, n in cfg.packing.shapes)
-        yield changed("shorter rows", packing__tokens=cfg.packing.tokens // 2, packing__shapes=shapes), cfg, state
+    while any(n > 1 for _, n in cfg.packing.shapes) and cfg.packing.tokens >= 2 * LEAST:
+        yield changed("shorter rows", packing__tokens=cfg.packing.tokens // 2, packing__shapes=_halved(cfg)), cfg, state
+
+
+def _halved(cfg: Config) -> tuple[tuple[int, int], ...]:
+    """Shapes of half as many pictures, at least one, each with as many patches as before: no picture is cut."""
+    left = ((p, n, max(n // 2, 1)) for p, n in cfg.packing.shapes)
+    return tuple(dict.fromkeys((-(-p * half // (8 * n)) * 8, half) for p, n, half in left))
 
 
 def _chunk(cfg: Config) -> int:

@@ -1,8 +1,11 @@
 """What attention costs where the program does not say: its loops and kernels go as far as intervals, which are data.
 
-They are counted from the intervals of one row (models.flops.Row), which all rows are taken to be like.
+They are counted from the intervals of one row (models.flops.Row), which all rows are taken to be like. Where devices
+split a row, they are those of the device that has most to do: the others wait for it.
 """
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +18,11 @@ from mmjax.core.hlo_text import Op
 from mmjax.models import vlm
 from mmjax.models.flops import Row
 from mmjax.nn import transformer
+from mmjax.nn.attention import GATHERED
 from mmjax.nn.kernels import gpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.nn.kernels.tpu_blocks import BIG, Blocks
+from mmjax.nn.ring import Ring
 
 
 @dataclass(frozen=True)
@@ -99,17 +104,39 @@ def shares(seen: Seen, blocks: Blocks) -> tuple[float, float]:
     return float(computed / whole), float(span(fetched).sum() / fetched.size)
 
 
+def split(seen: Seen, devices: int, ring: bool) -> list[list[Seen]]:
+    """What each device computes where a row is split over several: of its queries, what they see of all keys, or on a
+    ring, step by step, of each device's.
+    """
+    if devices == 1:
+        return [[seen]]
+    room, ways = -len(seen.lo) % devices, Ring((), devices)
+
+    def parts(of: np.ndarray, fill: int) -> list[np.ndarray]:
+        whole = np.pad(of, (0, room), constant_values=fill)  # as nn.transformer fills rows up
+        dealt = np.asarray(ways.deal_whole(jnp.asarray(whole, jnp.int32)[None])[0]) if ring else whole
+        return np.split(dealt, devices)
+
+    order, lo, hi = parts(seen.order, -1), parts(seen.lo, 0), parts(seen.hi, -1)
+    steps = order if ring else [np.concatenate(order)]
+    return [[Seen(keys, *queries) for keys in steps] for queries in zip(lo, hi, strict=True)]
+
+
 @dataclass(frozen=True)
 class Part:
-    """A stack of blocks: what its layers see, each with the share of the layers that see so."""
+    """A stack of blocks: of each device and kind of layer, what it sees in every step of a ring (elsewhere there is
+    one), with the share of the layers that see so.
+    """
 
-    sees: tuple[tuple[float, Seen], ...]
+    sees: tuple[list[tuple[float, list[Seen]]], ...]
     inputs: Inputs
     products: int  # numbers of a head, times heads and rows of a device: 2 FLOPs each for a product of two positions
 
     def share(self, of: Callable[[Seen], float]) -> float:
-        """The mean over its layers."""
-        return sum(share * of(seen) for share, seen in self.sees)
+        """The mean over its layers and steps, of the device with the most."""
+        return max(
+            sum(share * sum(of(seen) for seen in steps) / len(steps) for share, steps in device) for device in self.sees
+        )
 
     def pairs(self, tile: tuple[int, int]) -> float:
         """Pairs of queries and keys in the tiles that are reached."""
@@ -121,7 +148,14 @@ GPU_KERNELS = {"forward_kernel": 2, "by_query": 3, "by_key": 4}
 
 
 def hints(
-    cfg: vlm.Config, row: Row, see: str, media: int, rows: int = 1, heads: int = 1, compute: str = "bfloat16"
+    cfg: vlm.Config,
+    row: Row,
+    see: str,
+    media: int,
+    rows: int = 1,
+    heads: int = 1,
+    compute: str = "bfloat16",
+    length: int = 1,
 ) -> Hints:
     """What attention takes in encoder and decoder, which named scopes tell apart.
 
@@ -133,11 +167,16 @@ def hints(
       rows: of a device, that go through the model at once.
       heads: parts that heads are split into over the devices.
       compute: the type of queries and keys.
+      length: parts that rows are split into over the devices.
     """
 
     def part(blocks: transformer.Config, *sees: tuple[float, Seen]) -> Part:
-        count = rows * max(blocks.heads // heads, 1) * blocks.head
-        return Part(tuple(s for s in sees if s[0]), _inputs(blocks, len(sees[0][1].lo), heads, compute), count)
+        whole = -(-len(sees[0][1].lo) // length) * length
+        ring = goes_round(blocks, whole, rows, heads, compute, length)
+        of_kind = [(share, split(seen, length, ring)) for share, seen in sees if share]
+        devices = tuple([(share, of[i]) for share, of in of_kind] for i in range(length))
+        inputs = _inputs(blocks, whole // length, whole // length if ring else whole, heads, compute)
+        return Part(devices, inputs, rows * _held(blocks, heads)[0] * blocks.head)
 
     parts = {"decoder": part(cfg.decoder.blocks, (1.0, sequence(row, see, media)))}
     if row.pictures:
@@ -172,14 +211,30 @@ def hints(
     return Hints(loop, kernel)
 
 
-def _inputs(cfg: transformer.Config, length: int, split: int, compute: str) -> Inputs:
-    """What a device's kernels are given of a row of this length, by shapes: they cut it as these are."""
-    kv = max(cfg.kv_heads // split, 1)
-    group = max(cfg.heads // split, 1) // kv
-    q, k = (jax.ShapeDtypeStruct((1, *shape, length, cfg.head), jnp.dtype(compute)) for shape in ((kv, group), (kv,)))
+def goes_round(cfg: transformer.Config, keys: int, rows: int, split: int, compute: str, length: int) -> bool:
+    """Whether keys and values of a split row go round the devices: what nn.transformer asks nn.attention.goes_round
+    on the mesh.
+    """
+    kv = cfg.kv_heads if cfg.kv_heads % split else cfg.kv_heads // split
+    return length > 1 and rows * kv * 2 * cfg.head * jnp.dtype(compute).itemsize * keys > GATHERED
+
+
+def _held(cfg: transformer.Config, split: int) -> tuple[int, int]:
+    """Heads of queries and of keys on a device: all where they do not divide, of keys as many as they need."""
+    if cfg.heads % split:
+        return cfg.heads, cfg.kv_heads
+    return cfg.heads // split, math.lcm(cfg.kv_heads, split) // split
+
+
+def _inputs(cfg: transformer.Config, queries: int, keys: int, split: int, compute: str) -> Inputs:
+    """What a device's kernels are given of a row, by shapes: they cut it as these are."""
+    heads, kv = _held(cfg, split)
+    shapes = ((kv, heads // kv, queries), (kv, keys))
+    q, k = (jax.ShapeDtypeStruct((1, *shape, cfg.head), jnp.dtype(compute)) for shape in shapes)
     return Inputs(q, k, k, None, None, None, None, None, None, None, None)
 
 
 def part_of(scope: str) -> str:
     """Which part of the model an operation belongs to, by the named scopes of models.vlm and train.step."""
-    return next((p for p in ("vision", "connector", "decoder", "loss", "update") if p in scope), "other")
+    found = set(re.findall(r"\w+", scope))  # of jit(step)/transpose(jvp(decoder))/while/…
+    return next((p for p in ("vision", "connector", "decoder", "loss", "update") if p in found), "other")

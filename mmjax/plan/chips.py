@@ -1,10 +1,11 @@
 """The chips that programs are planned for, and their networks.
 
-TPUs: Austin et al. 2025, "How to Scale Your Model", chapter 2, tables "TPU specs" and "ICI bandwidth" (dense bfloat16;
-one way per link), which agree with cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). GPUs: NVIDIA's data sheets of the SXM
-modules (dense bfloat16; NVLink one way; a network adapter for each GPU, as in DGX).
+TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, the tables of key specifications (dense bfloat16; bandwidth of
+HBM); links: Austin et al. 2025, "How to Scale Your Model", chapter 2, table "ICI bandwidth" (one way). GPUs: NVIDIA's
+data sheets of the SXM modules (dense bfloat16; NVLink one way; a network adapter for each GPU, as in DGX).
 """
 
+import collections
 import difflib
 import importlib.util
 import re
@@ -26,7 +27,8 @@ class Chip:
     flops: bfloat16 per second. memory: bytes that a program may use. bandwidth: of memory, bytes per second.
     link: bytes per second one way of one link to a neighbour, of which a torus has two along each axis; of a GPU, to
       all others of its node.
-    axes: of the torus; 0: there is none. whole: an axis of so many chips, or a multiple of it, closes to a ring.
+    axes: of the torus; 0: there is none. whole: an axis of so many chips, or a multiple of it, closes to a ring; of a
+      torus of three axes (cubes of 4 × 4 × 4 that switches join) if all of them are such.
     network: bytes per second one way out of a node. clock: cycles per second of the compiler's estimates, 0: it makes
       none.
 
@@ -59,10 +61,10 @@ class Target:
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 15.25 * GIB, 1.2e12, 4.5e10, 3, 4, clock=2 * 1.05e9),
-    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.1e11, 4.5e10, 2, 16, clock=1.5e9),
-    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.8e12, 9e10, 3, 4, clock=1.75e9),
-    "v6e": Chip("TPU v6e", 920e12, 31.25 * GIB, 1.6e12, 9e10, 2, 16, clock=1.75e9),
+    "v4": Chip("TPU v4", 275e12, 15.25 * GIB, 1.228e12, 4.5e10, 3, 4, clock=2 * 1.05e9),
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * GIB, 8.19e11, 4.5e10, 2, 16, clock=1.5e9),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * GIB, 2.765e12, 9e10, 3, 4, clock=1.75e9),
+    "v6e": Chip("TPU v6e", 918e12, 31.25 * GIB, 1.638e12, 9e10, 2, 16, clock=1.75e9),
     "a100": Chip("A100 80 GB", 312e12, SHARE * 85.1e9, 2.04e12, 3e11, network=2.5e10),
     "h100": Chip("H100 80 GB", 989e12, SHARE * 84.9e9, 3.35e12, 4.5e11, network=5e10),
     "h200": Chip("H200 141 GB", 989e12, SHARE * 151.4e9, 4.8e12, 4.5e11, network=5e10),
@@ -92,20 +94,34 @@ class Topology:
     def gpu(self) -> bool:
         return self.kind in TARGETS
 
+    @property
+    def most(self) -> float:
+        """Bytes that a program may use at most: of a TPU what its compiler allows, of a GPU all that there are."""
+        return self.chip.memory / (SHARE if self.gpu else 1.0)
+
     def bandwidth(self, coordinates: list[tuple[int, ...]]) -> float:
         """Bytes per second that each of these chips can send to the others.
 
         On a torus over the links of all axes they differ in: two along an axis that they take whole and that closes to
-        a ring, else one (the chip at the end has no other). Of GPUs, NVLink within a node, the network beyond.
+        a ring, else one (the chip at the end has no other). Groups are taken to share no links; where the chips of one
+        lie s apart along an axis, s groups do, and are s times slower. Of GPUs, NVLink within a node; beyond it a ring
+        for each of the group's GPUs in a node, by that GPU's network adapter, or NVLink where it is slower.
         """
         if self.gpu:
-            return self.chip.link if len({c[0] // NODE for c in coordinates}) == 1 else self.chip.network
+            nodes = collections.Counter(c[0] // NODE for c in coordinates)
+            cards = self.chip.network * max(nodes.values())
+            return self.chip.link if len(nodes) == 1 else min(self.chip.link, cards)
         links = 0
         for axis, size in enumerate(self.sizes):
             places = len({c[axis] for c in coordinates})
             if places > 1:
-                links += 2 if places == size and size % self.chip.whole == 0 else 1
+                links += 2 if places == size and self._closes(axis) else 1
         return max(links, 1) * self.chip.link
+
+    def _closes(self, axis: int) -> bool:
+        """Whether an axis of the torus closes to a ring."""
+        sizes = self.sizes if self.chip.axes == 3 else (self.sizes[axis],)
+        return all(size % self.chip.whole == 0 for size in sizes)
 
 
 def topology(text: str) -> Topology:
@@ -151,8 +167,13 @@ def devices(of: Topology) -> list[Any]:
     try:
         found = topologies.get_topology_desc(**named, **settings).devices
     except Exception as error:
-        raise InputError(f"The compiler refuses the topology {of.text!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"The compiler refuses the topology {of.text!r}: {first_line(error)}") from error
     return [d for d in found if getattr(d, "core_on_chip", 0) == 0]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is called."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def coordinates(of: Topology, devices: list[Any]) -> list[tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from mmjax.core.errors import InputError
 from mmjax.core.sharding import make_mesh
 from mmjax.plan import advice, chips, program, report
 from mmjax.plan.chips import GIB
@@ -32,6 +33,10 @@ def plan(
       InputError: for everything the user can mend.
     """
     of = chips.topology(topology)
+    if memory * GIB > of.most:
+        raise InputError(
+            f"--memory is {memory:g}, but {of.chip.name} has {of.most / GIB:.2f} GiB; give no more than that."
+        )
     found = program.buckets(cfg)
     devices = chips.devices(of)
     mesh = make_mesh(cfg.mesh, devices)
@@ -39,7 +44,8 @@ def plan(
     limit = memory * GIB or of.chip.memory
 
     def attempt(cfg: Config, bucket=None) -> Program | TooLarge:
-        bucket = bucket or program.buckets(cfg)[-1]
+        # No advice changes what buckets documents ask for, which takes reading them.
+        bucket = bucket or (program.buckets(cfg) if cfg.packing.shapes else found)[-1]
         made = program.compiled(cfg, bucket, make_mesh(cfg.mesh, devices))
         if isinstance(made, Program) and made.memory.total > limit:
             return TooLarge(made.memory.total, limit)

@@ -12,7 +12,7 @@ import jax
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules, parts_of
 from mmjax.models import vlm
-from mmjax.plan.chips import GIB
+from mmjax.plan.chips import GIB, first_line
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Bucket, Values
 from mmjax.tokenizers.vocab import Vocab
@@ -73,13 +73,16 @@ def buckets(cfg: Config) -> tuple[Bucket, ...]:
     """The buckets of a config, the largest last: those it gives (packing.shapes), else those its documents ask for.
 
     Raises:
-      InputError: it gives none, and its documents cannot be read here.
+      InputError: it gives none, and its documents cannot be read here, or none can be made of them.
     """
+    refuse_model(cfg)
     found = fixed_buckets(cfg.packing)
     if not found:
         try:
             found = prepare_data(cfg).training.plan.buckets
         except (InputError, OSError) as error:
+            if not _absent(error):
+                raise
             raise InputError(
                 f"The buckets of this config come from its documents, which cannot be read here ({error}); give "
                 f"patches and images of a row instead, as --packing.shapes 2304 4."
@@ -87,9 +90,24 @@ def buckets(cfg: Config) -> tuple[Bucket, ...]:
     return tuple(sorted(found, key=lambda b: (b.patches, b.images)))
 
 
+def _absent(error: BaseException | None) -> bool:
+    """Whether it comes from a file that could not be opened."""
+    return error is not None and (isinstance(error, OSError) or _absent(error.__cause__ or error.__context__))
+
+
+def refuse_model(cfg: Config) -> None:
+    """Raises InputError where the model does not fit its inputs, whatever the mesh and the documents."""
+    cfg.model.refuse(cfg.sequence)
+    if cfg.resolution.patch != cfg.model.vision.embed.patch:
+        raise InputError(
+            f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
+            f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
+        )
+
+
 def refuse(cfg: Config, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError where the train step would refuse the config on this mesh."""
-    cfg.model.refuse(cfg.sequence)
+    refuse_model(cfg)
     parts = parts_of("batch", mesh, Rules()) * cfg.update.accumulate
     if cfg.packing.rows % parts:
         raise InputError(
@@ -109,7 +127,7 @@ def state_bytes(shape: TrainState) -> State:
     """What each chip holds of a state between steps."""
 
     def local(tree: Any) -> float:
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shape.params))
     return State(local(shape.params), local(shape.optimizer), count)
@@ -126,8 +144,7 @@ def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | 
     """Compiles the train step of a bucket.
 
     Raises:
-      InputError: the config does not fit the mesh.
-      RuntimeError: whatever else the compiler refuses.
+      InputError: the config does not fit the mesh; whatever else the compiler refuses.
     """
     refuse(cfg, mesh)
     shape, tx = abstract(cfg, mesh)
@@ -135,9 +152,13 @@ def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | 
     try:
         made = compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
-            raise
-        return too_large(str(error))
+        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+            return too_large(str(error))
+        if isinstance(error, jax.errors.JaxRuntimeError | NotImplementedError):
+            raise InputError(
+                f"The compiler refuses the step of {bucket.rows} rows × {bucket.tokens} tokens: {first_line(error)}"
+            ) from error
+        raise
     return Program(bucket, memory_of(made), made.as_text(), time.monotonic() - began)
 
 

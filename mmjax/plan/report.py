@@ -41,9 +41,8 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen)
     media = flops.media_tokens(cfg.model, row)
     rows = max(bucket.rows // parts_of("batch", mesh, Rules()) // cfg.update.accumulate, 1)
-    hints = attention.hints(
-        cfg.model, row, cfg.sequence.see, media, rows, parts_of("heads", mesh, Rules()), cfg.update.compute
-    )
+    heads, length = (parts_of(axis, mesh, Rules()) for axis in ("heads", "length"))
+    hints = attention.hints(cfg.model, row, cfg.sequence.see, media, rows, heads, cfg.update.compute, length)
     counted = hlo.count(hlo.parse(program.text), hints)
     time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     best = model.total * bucket.rows / mesh.size / topology.chip.flops
@@ -105,10 +104,12 @@ def table(buckets: tuple[Bucket, ...]) -> str:
 
 def head(topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float) -> str:
     sizes = " × ".join(f"{name} {n}" for name, n in axes(mesh).items())
+    half = topology.kind == "v4" and limit == topology.chip.memory
     return (
         f"{topology.text}: {mesh.size} × {topology.chip.name}, mesh {sizes}\n"
         f"each chip holds {_gib(state.parameters)} of {state.count:,} parameters and {_gib(state.optimizer)} of the "
         f"optimizer's state; it has {_gib(limit)}"
+        + (", one core's half of a v4's 32 GiB: its compiler alone knows no more" if half else "")
     )
 
 
@@ -141,7 +142,7 @@ def words(f: Figures, topology: Topology, count: int, limit: float) -> str:
         f"   ({b.rows * b.tokens / t.step:,.0f} tokens per second)"
         + (f"; {f.mfu_by_cycles:.3f} by the compiler's own cycles, {_ms(t.cycles)}" if f.mfu_by_cycles else ""),
         f"taken for granted: rows are full; documents of {_sizes(f.row.documents)} tokens, pictures of "
-        f"{_sizes(f.row.pictures)} patches; peak rates are reached",
+        f"{_sizes(f.row.pictures)} patches; peak rates are reached; no two groups share links",
     ]
     if topology.gpu:
         out.append(
@@ -159,7 +160,10 @@ def refusal(bucket: Bucket, what: TooLarge, advice: Advice | None, limit: float)
     if advice is None:
         out.append("nothing that was tried makes it fit; take more chips, or ones with more memory")
     else:
-        out.append(f"this fits ({_gib(advice.program.memory.total)}), which was compiled to see:")
+        out.append(
+            f"this fits ({_gib(advice.program.memory.total)}), which was compiled to see; each change stands on those "
+            f"before, and not all of them need be:"
+        )
         out += [f"  {change}" for change in advice.standing]
         out.append(f"all together: {advice.flags}")
     return "\n".join(out)

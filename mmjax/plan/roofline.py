@@ -17,8 +17,8 @@ class Estimate:
     products: all FLOPs at the chip's peak. memory: all bytes at its bandwidth.
     operations: each at the slower of both, one after the other. parts: the same by part of the model.
     beside, alone: collectives that run beside other work, and that do not.
-    step: operations and collectives, where those that may run beside others of their loop's turn do. serial: where
-      none does.
+    step: operations and collectives, where those that may run beside others of their loop's turn do, and no
+      shorter than all collectives, which share their links. serial: where none does.
     cycles: `step`, but of operations as long as the TPU compiler itself estimates (of kernels it says nothing); 0
       where it makes no estimates.
     """
@@ -58,11 +58,11 @@ def estimate(counted: Count, topology: Topology, coordinates: Coordinates) -> Es
     def compilers(w: Work) -> float:
         return w.cycles / chip.clock if w.cycles else operation(w)
 
-    def step(of: Count, operation: Callable[[Work], float] = operation) -> float:
+    def turn(of: Count, operation: Callable[[Work], float] = operation) -> float:
         busy = beside = alone = 0.0
         for w in of.work:
             if w.loop:
-                busy += w.turns * step(w.loop, operation)
+                busy += w.turns * turn(w.loop, operation)
             elif w.collective:
                 beside += collective(w) * w.collective.overlaps
                 alone += collective(w) * (not w.collective.overlaps)
@@ -75,13 +75,15 @@ def estimate(counted: Count, topology: Topology, coordinates: Coordinates) -> Es
         if w.collective:
             continue
         parts[part_of(w.scope)] = parts.get(part_of(w.scope), 0.0) + times * operation(w)
+    beside = counted.total(lambda w: collective(w) if w.collective and w.collective.overlaps else 0.0)
+    alone = counted.total(lambda w: collective(w) if w.collective and not w.collective.overlaps else 0.0)
     return Estimate(
         products=counted.flops / chip.flops,
         memory=counted.bytes / chip.bandwidth,
         operations=counted.total(operation),
-        beside=counted.total(lambda w: collective(w) if w.collective and w.collective.overlaps else 0.0),
-        alone=counted.total(lambda w: collective(w) if w.collective and not w.collective.overlaps else 0.0),
-        step=step(counted),
-        cycles=step(counted, compilers) if chip.clock else 0.0,
+        beside=beside,
+        alone=alone,
+        step=max(turn(counted), beside + alone),
+        cycles=max(turn(counted, compilers), beside + alone) if chip.clock else 0.0,
         parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
     )

@@ -33,7 +33,8 @@ def loss_fn(
     """
     hidden = vlm.hidden(params, batch, cfg)
     head = functools.partial(decoder.logits, cfg=cfg.decoder)
-    own = {name: params["decoder"][name] for name in (decoder.head(cfg.decoder),)}
+    name = decoder.head(cfg.decoder)
+    own = {name: params["decoder"][name]}
     with jax.named_scope("loss"):
         found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk, params=own)
     total = found.loss + objective.z * found.z(batch.weight) if objective.z else found.loss

@@ -149,6 +149,115 @@ def test_a_kernels_own_cost_or_one_that_is_told():
     assert (half.flops, half.bytes, half.unknown) == (150, 2 * 8 * 4, [])
 
 
+def program(entry: str, *others: str) -> hlo.Count:
+    """A program of 2 devices, of the lines of its entry and of other computations."""
+    text = "\n\n".join(["HloModule m, num_partitions=2", *others, f"ENTRY %main (a: f32[8]) -> f32[8] {{\n{entry}\n}}"])
+    return hlo.count(hlo.parse(text + "\n"))
+
+
+def test_what_a_collective_beside_fusions_works_on_is_not_their_memory():
+    """As the TPU compiler writes it: the gather's operand and result go through the fusion that it runs beside."""
+    gather = """%{name} (p: bf16[8,4], q: bf16[16,4]) -> bf16[16,4] {{
+  %p = bf16[8,4]{{1,0}} parameter(0)
+  %q = bf16[16,4]{{1,0}} parameter(1)
+  ROOT %g = bf16[16,4]{{1,0}} all-gather(%p), replica_groups={{}}, dimensions={{0}}
+}}"""
+    beside = """%async_collective_fusion.1 (p: bf16[8,4], q: bf16[16,4], x: f32[32]) -> \
+(f32[32], bf16[8,4], bf16[16,4]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %q = bf16[16,4]{1,0} parameter(1)
+  %x = f32[32]{0} parameter(2)
+  %y = f32[32]{0} negate(%x)
+  %g = bf16[16,4]{1,0} all-gather(%p), replica_groups={}, dimensions={0}
+  ROOT %t = (f32[32]{0}, bf16[8,4]{1,0}, bf16[16,4]{1,0}) tuple(%y, %p, %g)
+}"""
+    entry = """  %a = bf16[8,4]{1,0} parameter(0)
+  %x = f32[32]{0} parameter(1)
+  %async-collective-start = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) fusion(%a), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%f.start
+  %s0 = bf16[8,4]{1,0} get-tuple-element(%async-collective-start), index=0
+  %s1 = bf16[16,4]{1,0} get-tuple-element(%async-collective-start), index=1
+  %fusion.1 = (f32[32]{0}, bf16[8,4]{1,0}, bf16[16,4]{1,0}) fusion(%s0, %s1, %x), kind=kLoop, \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%async_collective_fusion.1
+  %t0 = bf16[8,4]{1,0} get-tuple-element(%fusion.1), index=1
+  %t1 = bf16[16,4]{1,0} get-tuple-element(%fusion.1), index=2
+  ROOT %async-collective-done = bf16[16,4]{1,0} fusion(%t0, %t1), kind=kCustom, \
+output_to_operand_aliasing={{}: (1, {})}, calls=%f.done"""
+    found = program(entry, gather.format(name="f.start"), gather.format(name="f.done"), beside)
+    assert found.collectives() == {"all-gather": {"count": 1, "bytes": 1 / 2 * 16 * 4 * 2}}
+    assert [w.collective.overlaps for w, _ in found.every() if w.collective] == [True]
+    assert found.bytes == 2 * 32 * 4
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_collective_that_a_gpu_waits_for_overlaps_nothing(waits):
+    said = "true" if waits else "false"
+    found = program(f"""  %a = f32[8]{{0}} parameter(0)
+  %s = (f32[8]{{0}}, f32[16]{{0}}) all-gather-start(%a), replica_groups={{}}, dimensions={{0}}, \
+backend_config={{"collective_backend_config":{{"is_sync":{said}}}}}
+  ROOT %d = f32[16]{{0}} all-gather-done(%s)""")
+    assert [w.collective.overlaps for w in found.work] == [not waits]
+
+
+def test_what_starts_and_ends_counts_once():
+    """A slice fetched (512 bytes, read and written), one put back, a fused product, a library's kernel."""
+    fused = """%f (p: f32[4,8], q: f32[8,2]) -> f32[4,2] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %q = f32[8,2]{1,0} parameter(1)
+  ROOT %d = f32[4,2]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}"""
+    found = program(
+        """  %a = f32[64,128]{1,0} parameter(0)
+  %p = f32[4,8]{1,0} parameter(1)
+  %q = f32[8,2]{1,0} parameter(2)
+  %i = s32[] constant(3)
+  %s = ((f32[64,128]{1,0}, s32[], s32[]), f32[1,128]{1,0:S(1)}, u32[]) dynamic-slice-start(%a, %i, %i)
+  %d = f32[1,128]{1,0:S(1)} dynamic-slice-done(%s)
+  %u = ((f32[64,128]{1,0}, f32[1,128]{1,0:S(1)}), f32[64,128]{1,0}, u32[]) dynamic-update-slice-start(%a, %d, %i, %i)
+  %v = f32[64,128]{1,0} dynamic-update-slice-done(%u)
+  %f0 = ((f32[4,8]{1,0}, f32[8,2]{1,0}), f32[4,2]{1,0}, u32[]) fusion-start(%p, %q), kind=kLoop, calls=%f
+  %f1 = f32[4,2]{1,0} fusion-done(%f0)
+  ROOT %c = f32[4,2]{1,0} custom-call(%f1), custom_call_target="__cudnn$fmhaSoftmax"
+""",
+        fused,
+    )
+    assert {w.name: w.bytes for w in found.work} == {"s": 512, "u": 512, "f0": 4 * (32 + 16 + 8), "c": 2 * 4 * 8}
+    assert found.flops == 2 * 4 * 2 * 8
+    assert [u.name for u in found.unknown] == ["c"]
+
+
+@pytest.mark.parametrize("step", ["%q", "%two"])
+def test_a_loop_that_counts_down(step):
+    """From 10 to 0 by 2, which is fused or handed to the fusion."""
+    entry = """  %a = s32[] constant(10)
+  %x = f32[8]{0} parameter(0)
+  %t = (s32[], f32[8]{0}) tuple(%a, %x)
+  ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%cond, body=%body"""
+    cond = """%cond (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %zero = s32[] constant(0)
+  ROOT %c = pred[] compare(%i, %zero), direction=GT
+}"""
+    body = """%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %two = s32[] constant(2)
+  %less = s32[] fusion(%i, %two), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[8]{0}) tuple(%less, %x)
+}"""
+    fused = f"""%fused (p: s32[], q: s32[]) -> s32[] {{
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  %two = s32[] constant(2)
+  ROOT %d = s32[] subtract(%p, {step})
+}}"""
+    found = program(entry, cond, body, fused)
+    assert [w.turns for w in found.work] == [5]
+    assert not found.unknown
+
+
 def test_shapes_as_they_are_written():
     shape = read_shape("(bf16[1,4096]{1,0:T(8,128)(2,1)S(1)}, (f32[], pred[3]{0}), /*index=2*/s4[10]{0})")
     assert [p.bytes for p in shape.parts] == [8192, 7, 5]

@@ -83,6 +83,25 @@ def inputs(rng):
     return tuple(jnp.asarray(x) for x in (f(4, 6), f(12, 6), ids, f(8, 6, 4), slot))
 
 
+class Torus:
+    """A chip of a TPU that is not here."""
+
+    device_kind, platform, core_on_chip, slice_index = "TPU v5p", "tpu", 0, 0
+
+    def __init__(self, n: int, *coords: int):
+        self.id, self.process_index, self.coords = n, n // 4, coords
+
+
+def test_axes_of_a_torus_are_split_where_no_others_give_the_mesh():
+    """4 × 4 × 4 as 2 × 32: JAX joins whole axes alone; every chip is there once, and 32 are half of the torus."""
+    chips = [Torus(n, n % 4, n // 4 % 4, n // 16) for n in range(64)]
+    placed = make_mesh(MeshConfig(data=2, fsdp=32), chips).devices
+    assert placed.shape == (2, 32, 1, 1)
+    assert {d.id for d in placed.flat} == set(range(64))
+    spread = [[len({d.coords[axis] for d in half.flat}) for axis in range(3)] for half in placed]
+    assert [sorted(sizes) for sizes in spread] == [[2, 4, 4]] * 2
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2), (2, 1, 1, 4)])
 def test_helpers_give_the_same_on_every_mesh(inputs, sizes, explicit):

@@ -32,13 +32,19 @@ def test_each_change_stands_on_those_before():
     assert found[2:4] == [{"update.accumulate": "2"}, {"update.accumulate": "4"}]  # four rows on each chip
     assert found[4] == {"objective.chunk": "256"}
     assert found[5:7] == [{"mesh.data": "2", "mesh.fsdp": "2"}, {"mesh.data": "1", "mesh.fsdp": "4"}]
-    assert found[7:] == [
-        {"packing.tokens": "512", "packing.shapes": "32 1"},
-        {"packing.tokens": "256", "packing.shapes": "16 1"},
-    ]
+    assert found[7:] == [{"packing.tokens": "512", "packing.shapes": "32 1"}]  # not less than a picture
     assert not [s for s in steps(run(objective=Objective(chunk=4096), tokens=128)) if "objective.chunk" in s]
     *_, (_, last, _) = advice.ladder(run(), SIZES, 1.0, 16.0)
     assert (last.model.decoder.blocks.remat, last.update.accumulate, last.mesh.fsdp) == ("full", 4, 4)
+
+
+def test_shorter_rows_hold_whole_pictures():
+    packing = Packing(rows=16, tokens=4096, shapes=((576, 1), (2880, 5)))
+    found = [s for s in steps(dataclasses.replace(run(), packing=packing)) if "packing.tokens" in s]
+    assert found == [
+        {"packing.tokens": "2048", "packing.shapes": "576 1 1152 2"},
+        {"packing.tokens": "1024", "packing.shapes": "576 1"},
+    ]
 
 
 def test_a_state_that_fills_the_chip_is_sharded_first():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from tiny import tiny_model
 
 from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
+from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.models.flops import Row
+from mmjax.nn import attention as model
 from mmjax.nn.kernels import gpu_blocks, tpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
 from mmjax.plan import attention
@@ -79,7 +82,7 @@ def test_loops_are_told_apart_by_their_scope():
     # The GPU's forward kernel: three rows, 4 heads of 8, two products of every tile that a causal row reaches.
     line = 'custom_call_target="__gpu$xla.gpu.triton", op_name="jvp(decoder)/attention", name = "forward_kernel"'
     kernel = attention.hints(cfg, row, "causal", 2048, 3).kernel(Op("k", Shape(), "", "", (), line, False), None, 5.0)
-    tile = gpu_blocks.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 1, "bfloat16")).forward
+    tile = gpu_blocks.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 2048, 1, "bfloat16")).forward
     reached = sum(-(-(i + 1) * tile.queries // tile.keys) for i in range(2048 // tile.queries))
     assert kernel == Kernel(2.0 * 2 * (3 * 4 * 8) * reached * tile.queries * tile.keys, 5.0)
 
@@ -91,3 +94,60 @@ def test_loops_are_told_apart_by_their_scope():
     assert turns("jit(step)/jvp(vision)/while/body/attention/while") == (4 + 1) / 2
     assert turns("jit(step)/jvp(decoder)/while") is None
     assert turns("jit(step)/attention/while") is None
+
+
+def op(scope: str, kernel: str = "") -> Op:
+    return Op("k", Shape(), "while", "", (), f'op_name="{scope}/attention", name = "{kernel}"', False)
+
+
+def test_devices_that_split_a_row_share_its_pairs(monkeypatch):
+    """Gathered, the last of four devices sees 7/16 of a causal row; on a ring all compute the same in four steps."""
+    cfg, row = tiny_model(vocab=64), Row((16384,), ())
+
+    def found(length: int) -> tuple[float, float]:
+        told = attention.hints(cfg, row, "causal", 0, length=length)
+        return told.turns(op("decoder")), told.kernel(op("decoder", "by_key"), None, 0.0).flops
+
+    turns, flops = found(1)
+    gathered = found(4)
+    assert gathered[0] == pytest.approx(turns * 7 / 4, rel=0.05)
+    assert gathered[1] == pytest.approx(flops * 7 / 16, rel=0.05)
+    monkeypatch.setattr(attention, "GATHERED", 1)
+    ring = found(4)
+    assert ring[0] == pytest.approx(turns / 4, rel=0.05)
+    assert ring[1] == pytest.approx(flops / 16, rel=0.05)
+
+
+def test_rows_that_do_not_divide_are_filled_up():
+    *_, last = attention.split(attention.sequence(Row((30,), ()), "causal", 0), 4, True)
+    assert [len(step.order) for step in last] == [8] * 4
+    assert sorted(np.concatenate([step.order for step in last])) == [-1, -1, *range(30)]
+    assert {len(step.lo) for step in last} == {8}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "split", "held"),
+    [(32, 8, 4, (8, 2)), (32, 2, 4, (8, 1)), (12, 6, 4, (3, 3)), (14, 2, 4, (14, 2)), (5, 5, 2, (5, 5))],
+)
+def test_heads_that_do_not_divide_stay_whole(heads, kv, split, held):
+    cfg = dataclasses.replace(tiny_model(vocab=64).decoder.blocks, heads=heads, kv_heads=kv)
+    assert attention._held(cfg, split) == held
+
+
+@pytest.mark.parametrize("kv", [2, 4, 3])
+def test_what_goes_round_is_what_the_model_sends_round(kv, monkeypatch):
+    """Devices 2 × 2 × 2, four rows; a limit on either side of what they hold."""
+    cfg = dataclasses.replace(tiny_model(vocab=64).decoder.blocks, heads=12, kv_heads=kv)
+    mesh = make_mesh(MeshConfig(data=2, sequence=2, tensor=2))
+    held = 2 * (kv // 2 if kv % 2 == 0 else kv) * 2 * cfg.head * 2 * 64
+    for limit in (held - 1, held):
+        monkeypatch.setattr(attention, "GATHERED", limit)
+        monkeypatch.setattr(model, "GATHERED", limit)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            theirs = model.goes_round(4, 64, 64, kv, 2 * cfg.head * 2)
+        assert attention.goes_round(cfg, 64, 2, 2, "bfloat16", 2) is theirs is (limit < held)
+
+
+def test_parts_are_whole_words_of_a_scope():
+    assert attention.part_of("jit(step)/transpose(jvp(decoder))/while/body/mlp/dot") == "decoder"
+    assert attention.part_of("jit(step)/dynamic_update_slice") == "other"

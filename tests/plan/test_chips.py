@@ -1,5 +1,7 @@
 """Topologies, their networks, and how the compiler's refusals are read."""
 
+import dataclasses
+
 import pytest
 
 from mmjax.core.errors import InputError
@@ -17,10 +19,22 @@ def test_a_torus_has_two_links_along_an_axis_that_closes_and_one_else():
     assert [slice_.bandwidth(c) for c in (row[:4], column, some)] == [link, 2 * link, 3 * link]
 
 
-def test_gpus_talk_by_nvlink_within_a_node_and_by_network_beyond():
+@pytest.mark.parametrize(("text", "rings"), [("v5p:4x4x4", 2), ("v4:4x4x8", 2), ("v5p:2x4x4", 1), ("v4:4x4x6", 1)])
+def test_a_torus_of_three_axes_closes_in_whole_cubes(text, rings):
+    of = chips.topology(text)
+    assert of.bandwidth([(0, i, 0) for i in range(4)]) == rings * of.chip.link
+
+
+def test_gpus_talk_by_nvlink_within_a_node_and_by_network_beyond(monkeypatch):
     two = chips.topology("h100:16")
     assert two.bandwidth([(i,) for i in range(8)]) == two.chip.link
     assert two.bandwidth([(7,), (8,)]) == two.chip.network
+    # Whole nodes leave by all of their adapters, as far as NVLink brings data there.
+    assert chips.topology("h100:64").bandwidth([(i,) for i in range(64)]) == 8 * two.chip.network == 4e11
+    assert two.bandwidth([(i,) for i in range(0, 16, 4)]) == 2 * two.chip.network
+    fast = dataclasses.replace(chips.CHIPS["a100"], network=1e11)
+    monkeypatch.setitem(chips.CHIPS, "a100", fast)
+    assert chips.topology("a100:16").bandwidth([(i,) for i in range(16)]) == fast.link
 
 
 @pytest.mark.parametrize(

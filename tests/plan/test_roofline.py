@@ -36,3 +36,11 @@ def test_the_compilers_cycles_where_it_makes_an_estimate():
     assert roofline.estimate(Count([kernel, fused]), POD, PLACES).cycles == pytest.approx(9e-3)
     gpu = chips.topology("h100:8")
     assert roofline.estimate(Count([kernel]), gpu, [(i,) for i in range(8)]).cycles == 0
+
+
+def test_links_carry_one_thing_at_a_time():
+    """A loop that waits a second for its gather leaves the links no time for another beside it."""
+    gather = Work("a", "", collective=Collective("all-gather", ROW, 2 * POD.chip.link, True))
+    loop = Work("b", "", loop=Count([gather]), turns=1.0)
+    found = roofline.estimate(Count([loop, gather]), POD, PLACES)
+    assert (found.beside, found.step, found.cycles) == pytest.approx((2.0, 2.0, 2.0))

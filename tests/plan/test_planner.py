@@ -1,0 +1,137 @@
+"""What the planner says and refuses, without a compiler."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import tiny_run
+
+from mmjax import bench
+from mmjax.core import config
+from mmjax.core.errors import InputError
+from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.plan import __main__ as command
+from mmjax.plan import chips, planner, program, report
+from mmjax.plan.chips import GIB
+from mmjax.plan.program import State, TooLarge
+from mmjax.sequence.batch import Bucket
+from mmjax.tokenizers.resolution import Native
+from mmjax.train.config import Packing
+
+SHAPES = Packing(rows=8, tokens=128, shapes=((64, 2),))
+
+
+def run(packing: Packing = SHAPES, **changes):
+    return tiny_run(Path("unused"), packing=packing, mesh=MeshConfig(data=-1), **changes)
+
+
+@pytest.fixture
+def no_chips(monkeypatch):
+    """The CPU's devices in the place of TPUs."""
+    monkeypatch.setattr(chips, "devices", lambda of: jax.devices()[:4])
+
+
+def test_help_says_what_is_not_planned(capsys, monkeypatch):
+    monkeypatch.setattr(command, "set_environment", lambda: None)
+    with pytest.raises(SystemExit):
+        command.run([])
+    assert "evaluate or decode are not planned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "-1"])
+def test_memory_is_a_number(given):
+    with pytest.raises(InputError, match=r"--memory is .*; give GiB"):
+        command.options(["--memory", given])
+    assert command.options(["--memory", "0.5"])[0].memory == 0.5
+
+
+def test_memory_is_no_more_than_there_is():
+    with pytest.raises(InputError, match=r"--memory is 16, but TPU v5e has 15.75 GiB"):
+        planner.plan(run(), "v5e:2x2", memory=16.0)
+    with pytest.raises(InputError, match="--memory is 80, but H100 80 GB has 79"):
+        planner.plan(run(), "h100:8", memory=80.0)
+    assert chips.topology("h100:8").most > chips.CHIPS["h100"].memory  # what JAX takes unless told
+
+
+def test_json_has_numbers_alone(monkeypatch):
+    monkeypatch.setattr(command, "set_environment", lambda: None)
+    monkeypatch.setattr(config, "load", lambda _: run())
+    monkeypatch.setattr(planner, "plan", lambda *a: ({"buckets": [], "mfu": float("nan")}, ""))
+    with pytest.raises(ValueError, match="JSON"):
+        command.run(["any", "--topology", "v5e:2x2", "--json"])
+    monkeypatch.setattr(bench, "measure", lambda *a: {"mfu": float("nan")})
+    monkeypatch.setattr(bench, "said", lambda found: "")
+    with pytest.raises(ValueError, match="JSON"):
+        bench.run(["any", "--json"])
+
+
+def test_what_else_a_compiler_refuses_is_said_in_a_sentence(monkeypatch):
+    cfg = run()
+    mesh, bucket = make_mesh(cfg.mesh), program.buckets(cfg)[-1]
+
+    def compiled(error: Exception):
+        def refuses(*_):
+            raise error
+
+        monkeypatch.setattr(program, "compile_step", refuses)
+        return program.compiled(cfg, bucket, mesh)
+
+    with pytest.raises(InputError, match=r"The compiler refuses the step of 8 rows × 128 tokens: INTERNAL: bad$"):
+        compiled(jax.errors.JaxRuntimeError("INTERNAL: bad\nstack"))
+    with pytest.raises(InputError, match=r"NotImplementedError$"):
+        compiled(NotImplementedError())
+    with pytest.raises(TypeError):  # a bug stays one
+        compiled(TypeError("bug"))
+    assert compiled(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 3G of 2G hbm")) == TooLarge(
+        3.0 * GIB, 2.0 * GIB
+    )
+
+
+def test_a_v4_has_the_half_of_its_memory():
+    def head(kind: str, limit: float) -> str:
+        return report.head(chips.topology(kind), make_mesh(MeshConfig()), State(1.0, 1.0, 1), limit)
+
+    whole = chips.CHIPS["v4"].memory
+    assert "one core's half of a v4's 32 GiB" in head("v4:2x2x2", whole)
+    assert "half" not in head("v4:2x2x2", whole / 2) + head("v5e:4x2", whole)
+
+
+def test_documents_that_are_not_there_are_told_from_what_else_is_wrong(monkeypatch):
+    cfg = run(Packing(rows=8, tokens=128))
+
+    def buckets(error: Exception, cause: Exception | None = None):
+        def fails(_):
+            raise error from cause
+
+        monkeypatch.setattr(program, "prepare_data", fails)
+        program.buckets(cfg)
+
+    with pytest.raises(InputError, match=r"cannot be read here .* give patches and images"):
+        buckets(InputError("cannot read 'chats.json'"), FileNotFoundError())
+    with pytest.raises(InputError, match=r"^model.decoder.vocab is 5$"):
+        buckets(InputError("model.decoder.vocab is 5"))
+    with pytest.raises(InputError, match=r"resolution.patch is 4 but model.vision.embed.patch is 8"):
+        program.buckets(run(resolution=Native(patch=4, min_pixels=64, max_pixels=48 * 48)))
+
+
+def test_documents_are_read_once(no_chips, monkeypatch):
+    """Not again for everything that is tried."""
+    read, tried = [], []
+
+    def prepared(cfg):
+        read.append(cfg)
+        plan = type("Plan", (), {"buckets": (Bucket(8, 128, 64, 2),)})
+        return type("Data", (), {"training": type("Source", (), {"plan": plan})})
+
+    monkeypatch.setattr(program, "prepare_data", prepared)
+    monkeypatch.setattr(program, "compiled", lambda cfg, bucket, mesh: tried.append(bucket) or TooLarge(2.0, 1.0))
+    found, text = planner.plan(run(Packing(rows=8, tokens=128)), "v5e:2x2")
+    assert found["buckets"][0]["fits"] is False
+    assert "DOES NOT FIT" in text
+    assert len(read) == 1
+    assert len(tried) > 2
+
+    tried.clear()
+    planner.plan(dataclasses.replace(run(), packing=dataclasses.replace(SHAPES, tokens=512)), "v5e:2x2")
+    assert {b.tokens for b in tried} == {512, 256}
