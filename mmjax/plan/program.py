@@ -18,7 +18,7 @@ from mmjax.sequence.batch import Batch, Bucket, Values
 from mmjax.tokenizers.vocab import Vocab
 from mmjax.train import state
 from mmjax.train.config import Config
-from mmjax.train.prepare import fixed_buckets, prepare_data
+from mmjax.train.prepare import fixed_buckets, prepare_data, refuse_model, refuse_rows
 from mmjax.train.state import TrainState
 from mmjax.train.step import compile_step
 
@@ -95,28 +95,6 @@ def _absent(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, OSError) or _absent(error.__cause__ or error.__context__))
 
 
-def refuse_model(cfg: Config) -> None:
-    """Raises InputError where the model does not fit its inputs, whatever the mesh and the documents."""
-    cfg.model.refuse(cfg.sequence)
-    if cfg.resolution.patch != cfg.model.vision.embed.patch:
-        raise InputError(
-            f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
-            f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
-        )
-
-
-def refuse(cfg: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises InputError where the train step would refuse the config on this mesh."""
-    refuse_model(cfg)
-    parts = parts_of("batch", mesh, Rules()) * cfg.update.accumulate
-    if cfg.packing.rows % parts:
-        raise InputError(
-            f"packing.rows is {cfg.packing.rows}, which {parts // cfg.update.accumulate} devices of the data and fsdp "
-            f"axes cannot share evenly in each of {cfg.update.accumulate} parts (update.accumulate); set it to a "
-            f"multiple of {parts}."
-        )
-
-
 def abstract(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
     """The abstract state on a mesh, and the optimizer that it is of."""
     tx = state.optimizer(cfg.optimizer, cfg.steps)
@@ -146,7 +124,8 @@ def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | 
     Raises:
       InputError: the config does not fit the mesh; whatever else the compiler refuses.
     """
-    refuse(cfg, mesh)
+    refuse_model(cfg)
+    refuse_rows(cfg, parts_of("batch", mesh, Rules()))
     shape, tx = abstract(cfg, mesh)
     began = time.monotonic()
     try:

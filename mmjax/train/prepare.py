@@ -118,22 +118,32 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
             f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
             f"set it to {tokenizer.vocab.size}."
         )
+    refuse_model(cfg)
+    refuse_rows(cfg, of)
+    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
+        raise InputError(
+            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
+            f"set it to that."
+        )
+
+
+def refuse_model(cfg: Config) -> None:
+    """Raises InputError where the model does not fit its inputs, whatever the mesh and the documents."""
     if cfg.resolution.patch != cfg.model.vision.embed.patch:
         raise InputError(
             f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
             f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
         )
+    cfg.model.refuse(cfg.sequence)
+
+
+def refuse_rows(cfg: Config, of: int) -> None:
+    """Raises InputError where `of` devices cannot share a batch's rows."""
     parts = of * cfg.update.accumulate
     if cfg.packing.rows % parts:
         raise InputError(
             f"packing.rows is {cfg.packing.rows}, which {of} devices of the data and fsdp axes cannot share evenly in "
             f"each of {cfg.update.accumulate} parts (update.accumulate); set it to a multiple of {parts}."
-        )
-    cfg.model.refuse(cfg.sequence)
-    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
-        raise InputError(
-            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
-            f"set it to that."
         )
 
 
