@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,3 +79,25 @@ def close(name, got, expected, near):
     np.testing.assert_array_equal(np.isfinite(got), finite, err_msg=name)
     size = np.abs(expected[finite]).max(initial=1.0)
     np.testing.assert_allclose(got[finite] / size, expected[finite] / size, rtol=0, atol=near, err_msg=name)
+
+
+NEAR = {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 3e-2), "float16": (2e-3, 5e-3)}  # results, and gradients
+
+
+def equals_a_dense_mask(rng, cases, length, heads, kv, dtype, size=6, v_size=10):
+    """Asserts that attention agrees with float64: every mask a row of one batch; out, log-sum-exp and gradients."""
+    see = stack(cases.values(), length)
+    qkv = draw(rng, len(cases), length, length, heads, kv, size, v_size)
+    qkv = tuple(np.asarray(jnp.asarray(x, dtype), np.float32) for x in qkv)
+    cotangents = tuple(rng.normal(size=(len(cases), length, heads, *e)).astype(np.float32) for e in [(v_size,), ()])
+    out, lse, (grads, *_) = both_ways(tuple(jnp.asarray(x, dtype) for x in qkv), see, cotangents)
+    assert out.dtype == dtype
+    assert lse.dtype == jnp.float32
+    near, near_grad = NEAR[dtype]
+    for row, name in enumerate(cases):
+        one = tuple(x[row : row + 1] for x in (*qkv, *see, *cotangents))
+        expected, expected_lse, _, wanted = dense.attention(*one[:3], dense.seen(*one[3:6]), d_out=one[6], d_lse=one[7])
+        close(name, out[row], expected[0], near)
+        close(name, lse[row], expected_lse[0], near)
+        for got, which in zip(grads, "qkv", strict=True):
+            close(name, got[row], wanted[which][0], near_grad)

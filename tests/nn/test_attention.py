@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interval_cases import both_ways, close, draw, masks, stack
+from interval_cases import both_ways, close, draw, equals_a_dense_mask, masks, stack
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
@@ -27,23 +27,7 @@ def tiles(request, monkeypatch):
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("length", [1, 7, 129, 640])
 def test_equals_a_dense_mask_in_float64(rng, length, group, dtype):
-    cases = masks(length)
-    see = stack(cases.values(), length)
-    qkv = draw(rng, len(cases), length, length, group, 1)
-    qkv = tuple(np.asarray(jnp.asarray(x, dtype), np.float32) for x in qkv)
-    cotangents = tuple(rng.normal(size=(len(cases), length, group, *e)).astype(np.float32) for e in [(10,), ()])
-    out, lse, (grads, *_) = both_ways(tuple(jnp.asarray(x, dtype) for x in qkv), see, cotangents)
-    assert out.dtype == dtype
-    assert lse.dtype == jnp.float32
-    near, near_grad = (1e-5, 1e-5) if dtype == "float32" else (1e-2, 3e-2)
-    for row, name in enumerate(cases):
-        one = tuple(x[row : row + 1] for x in (*qkv, *see, *cotangents))
-        expected, expected_lse, _, wanted = dense.attention(*one[:3], dense.seen(*one[3:6]), d_out=one[6], d_lse=one[7])
-        compare = functools.partial(close, name)
-        compare(out[row], expected[0], near)
-        compare(lse[row], expected_lse[0], near)
-        for got, which in zip(grads, "qkv", strict=True):
-            compare(got[row], wanted[which][0], near_grad)
+    equals_a_dense_mask(rng, masks(length), length, group, 1, dtype)
 
 
 def relative(table, query, key):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interval_cases import both_ways, close, draw, masks, stack
+from interval_cases import both_ways, close, draw, equals_a_dense_mask, masks, stack
 
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.nn import attention
@@ -52,21 +52,7 @@ def kernels(monkeypatch):
 )
 def test_equals_a_dense_mask_in_float64(rng, length, heads, kv, size, v_size, dtype):
     """Every row of the interval table, forwards and backwards."""
-    cases = masks(length)
-    see = stack(cases.values(), length)
-    qkv = draw(rng, len(cases), length, length, heads, kv, size, v_size)
-    qkv = tuple(np.asarray(jnp.asarray(x, dtype), np.float32) for x in qkv)
-    cotangents = tuple(rng.normal(size=(len(cases), length, heads, *e)).astype(np.float32) for e in [(v_size,), ()])
-    out, lse, (grads, *_) = both_ways(tuple(jnp.asarray(x, dtype) for x in qkv), see, cotangents)
-    assert out.dtype == dtype
-    near, near_grad = {"float32": (1e-5, 1e-5), "bfloat16": (1e-2, 3e-2), "float16": (2e-3, 5e-3)}[dtype]
-    for row, name in enumerate(cases):
-        one = tuple(x[row : row + 1] for x in (*qkv, *see, *cotangents))
-        expected, expected_lse, _, wanted = dense.attention(*one[:3], dense.seen(*one[3:6]), d_out=one[6], d_lse=one[7])
-        close(name, out[row], expected[0], near)
-        close(name, lse[row], expected_lse[0], near)
-        for got, which in zip(grads, "qkv", strict=True):
-            close(name, got[row], wanted[which][0], near_grad)
+    equals_a_dense_mask(rng, masks(length), length, heads, kv, dtype, size, v_size)
 
 
 @pytest.mark.parametrize("length", [3, 75], ids=["folded", "not folded"])

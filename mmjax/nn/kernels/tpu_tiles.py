@@ -152,7 +152,7 @@ def heads(ref: Any, at: Any, g: Grid) -> jax.Array:
 
 
 def put(ref: Any, p: int, x: jax.Array, g: Grid) -> None:
-    """The way back of `_heads`, from [head size, heads × queries] of part p of the queries."""
+    """The way back of `heads`, from [head size, heads × queries] of part p of the queries."""
     n = g.blocks.query_part
     for h in range(g.group):
         one, at = x[:, h * n : (h + 1) * n], slice(p * n, (p + 1) * n)
