@@ -2,7 +2,7 @@
 
     store = Store(folder=Path("features"), disk=2**32, memory=2**28, age=7 * 86400)
     tower = features.tower(params, cfg)                              # once: it reads all of the tower's weights
-    names = [features.named(document, layout, tower, made)]          # of each row's pictures
+    names = [features.named(document, layout, tower, how)]           # of each row's pictures
     media = features.media(params, batch, cfg, names, store)         # encodes those that are not kept
     hidden = vlm.hidden(params, batch, cfg, media=media)
 
@@ -12,7 +12,6 @@ its weights, and what computes it. Each picture is encoded by itself in a shape 
 what is kept is to the bit what would be made anew, whatever it comes together with.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +25,9 @@ from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
 from mmjax.core.fingerprint import fingerprint
 from mmjax.core.store import Arrays, Store
+from mmjax.encoders import vit
 from mmjax.models import vlm
+from mmjax.models.tower import Media
 from mmjax.sequence import interleave
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.document import Document, Encoded, Image, Video
@@ -39,7 +40,7 @@ Name = tuple[str, int]  # a picture's key, and how many views it has
 
 
 @dataclass(frozen=True)
-class Made:
+class How:
     """What is done to a medium before the tower sees it, besides its resolution policy.
 
     sequence: in which order patches lie, and which see each other: its `merge`, `window` and `frames`.
@@ -75,7 +76,7 @@ def weights(after: After) -> tuple[str, ...]:
     return ("vision", "connector", "deep") if after == "connector" else ("vision",)
 
 
-def key(content: bytes | np.ndarray, medium: Image | Video, piece: Piece, tower: str, made: Made) -> str:
+def key(content: bytes | np.ndarray, medium: Image | Video, piece: Piece, tower: str, how: How) -> str:
     """Under which the features of a medium are kept.
 
     Args:
@@ -83,10 +84,10 @@ def key(content: bytes | np.ndarray, medium: Image | Video, piece: Piece, tower:
       medium: what the content is.
       piece: of its layout: by which policy it becomes patches, and how many.
       tower: as `tower` says.
-      made: what else is done to it.
+      how: what else is done to it.
     """
     size = (type(medium).__name__, medium.height, medium.width)
-    return fingerprint(tower, made.name, piece.policy, piece.views, size, content)
+    return fingerprint(tower, how.name, piece.policy, piece.views, size, content)
 
 
 def content(medium: Image | Video, limits: images.Limits = images.LIMITS) -> bytes | np.ndarray:
@@ -102,7 +103,7 @@ def content(medium: Image | Video, limits: images.Limits = images.LIMITS) -> byt
 
 
 def named(
-    document: Document, layout: Layout, tower: str, made: Made, limits: images.Limits = images.LIMITS
+    document: Document, layout: Layout, tower: str, how: How, limits: images.Limits = images.LIMITS
 ) -> list[Name]:
     """The keys of a document's pictures and clips in reading order, each with how many views it has.
 
@@ -114,7 +115,7 @@ def named(
         if piece.views:
             medium = document.spans[piece.span]
             try:
-                names.append((key(content(medium, limits), medium, piece, tower, made), len(piece.views)))
+                names.append((key(content(medium, limits), medium, piece, tower, how), len(piece.views)))
             except InputError as error:
                 raise InputError(f"Document {document.id!r}, span {piece.span}: {error}") from error
     return names
@@ -161,8 +162,10 @@ def places(batch: Batch, names: Sequence[Sequence[Name]]) -> Iterator[tuple[str,
 
 def media(
     params: dict, batch: Batch, cfg: vlm.Config, names: Sequence[Sequence[Name]], store: Store, *, rows: int = 1
-) -> vlm.Media:
+) -> Media | None:
     """The batch's media tokens [B, M, E] (and deep [T, B, M, E]), of which only those are made that are not kept.
+
+    None where the batch has no room for pictures.
 
     Args:
       params, batch, cfg: the model's; the batch on the host.
@@ -173,27 +176,29 @@ def media(
     Raises:
       InputError: a row holds other pictures than were named.
     """
+    if not batch.patches.shape[1]:
+        return None
     where = list(places(batch, names))
-    shapes = _media.eval_shape(_parts(params), _seen(batch), cfg)
+    shapes = _media.eval_shape(_parts(params), seen(batch), cfg)
     first = dict(reversed(where))
     found = {name: entry for name in first if (entry := kept(store, name, first[name], shapes, cfg)) is not None}
     missing = [name for name in first if name not in found]
     for name, entry in zip(missing, encode(params, batch, cfg, [first[n] for n in missing], rows), strict=True):
         store.put(name, entry)
         found[name] = entry
-    made = assemble(shapes, [(place, found[name]) for name, place in where], cfg)
-    return jax.tree.map(jnp.asarray, made)
+    whole = assemble(shapes, [(place, found[name]) for name, place in where], cfg)
+    return jax.tree.map(jnp.asarray, whole)
 
 
 def kept(
-    store: Store, name: str, place: Place, shapes: vlm.Media, cfg: vlm.Config, after: After = "connector"
+    store: Store, name: str, place: Place, shapes: Media, cfg: vlm.Config, after: After = "connector"
 ) -> Arrays | None:
     """A picture's features, if they are kept and are such as the model makes them."""
     entry, at = store.get(name), place.tokens(cfg, after)
     return entry if entry is not None and fits(entry, at.stop - at.start, shapes) else None
 
 
-def fits(entry: Arrays, count: int, shapes: vlm.Media) -> bool:
+def fits(entry: Arrays, count: int, shapes: Media) -> bool:
     """Whether these are features of so many tokens, of the dtype and width that the model makes."""
     wanted = {"tokens": ((count, shapes.tokens.shape[-1]), shapes.tokens.dtype)}
     if shapes.deep is not None:
@@ -216,21 +221,21 @@ def encode(params: dict, batch: Batch, cfg: vlm.Config, where: Sequence[Place], 
         for start in range(0, len(numbers), rows):
             some = numbers[start : start + rows]
             alone, inside = _alone(batch, [where[n] for n in some], size, rows)
-            made = jax.device_get(_media(_parts(params), alone, cfg))
-            out |= {n: cut(made, place, cfg) for n, place in zip(some, inside, strict=True)}
+            found = jax.device_get(_media(_parts(params), alone, cfg))
+            out |= {n: cut(found, place, cfg) for n, place in zip(some, inside, strict=True)}
     return [out[n] for n in range(len(where))]
 
 
-def cut(made: vlm.Media, place: Place, cfg: vlm.Config, after: After = "connector") -> Arrays:
+def cut(whole: Media, place: Place, cfg: vlm.Config, after: After = "connector") -> Arrays:
     """One picture's features out of those of a batch, on the host."""
     at = place.tokens(cfg, after)
-    entry = {"tokens": made.tokens[place.row, at]}
-    return entry if made.deep is None else entry | {"deep": made.deep[:, place.row, at]}
+    entry = {"tokens": whole.tokens[place.row, at]}
+    return entry if whole.deep is None else entry | {"deep": whole.deep[:, place.row, at]}
 
 
 def assemble(
-    shapes: vlm.Media, entries: Sequence[tuple[Place, Arrays]], cfg: vlm.Config, after: After = "connector"
-) -> vlm.Media:
+    shapes: Media, entries: Sequence[tuple[Place, Arrays]], cfg: vlm.Config, after: After = "connector"
+) -> Media:
     """The features of a batch of these shapes from those of its pictures, on the host; zeros where there is none."""
     out = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     for place, entry in entries:
@@ -241,9 +246,27 @@ def assemble(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _media(params: dict, batch: Batch, cfg: vlm.Config) -> vlm.Media:
-    return vlm.media(params, batch, cfg)
+def made(params: dict, batch: Batch, cfg: vlm.Config, after: After = "connector") -> Media:
+    """What is kept of a batch: its media tokens, or (as `tokens`) the encoder's features and (as `deep`) its taps."""
+    if after == "connector":
+        return vlm.media(params, batch, cfg)
+    found = vlm.see(params, batch, cfg)
+    return Media(found.patches, found.taps if cfg.deepstack else None)
+
+
+def media_of(params: dict, batch: Batch, cfg: vlm.Config, known: Media, after: After) -> Media:
+    """The media tokens of what `made` made."""
+    if after == "connector":
+        return known
+    return vlm.media(params, batch, cfg, seen=vit.Features(known.tokens, None, None, known.deep, None))
+
+
+def seen(batch: Batch) -> Batch:
+    """The batch, abstract or not, without what encoder and connector do not read."""
+    return Batch(**{name: getattr(batch, name) if name in _SEEN else None for name in Batch.__dataclass_fields__})
+
+
+_media = jax.jit(vlm.media, static_argnums=2)
 
 
 def _parts(params: dict) -> dict:
@@ -253,12 +276,7 @@ def _parts(params: dict) -> dict:
 # The fields of a batch that encoder and connector read; of those that count from the start of the row, the first.
 _LABELS = ("patch_order", "patch_lo", "patch_hi", "window_lo", "window_hi")
 _SEEN = (*_LABELS, "patches", "patch_position", "patch_image", "patch_kind", "grid")
-_EMPTY = {name: -1 for name in ("patch_order", "patch_hi", "window_hi", "patch_image")}  # else 0
-
-
-def _seen(batch: Batch) -> Batch:
-    """The batch without what encoder and connector do not read."""
-    return Batch(**{name: getattr(batch, name) if name in _SEEN else None for name in Batch.__dataclass_fields__})
+_EMPTY = dict.fromkeys(("patch_order", "patch_hi", "window_hi", "patch_image"), -1)  # else 0
 
 
 def _rounded(n: int, unit: int) -> int:
@@ -280,6 +298,6 @@ def _alone(batch: Batch, where: Sequence[Place], size: tuple[int, int], rows: in
             out[row, : len(at)] = whole[place.row, at.start : at.stop] - whole.dtype.type(first)
         return out
 
-    alone = {name: x if x is None else rowed(name, np.asarray(x)) for name, x in vars(_seen(batch)).items()}
+    alone = {name: x if x is None else rowed(name, np.asarray(x)) for name, x in vars(seen(batch)).items()}
     inside = [Place(row, range(len(p.images)), range(len(p.patches))) for row, p in enumerate(where)]
     return Batch(**alone), inside

@@ -100,12 +100,10 @@ def costs(cfg: Config) -> budget.Costs:
     return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
 
 
-def media(params: dict, batch: Batch, cfg: Config) -> Media:
-    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such."""
-    windowed = bool(cfg.vision.blocks.windowed)
-    at = {"image": batch.patch_image, "grid": batch.grid}
+def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
+    """What the vision encoder sees of the row's pictures: its features, and its blocks' for DeepStack."""
     with jax.named_scope("vision"):
-        seen = vit.encode(
+        return vit.encode(
             params["vision"],
             batch.patches,
             cfg.vision,
@@ -113,12 +111,22 @@ def media(params: dict, batch: Batch, cfg: Config) -> Media:
             lo=batch.patch_lo,
             hi=batch.patch_hi,
             position=batch.patch_position,
-            window=(batch.window_lo, batch.window_hi) if windowed else None,
+            window=(batch.window_lo, batch.window_hi) if cfg.vision.blocks.windowed else None,
             taps=cfg.deepstack,
-            **at,
+            image=batch.patch_image,
+            grid=batch.grid,
         )
+
+
+def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None = None) -> Media:
+    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such.
+
+    `seen` is what `see` makes, where that is known already (its patches and taps).
+    """
+    seen = see(params, batch, cfg) if seen is None else seen
+    at = {"image": batch.patch_image, "grid": batch.grid, "order": batch.patch_order}
     with jax.named_scope("connector"):
-        tokens = connect(params["connector"], seen.patches, cfg.connector, order=batch.patch_order, **at)
+        tokens = connect(params["connector"], seen.patches, cfg.connector, **at)
         if cfg.deep is None:
             return Media(tokens)
         # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.

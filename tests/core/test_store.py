@@ -49,7 +49,7 @@ def make(folder, **changes) -> Store:
 def test_arrays_come_back_to_the_bit(folder, rng, dtype):
     dtype = jnp.dtype(dtype)
     values = rng.integers(0, 256, (3, 5, dtype.itemsize), np.uint8)
-    values = values.astype(bool) if dtype == bool else values.view(dtype)  # NaN and denormals among them
+    values = values.astype(bool) if dtype.name == "bool" else values.view(dtype)  # NaN and denormals among them
     given = {"odd": np.ones(3, np.uint8), "a": values, "none": np.zeros((0, 4), dtype), "one": values[0, 0, 0]}
     for kept in (make(folder), Store(memory=2**20)):
         assert kept.get(name(1)) is None
