@@ -45,16 +45,22 @@ class How:
 
     sequence: in which order patches lie, and which see each other: its `merge`, `window` and `frames`.
     reduced, canvases: as of data.source.Source.
+    clips: the policy of videos, which chooses their pictures.
+    frames: pictures in a patch.
+    other: whatever else is done, as a fingerprint (convert.processor.Processor.preprocessing).
     """
 
     sequence: interleave.Config = interleave.PLAIN
     reduced: bool = False
     canvases: Any = None
+    clips: Any = None
+    frames: int = 1
+    other: str = ""
 
     @property
     def name(self) -> str:
-        s = self.sequence
-        return fingerprint(s.merge, s.window, s.frames, self.reduced, self.canvases, PIL.__version__)
+        s, host = self.sequence, (self.reduced, self.canvases, self.clips, self.frames, self.other)
+        return fingerprint(s.merge, s.window, s.frames, host, PIL.__version__)
 
 
 def tower(params: dict, cfg: vlm.Config, after: After = "connector") -> str:
@@ -86,7 +92,7 @@ def key(content: bytes | np.ndarray, medium: Image | Video, piece: Piece, tower:
       tower: as `tower` says.
       how: what else is done to it.
     """
-    size = (type(medium).__name__, medium.height, medium.width)
+    size = (type(medium).__name__, medium.height, medium.width, getattr(medium, "fps", None))
     return fingerprint(tower, how.name, piece.policy, piece.views, size, content)
 
 

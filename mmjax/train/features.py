@@ -154,7 +154,9 @@ def compile_towers(cfg: Config, source: Source, params: dict, mesh: Mesh) -> Tow
     steps, shapes, placed = [], [], []
     for bucket in source.plan.buckets:
         whole = features.seen(batches.abstract(bucket, source.values, source.vocab, source.cfg))
-        part = jax.tree.map(lambda x: x.update(shape=(x.shape[0] // cfg.update.accumulate, *x.shape[1:])), whole)
+        part = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] // cfg.update.accumulate, *x.shape[1:]), x.dtype), whole
+        )
         placed.append(batch_shardings(part, mesh, rules))
         at = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part, placed[-1])
         with jax.set_mesh(mesh), sharding.use_rules(rules):

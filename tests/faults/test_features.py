@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -96,33 +97,69 @@ def test_processes_share_a_small_folder_that_is_damaged_meanwhile(tmp_path):
     assert not list(folder.glob(".*")), "nothing is left half written"
 
 
+# Dies in the middle of writing its first entry, or when that is whole and not yet renamed.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from mmjax.core import store as stores
+
+class Half:
+    def __init__(self, fd, mode):
+        self.fd = fd
+    def __enter__(self):
+        return self
+    def write(self, data):
+        os.write(self.fd, data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    def __exit__(self, *_):
+        return False
+
+if sys.argv[2] == "half":
+    stores.open = Half
+else:
+    stores.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+stores.Store(folder=Path(sys.argv[1]), disk=2**26).put(sys.argv[3] * 64, {"tokens": np.zeros(10000)})
+"""
+
+
 def test_killed_in_a_write(tmp_path):
-    """Whatever a killed process leaves is whole or is not returned, and half written files are swept away."""
-    folder, disk, size = tmp_path / "kept", 2**26, 300_000
-    rng, left = random.Random(0), 0
-    for n in range(12):
+    """Whatever killed processes leave is whole or is not returned, and what they left half written is swept away."""
+    folder, disk, size, rng = tmp_path / "kept", 2**26, 100_000, random.Random(0)
+    for n in range(4):
         with start(folder, disk, 12, size, 10**6, n) as process:
-            until = time.monotonic() + 20
-            while not left and time.monotonic() < until:  # until it is caught while it writes; once is enough
-                time.sleep(rng.random() * 0.02)
-                if list(folder.glob(".*.tmp")):
-                    break
-            time.sleep(rng.random() * 0.02)
+            time.sleep(0.05 + rng.random() * 0.3)
             process.send_signal(signal.SIGKILL)
-            process.wait()
-        left += len(list(folder.glob(".*.tmp")))
-        if left and n >= 4:
-            break
-    assert left, "no kill came in the middle of a write"
+    for how, digit in (("half", "a"), ("whole", "b")):
+        code = [sys.executable, "-c", DYING, str(folder), how, digit]
+        assert subprocess.run(code, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == -signal.SIGKILL
+        assert list(folder.glob(f".{digit * 64}.*.tmp"))
+        assert Store(folder=folder, disk=disk).get(digit * 64) is None
     # The next process reads and writes as if nothing had happened.
     with start(folder, disk, 12, size, 40, 99) as process:
         out, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert int(out.split()[2]) == 0, "a renamed file was not whole"
-    temporary = list(folder.glob(".*.tmp"))
-    assert temporary
+    found, _, damaged, _ = map(int, out.split())
+    assert found
+    assert not damaged, "a renamed file was not whole"
     old = time.time() - stores.STALE - 1
-    for file in temporary:
+    for file in folder.glob(".*.tmp"):
         os.utime(file, (old, old))
     Store(folder=folder, disk=disk).put("0" * 64, {"a": np.zeros(1)})
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_file_that_may_not_grow(tmp_path, caplog):
+    """What a full disk does, by the system itself: a write ends in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = Store(folder=tmp_path, disk=2**26)
+    store.put("a" * 64, {"tokens": np.zeros(10)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for digit in "bc":
+            store.put(digit * 64, {"tokens": np.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [record.getMessage() for record in caplog.records] == [f"nothing more is kept in {tmp_path}: File too large"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a" * 64 + ".arrays"]
+    assert store.get("a" * 64) is not None

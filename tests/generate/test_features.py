@@ -27,6 +27,7 @@ from mmjax.sequence.document import Document, Encoded, Image, Text, Video
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
 from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.video import Sampled
 
 
 def deepstack():
@@ -262,9 +263,14 @@ def test_every_way_of_making_patches_changes_the_key(monkeypatch):
         "reduced": one_key(how=features.How(reduced=True)),
         "canvases": one_key(how=features.How(canvases=Canvases())),
         "other canvases": one_key(how=features.How(canvases=Canvases(step=4))),
+        "clips": one_key(how=features.How(clips=Sampled(POLICY))),
+        "other clips": one_key(how=features.How(clips=Sampled(POLICY, fps=3.0))),
+        "frames in a patch": one_key(how=features.How(frames=2)),
+        "other": one_key(how=features.How(other="x")),
         "tower": one_key(tower="u"),
         "size": one_key(medium=Image(24, 25, b"")),
         "kind": one_key(medium=Video(1, 24, 24, 1.0, np.zeros(1))),
+        "pace": one_key(medium=Video(1, 24, 24, 2.0, np.zeros(1))),
         "content": one_key(content=PICTURES[3].source[:-1]),
         "pixels": one_key(content=np.zeros((24, 24, 3), np.uint8)),
         "fewer pixels": one_key(content=np.zeros((24, 12, 6), np.uint8)),
