@@ -19,23 +19,27 @@ from mmjax.nn import transformer
 from mmjax.sequence import budget, interleave
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
-from mmjax.sequence.layout import NAMES
+from mmjax.sequence.layout import IMAGE, NAMES, VIDEO
 
 
 @dataclass(frozen=True)
 class Config:
     """Where media enter is the decoder's choice: `decoder.cross`, or else in the sequence.
 
-    placeholder: the token id that stands where media tokens go; given, the train step checks that they do.
+    placeholder: the token id (or ids: of pictures, of videos) that stands where media tokens go; given, the train step
+      checks that they do.
     segments: whether a learnt vector of its modality is added to every token (the segment or token-type embedding of
       Devlin et al. 2019, BERT, section 3.2, as Li et al. 2019, VisualBERT, section 3.2, uses it).
+    newline: whether a learnt vector stands at those places of a picture that show none of its media tokens (the ends of
+      its rows: `image_newline` of LLaVA-NeXT and LLaVA-OneVision), whatever token id they carry.
     """
 
     vision: vit.Config
     connector: Connector
     decoder: decoder.Config
-    placeholder: int | None = None
+    placeholder: int | tuple[int, ...] | None = None
     segments: bool = False
+    newline: bool = False
 
     def __post_init__(self):
         if self.connector.alone:
@@ -73,6 +77,9 @@ def spec(cfg: Config) -> Spec:
     }
     if cfg.segments:
         out["segments"] = ParamSpec((len(NAMES), cfg.decoder.blocks.width), (None, "embed"), Normal(0.02))
+    if cfg.newline:
+        width = cfg.decoder.blocks.width
+        out["newline"] = ParamSpec((width,), (None,), Normal(width**-0.5))
     return out
 
 
@@ -140,6 +147,9 @@ def hidden(
     else:
         at = sharding.take_rows(media, batch.slot)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
+        if cfg.newline:
+            ends = (batch.slot < 0) & ((batch.modality == IMAGE) | (batch.modality == VIDEO))
+            x = jnp.where(ends[:, :, None], params["newline"].astype(x.dtype)[None, None], x)
     x = _marked(params, x, batch, cfg)
     with jax.named_scope("decoder"):
         return decoder.apply(params["decoder"], x, cfg.decoder, **see)
