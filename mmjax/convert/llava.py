@@ -135,8 +135,7 @@ def vision(config: dict, keys: frozenset[str], prefix: str) -> tuple[vit.Config,
     )
     cfg = replace(whole, blocks=replace(whole.blocks, layers=used), final_norm=False, head=None)
     inner = "vision_model." if any(k.startswith(f"{prefix}vision_model.") for k in keys) or not keys else ""
-    table = [r for r in rules(cfg, prefix + inner) if not r.ours.startswith(("norm/", "head/"))]
     at, why = re.escape(prefix + inner), "behind the features that are used"
     numbers = "|".join(map(str, range(used, layers)))
     rest = {rf"{at}(post_layernorm|head)\..*": why}
-    return cfg, table, rest | ({rf"{at}encoder\.layers\.({numbers})\..*": why} if numbers else {})
+    return cfg, rules(cfg, prefix + inner), rest | ({rf"{at}encoder\.layers\.({numbers})\..*": why} if numbers else {})

@@ -36,7 +36,9 @@ def read(config: dict, keys: frozenset[str]) -> Found:
             deepstack=tower.deepstack,
             deep=tower.deep,
         )
-        table = [replace(r, ours=re.sub("^merger/", "connector/", r.ours)) for r in qwen_vision.rules(tower, visual, number)]
+        table = [
+            replace(r, ours=re.sub("^merger/", "connector/", r.ours)) for r in qwen_vision.rules(tower, visual, number)
+        ]
         table += prefixed("decoder", decoder.rules(cfg.decoder, text_at, head, keys))
         return Found(vlm, cfg, tuple(table), decoder.DROPPED)
 

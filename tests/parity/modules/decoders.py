@@ -30,7 +30,9 @@ def rows(lengths: tuple[int, ...], vocab: int, seed: int = 1) -> tuple[np.ndarra
 
 
 def theirs(model: torch.nn.Module, ids: np.ndarray, there: np.ndarray) -> torch.Tensor:
-    return model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(there.astype(np.int64)), use_cache=False).logits
+    return model(
+        input_ids=torch.tensor(ids), attention_mask=torch.tensor(there.astype(np.int64)), use_cache=False
+    ).logits
 
 
 def ours(params: dict, cfg: decoder.Config, ids: np.ndarray, there: np.ndarray) -> jax.Array:
@@ -40,7 +42,9 @@ def ours(params: dict, cfg: decoder.Config, ids: np.ndarray, there: np.ndarray) 
     position = jnp.repeat(jnp.asarray(order.clip(0))[..., None], 3, axis=-1)
     x = decoder.embed(params, jnp.asarray(ids, jnp.int32))
     length = positions.lengths(jnp.where(order < 0, -1, 0), position)
-    x = decoder.apply(params, x, cfg, order=jnp.asarray(order), lo=jnp.asarray(lo), hi=jnp.asarray(hi), position=position)
+    x = decoder.apply(
+        params, x, cfg, order=jnp.asarray(order), lo=jnp.asarray(lo), hi=jnp.asarray(hi), position=position
+    )
     return decoder.logits(params, x, cfg)
 
 
@@ -63,7 +67,12 @@ def hub(config: dict) -> dict:
 
 
 def compare(
-    c: Compare, name: str, change: Change | None = None, lengths: tuple[int, ...] = LENGTHS, shard: str = "1GB", **more: Any
+    c: Compare,
+    name: str,
+    change: Change | None = None,
+    lengths: tuple[int, ...] = LENGTHS,
+    shard: str = "1GB",
+    **more: Any,
 ) -> None:
     cls = getattr(transformers, f"{name}ForCausalLM")
     model = twin(cls, cls.config_class(**SIZES | more))
