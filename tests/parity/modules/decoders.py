@@ -36,15 +36,14 @@ def theirs(model: torch.nn.Module, ids: np.ndarray, there: np.ndarray) -> torch.
 
 
 def ours(params: dict, cfg: decoder.Config, ids: np.ndarray, there: np.ndarray) -> jax.Array:
-    order = np.where(there, np.arange(ids.shape[1]), -1).astype(np.int32)
     lo, hi = intervals.causal(ids.shape[1])
-    lo, hi = np.where(there, lo, 0).astype(np.int32), np.where(there, hi, -1).astype(np.int32)
-    position = jnp.repeat(jnp.asarray(order.clip(0))[..., None], 3, axis=-1)
-    x = decoder.embed(params, jnp.asarray(ids, jnp.int32))
-    length = positions.lengths(jnp.where(order < 0, -1, 0), position)
-    x = decoder.apply(
-        params, x, cfg, order=jnp.asarray(order), lo=jnp.asarray(lo), hi=jnp.asarray(hi), position=position
-    )
+    order = np.where(there, np.arange(ids.shape[1]), -1)
+    see = {"order": order, "lo": np.where(there, lo, 0), "hi": np.where(there, hi, -1)}
+    see = {k: jnp.asarray(v, jnp.int32) for k, v in see.items()}
+    see["position"] = jnp.asarray(order.clip(0)[..., None], jnp.int32)
+    if cfg.blocks.rope.needs_length:
+        see["length"] = positions.lengths(jnp.where(see["order"] < 0, -1, 0), see["position"])
+    x = decoder.apply(params, decoder.embed(params, jnp.asarray(ids, jnp.int32), cfg), cfg, **see)
     return decoder.logits(params, x, cfg)
 
 
@@ -119,9 +118,23 @@ def linear(c: Compare) -> None:
     compare(c, "Llama", hub, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0})
 
 
+@system("Llama, dynamic")
+def dynamic(c: Compare) -> None:
+    # transformers takes the length of the longest row for all of them.
+    kind = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+    compare(c, "Llama", hub, (12, 12), max_position_embeddings=8, rope_parameters=kind)
+
+
+@system("Llama, LongRoPE")
+def longrope(c: Compare) -> None:
+    kind = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "factor": 4.0}
+    kind |= {"long_factor": [1.5, 2.0, 3.0, 4.0], "original_max_position_embeddings": 8}
+    compare(c, "Llama", None, (12, 12), rope_parameters=kind)
+
+
 @system("Mistral")
 def mistral(c: Compare) -> None:
-    compare(c, "Mistral", hub, sliding_window=None)
+    compare(c, "Mistral", hub, sliding_window=5)
 
 
 @system("Qwen2")
@@ -135,6 +148,50 @@ def qwen25(c: Compare) -> None:
     compare(c, "Qwen2", rope_parameters=yarn)
 
 
+@system("Qwen2.5, sliding windows")
+def qwen25_windows(c: Compare) -> None:
+    compare(c, "Qwen2", hub, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+
+
 @system("Qwen3")
 def qwen3(c: Compare) -> None:
     compare(c, "Qwen3", head_dim=16)
+
+
+@system("Gemma")
+def gemma(c: Compare) -> None:
+    compare(c, "Gemma", lambda config: hub(config) | {"hidden_act": "gelu", "head_dim": 16}, head_dim=16)
+
+
+@system("Gemma 2")
+def gemma2(c: Compare) -> None:
+    more = {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}
+    compare(c, "Gemma2", lambda config: hub(config) | {"head_dim": 16}, sliding_window=4, **more)
+
+
+def gemma3_hub(config: dict) -> dict:
+    """As google/gemma-3-1b-it has it."""
+    given = config.pop("rope_parameters")
+    config["rope_theta"] = given["full_attention"].pop("rope_theta")
+    config["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    config["rope_scaling"] = given["full_attention"]
+    config["sliding_window_pattern"] = 3
+    return {k: v for k, v in config.items() if k != "layer_types"}
+
+
+GEMMA3 = {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
+GEMMA3 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+GEMMA3["rope_parameters"] = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+
+@system("Gemma 3")
+def gemma3(c: Compare) -> None:
+    compare(c, "Gemma3", None, **GEMMA3)
+
+
+@system("Gemma 3 (hub files)")
+def gemma3_hub_files(c: Compare) -> None:
+    compare(c, "Gemma3", gemma3_hub, **GEMMA3)
