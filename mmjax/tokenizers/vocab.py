@@ -37,8 +37,8 @@ class Vocab:
 
     Ids lie in [0, size). Roles may share an id with others (many published models pad with `end`), but placeholders may
     not, for a media slot must be told from every other slot; but with that of the ends of a picture's rows, where a
-    vector of the model stands (models.vlm: `newline`). None: the family has no such token. InputError names the field that
-    breaks a rule.
+    vector of the model stands (models.vlm: `newline`). None: the family has no such token. InputError names the field
+    that breaks a rule.
     """
 
     pad: int

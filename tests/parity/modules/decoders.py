@@ -30,9 +30,9 @@ def rows(lengths: tuple[int, ...], vocab: int, seed: int = 1) -> tuple[np.ndarra
 
 
 def theirs(model: torch.nn.Module, ids: np.ndarray, there: np.ndarray) -> torch.Tensor:
-    return model(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(there.astype(np.int64)), use_cache=False
-    ).logits
+    """Row by row: there, padding that a window does not reach is NaN, and spreads."""
+    rows = [torch.tensor(row[own][None]) for row, own in zip(ids, there, strict=True)]
+    return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
 
 
 def ours(params: dict, cfg: decoder.Config, ids: np.ndarray, there: np.ndarray) -> jax.Array:
@@ -87,8 +87,8 @@ def compare(
     (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(loaded.params)
     with torch.no_grad():
         single, exact = (theirs(m, ids, there).numpy() for m in (model, double(model)))
-    c.value("logits", np.asarray(out)[there], single[there], exact[there])
-    slopes = gradient_model(model, lambda m: (theirs(m, ids, there) * torch.tensor(weight)).sum())
+    c.value("logits", np.asarray(out)[there], single, exact)
+    slopes = gradient_model(model, lambda m: (theirs(m, ids, there) * torch.tensor(weight[there])).sum())
     expected = huggingface.load(rewritten(saved(slopes), change)).params
     c.gradients(gradient, expected)
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, whole: pictures of several sizes, text alone, rows of different lengths."""
+"""LLaVA-1.5, -NeXT and -OneVision, whole: pictures of several sizes, text alone, rows of different lengths."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,9 @@ def llava(c: Compare, vision: dict, text: dict, rewrite=lambda path: path, shard
     twin = model("Llava", vision, text, **more)
 
     def call(m: torch.nn.Module) -> torch.Tensor:
-        return m(**inputs(given), pixel_values=tensor(sum(views, []), colours, m), use_cache=False).logits
+        return m(
+            **inputs(given), pixel_values=tensor([v for own in views for v in own], colours, m), use_cache=False
+        ).logits
 
     documents.compare(c, twin, given, call, rewrite, shard)
 
