@@ -121,10 +121,10 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
-    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
+    given = cfg.model.placeholder
+    if given is not None and tokenizer.vocab.image not in ((given,) if isinstance(given, int) else given):
         raise InputError(
-            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
-            f"set it to that."
+            f"model.placeholder is {given} but the tokenizer's image token is {tokenizer.vocab.image}; set it to that."
         )
 
 
