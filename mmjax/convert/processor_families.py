@@ -31,7 +31,7 @@ class Family:
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
-    newline: whether rows of a picture's tokens end with a vector of the model's own, the row behind the token table.
+    newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
     processor: str
