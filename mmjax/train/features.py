@@ -99,7 +99,7 @@ class Towers:
         disk, memory = c.disk * MIB if c.folder else 0, c.memory * MIB
         self.store = Store(folder=c.folder, disk=disk, memory=memory, age=c.age * DAY)
         name = features.tower(self._cast(params), self.cfg.model, self.after)
-        how = features.How(source.cfg, source.reduced, source.canvases)
+        how = features.How(source.cfg, source.reduced, source.canvases, frames=source.stack)
         known = Lookup(self.store, name, how, self.cfg.model, self.after, self.shapes[0])
         return Feed(dataclasses.replace(source, features=known))
 

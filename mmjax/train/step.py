@@ -133,7 +133,7 @@ def _part(
 ) -> tuple[tuple[dict, dict[str, jax.Array]], jax.Array]:
     """What one part of a batch adds to the gradient and to the sums, and the invariants it breaks."""
     batch, known = piece
-    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg))
+    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline)
 
     def mean(trained: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = cast(tree.merge(trained, fixed), compute)
