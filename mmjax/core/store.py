@@ -10,13 +10,10 @@ processes share a folder without locks: an entry is written beside and renamed i
 until it is read, and what a killed process left half written is swept away. Nothing that a disk does is an error of the
 run: a folder that cannot be used is left alone, which is said once.
 
-An entry is one file: magic, a line of JSON (key, names, dtypes, shapes), the arrays' bytes, SHA-256 of all before. Its
-time of change is when it was written, its time of access when it was last used.
+An entry is one file (core.packed). Its time of change is when it was written, its time of access when it was last used.
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
@@ -30,16 +27,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from mmjax.core import strict_json
 from mmjax.core.errors import InputError
+from mmjax.core.packed import DTYPES, Arrays, pack, unpack
 
-Arrays = dict[str, np.ndarray]
-
-MAGIC, DIGEST, HEADER = b"mmjax arrays 1\n", 32, 4096  # HEADER: bytes that the line of JSON has at most
-DTYPES = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16", "float32", "float64")
 KEY = re.compile("[0-9a-f]{64}")
 ENTRY, WRITING = re.compile(r"[0-9a-f]{64}\.arrays"), re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 SKEW = 60.0  # seconds by which the clock of another machine may be ahead
@@ -279,50 +271,6 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
             self.counts.swept += 1
-
-
-def pack(key: str, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """An entry as the bytes of its file."""
-    about = {name: [x.dtype.name, list(x.shape)] for name, x in arrays.items()}
-    header = json.dumps({"key": key, "arrays": about}).encode() + b"\n"
-    if len(header) > HEADER:
-        raise InputError(f"an entry of {len(arrays)} arrays has too long a header; keep fewer, or shorter names")
-    body = b"".join([MAGIC, header, *(np.ascontiguousarray(x).tobytes() for x in arrays.values())])
-    return body + hashlib.sha256(body).digest()
-
-
-def unpack(key: str, data: bytes) -> Arrays:
-    """The arrays of an entry's bytes, read-only.
-
-    Raises:
-      InputError: they are not what `pack` made for this key.
-    """
-    body = memoryview(data)[:-DIGEST]
-    if len(data) < len(MAGIC) + DIGEST or hashlib.sha256(body).digest() != data[-DIGEST:]:
-        raise InputError("the entry is damaged; make it again")
-    stop = data.find(b"\n", len(MAGIC), len(MAGIC) + HEADER) + 1
-    if data[: len(MAGIC)] != MAGIC or not stop:
-        raise InputError("the entry is in another format; make it again")
-    about = strict_json.loads(data[len(MAGIC) : stop], "the entry", max_bytes=HEADER)
-    try:
-        if about["key"] != key:
-            raise InputError("the entry belongs to another key; make it again")
-        return _arrays(body[stop:], about["arrays"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError("the entry does not hold what its header says; make it again") from error
-
-
-def _arrays(data: memoryview, about: dict[str, list]) -> Arrays:
-    found, at = {}, 0
-    for name, (dtype, shape) in about.items():
-        size = math.prod(shape) * jnp.dtype(DTYPES[DTYPES.index(dtype)]).itemsize
-        flat = np.frombuffer(data[at : at + size], jnp.dtype(dtype))
-        found[name] = np.require(flat.reshape(shape), requirements="A")
-        found[name].setflags(write=False)
-        at += size
-    if at != len(data):
-        raise ValueError(f"{at} bytes of arrays, {len(data)} in the file")
-    return found
 
 
 def _check(key: str) -> None:

@@ -24,7 +24,8 @@ import PIL
 from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
 from mmjax.core.fingerprint import fingerprint
-from mmjax.core.store import Arrays, Store
+from mmjax.core.packed import Arrays
+from mmjax.core.store import Store
 from mmjax.encoders import vit
 from mmjax.models import vlm
 from mmjax.models.tower import Media

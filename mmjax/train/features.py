@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from mmjax.core import sharding, tree
 from mmjax.core.errors import InputError
+from mmjax.core.packed import Arrays
 from mmjax.core.sharding import Rules
-from mmjax.core.store import Arrays, Store
+from mmjax.core.store import Store
 from mmjax.data.source import Named, Source
 from mmjax.generate import features
 from mmjax.models import vlm

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.core import store as stores
+from mmjax.core import packed
 from mmjax.core.errors import InputError
-from mmjax.core.store import Store, pack, unpack
+from mmjax.core.packed import pack, unpack
+from mmjax.core.store import Store
 
 
 def name(n: int) -> str:
@@ -45,7 +46,7 @@ def make(folder, **changes) -> Store:
     return Store(**({"folder": folder, "disk": 2**20, "memory": 0} | changes))
 
 
-@pytest.mark.parametrize("dtype", stores.DTYPES)
+@pytest.mark.parametrize("dtype", packed.DTYPES)
 def test_arrays_come_back_to_the_bit(folder, rng, dtype):
     dtype = jnp.dtype(dtype)
     values = rng.integers(0, 256, (3, 5, dtype.itemsize), np.uint8)
@@ -189,12 +190,12 @@ def test_headers_of_other_formats_are_refused():
     def signed(body: bytes) -> bytes:
         return body + hashlib.sha256(body).digest()
 
-    start = stores.MAGIC + b'{"key": "%s", "arrays": ' % name(1).encode()
+    start = packed.MAGIC + b'{"key": "%s", "arrays": ' % name(1).encode()
     for about in (b'{"a": ["float32", [2]]}', b'{"a": ["object", [1]]}', b'{"a": 1}', b"[]", b'{"a": ["int8", [-4]]}'):
         with pytest.raises(InputError, match="make it again"):
             unpack(name(1), signed(start + about + b"}\n1234"))
     assert unpack(name(1), signed(start + b'{"a": ["int8", [4]]}}\n1234'))["a"].tolist() == [49, 50, 51, 52]
-    for body in (b"", b"mmjax arrays 2\n{}\n", stores.MAGIC, stores.MAGIC + b"x" * 5000 + b"\n"):
+    for body in (b"", b"mmjax arrays 2\n{}\n", packed.MAGIC, packed.MAGIC + b"x" * 5000 + b"\n"):
         with pytest.raises(InputError):
             unpack(name(1), signed(body))
 
