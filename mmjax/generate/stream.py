@@ -1,0 +1,100 @@
+"""Ids to text as they come: nothing is given out before it is final, and a stop string is never given out at all."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal, Protocol
+
+from mmjax.core.errors import InputError
+
+UNKNOWN = "\ufffd"  # what a character of several tokens decodes to before the last of them is there
+Reason = Literal["end", "stop", "length"]
+
+
+class Decoder(Protocol):
+    """What a stream needs of a tokenizer (`tokenizers.base.Tokenizer` is one)."""
+
+    prefix: str
+    joins: bool
+
+    def decode(self, ids: Sequence[int], *, start: bool = True) -> str: ...
+
+
+class Stream:
+    """The text of one answer.
+
+        stream = Stream(tokenizer, ends={2}, stop=["\\n\\n"])
+        print(stream.add(ids), end="")          # as often as there are ids
+        print(stream.finish(), end="")
+
+    text: all that was given out. ids: the tokens of the answer, without that which ended it.
+    reason: why it ended: "end" (one of `ends` came), "stop" (a stop string did), "length" (`finish` before either); None
+      while it goes on.
+    """
+
+    def __init__(self, tokenizer: Decoder, ends: Collection[int] = (), stop: Sequence[str] = ()):
+        """ends: ids that end an answer. stop: texts that end it, and are no part of it.
+
+        Raises:
+          InputError: a stop string that is empty.
+        """
+        if not all(stop):
+            raise InputError("A stop string is empty, and would end every answer before it begins; leave it out.")
+        self._tokenizer, self._ends, self._stop = tokenizer, frozenset(ends), tuple(stop)
+        # Where a space is taken off in front of any text, ids are only what they are together.
+        self._apart = tokenizer.joins and tokenizer.prefix != "always"
+        self.ids: list[int] = []
+        self.text = ""
+        self.reason: Reason | None = None
+        self._from = 0  # the ids before this one are in `_whole`
+        self._whole = ""  # text that is final
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that is final now and was not before. What comes after the end is not looked at."""
+        before = len(self.text)
+        for token in ids:
+            if self.reason is not None:
+                break
+            if token in self._ends:
+                self._read(True)
+                self.reason = self.reason or "end"
+                break
+            self.ids.append(token)
+            self._read(False)
+        return self.text[before:]
+
+    def finish(self) -> str:
+        """The rest of the text; the answer has ended."""
+        before = len(self.text)
+        if self.reason is None:
+            self._read(True)
+            self.reason = self.reason or "length"
+        return self.text[before:]
+
+    def _read(self, last: bool) -> None:
+        """Gives out what is final."""
+        decoded = self._tokenizer.decode(self.ids[self._from :], start=False)
+        text = self._whole + decoded
+        if last:
+            final = text
+        elif self._tokenizer.joins:
+            final = text.rstrip(UNKNOWN)
+        else:
+            # Such a tokenizer may still change the last word (" n't" joins the word before it).
+            final = text[: max(text.rfind(" "), 0)].rstrip(UNKNOWN)
+        if self._apart and final == text:
+            self._from, self._whole = len(self.ids), text
+        found = [at for at in (final.find(s, self._since(s)) for s in self._stop) if at >= 0]
+        if found:
+            final, self.reason = final[: min(found)], "stop"
+        elif not last:
+            final = final[: len(final) - self._begun(final)]
+        if final.startswith(self.text):
+            self.text = final
+
+    def _since(self, stop: str) -> int:
+        """Where a stop string may begin that is not given out yet."""
+        return max(len(self.text) - len(stop) + 1, 0)
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end of a text may be the beginning of a stop string."""
+        sizes = (n for s in self._stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+        return max(sizes, default=0)
