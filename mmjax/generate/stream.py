@@ -1,21 +1,12 @@
 """Ids to text as they come: nothing is given out before it is final, and a stop string is never given out at all."""
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from mmjax.core.errors import InputError
 
 UNKNOWN = "\ufffd"  # what a character of several tokens decodes to before the last of them is there
 Reason = Literal["end", "stop", "length"]
-
-
-class Decoder(Protocol):
-    """What a stream needs of a tokenizer (`tokenizers.base.Tokenizer` is one)."""
-
-    prefix: str
-    joins: bool
-
-    def decode(self, ids: Sequence[int], *, start: bool = True) -> str: ...
 
 
 class Stream:
@@ -30,8 +21,8 @@ class Stream:
       while it goes on.
     """
 
-    def __init__(self, tokenizer: Decoder, ends: Collection[int] = (), stop: Sequence[str] = ()):
-        """ends: ids that end an answer. stop: texts that end it, and are no part of it.
+    def __init__(self, tokenizer: Any, ends: Collection[int] = (), stop: Sequence[str] = ()):
+        """tokenizer: a `tokenizers.base.Tokenizer`. ends: ids that end an answer. stop: texts that end it, and are no part of it.
 
         Raises:
           InputError: a stop string that is empty.
@@ -82,17 +73,14 @@ class Stream:
             final = text[: max(text.rfind(" "), 0)].rstrip(UNKNOWN)
         if self._apart and final == text:
             self._from, self._whole = len(self.ids), text
-        found = [at for at in (final.find(s, self._since(s)) for s in self._stop) if at >= 0]
+        # What was given out holds no beginning of one.
+        found = [at for at in (final.find(s, len(self.text)) for s in self._stop) if at >= 0]
         if found:
             final, self.reason = final[: min(found)], "stop"
         elif not last:
             final = final[: len(final) - self._begun(final)]
         if final.startswith(self.text):
             self.text = final
-
-    def _since(self, stop: str) -> int:
-        """Where a stop string may begin that is not given out yet."""
-        return max(len(self.text) - len(stop) + 1, 0)
 
     def _begun(self, text: str) -> int:
         """How many characters at the end of a text may be the beginning of a stop string."""
