@@ -4,10 +4,10 @@
     state = engine.prefill(params, batch, cfg, state)                   # as often as there is more to read
     state = engine.decode(params, state, 16, ends, values, cfg, switches)     # up to 16 more tokens per row
 
-Pure functions; `run_prefill` and `run_decode` are the compiled ones, which take the state's memory over. How many tokens
-`decode` makes is data: one program serves streams and long runs. Rows of different length go together, and each says
-what it says alone: padding takes places that nothing sees (nn.cache), and positions and labels go on from each row's
-own.
+Pure functions; `run_prefill` and `run_decode` are the compiled ones, which take the state's memory over. How many
+tokens `decode` makes is data: one program serves streams and long runs. Rows of different length go together, and each
+says what it says alone: padding takes places that nothing sees (nn.cache), and positions and labels go on from each
+row's own.
 """
 
 import dataclasses

@@ -17,12 +17,12 @@ class Stream:
         print(stream.finish(), end="")
 
     text: all that was given out. ids: the tokens of the answer, without that which ended it.
-    reason: why it ended: "end" (one of `ends` came), "stop" (a stop string did), "length" (`finish` before either); None
-      while it goes on.
+    reason: why it ended: "end" (one of `ends` came), "stop" (a stop string did), "length" (`finish` before either);
+      None while it goes on.
     """
 
     def __init__(self, tokenizer: Any, ends: Collection[int] = (), stop: Sequence[str] = ()):
-        """tokenizer: a `tokenizers.base.Tokenizer`. ends: ids that end an answer. stop: texts that end it, and are no part of it.
+        """tokenizer: a `tokenizers.base.Tokenizer`. ends: ids that end an answer. stop: texts that do, and are cut off.
 
         Raises:
           InputError: a stop string that is empty.

@@ -12,7 +12,7 @@ from tiny import randomised, tiny_model
 
 from mmjax.core.errors import InputError
 from mmjax.generate import engine, sample
-from mmjax.generate.sample import Sampling
+from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.models import decoder, vlm
 from mmjax.nn import rope, transformer
 from mmjax.sequence import batch as batches
@@ -51,7 +51,7 @@ def said(state, at: int) -> np.ndarray:
     return np.asarray(state.tokens)[:, at : int(state.cache.at)]
 
 
-def run(state, n: int, rows=(Sampling(),) * 3, ends=NO_ENDS, unstacked: bool = False):
+def run(state, n: int, rows=(GREEDY,) * 3, ends=NO_ENDS, unstacked: bool = False):
     switches, values = sample.prepare(rows)
     return engine.run_decode(params(unstacked), state, np.int32(n), ends, values, cfg=CFG, switches=switches)
 

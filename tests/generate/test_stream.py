@@ -101,8 +101,9 @@ def test_a_tokenizer_that_changes_text_is_shown_word_by_word(name):
 
 def test_a_space_in_front_is_taken_off_once():
     """Llama's older tokenizers put a space in front of any text, and take one off."""
-    from mmjax.tokenizers import text
     from tokenizer_files import pieces
+
+    from mmjax.tokenizers import text
 
     tokenizer = text.load(pieces(), prefix="always")
     ids = tokenizer.encode("the quick brown")
