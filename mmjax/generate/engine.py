@@ -121,6 +121,29 @@ def text_batch(
     )
 
 
+def rewound(state: State, n: int, position: int) -> State:
+    """A state of one row that has read its first n tokens alone; its next position is `position`.
+
+    Of one row, for there a place is a label; it must read more before it says anything.
+    """
+    keep = jnp.arange(state.cache.places)[None] < n
+    cache = state.cache.replace(order=jnp.where(keep, state.cache.order, -1), at=jnp.int32(n))
+    at = jnp.full_like(state.label, n), jnp.full_like(state.position, position)
+    return state.replace(cache=cache, tokens=jnp.where(keep, state.tokens, -1), label=at[0], position=at[1])
+
+
+def grown(state: State, places: int) -> State:
+    """The state with room for more."""
+    more = places - state.cache.places
+
+    def wider(x: jax.Array, axis: int, fill: int) -> jax.Array:
+        return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=fill)
+
+    k, v = jax.tree.map(lambda x: wider(x, -2, 0), (state.cache.k, state.cache.v))
+    cache = state.cache.replace(k=k, v=v, order=wider(state.cache.order, 1, -1))
+    return state.replace(cache=cache, tokens=wider(state.tokens, 1, -1))
+
+
 def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Media | None = None) -> State:
     """The state after the tokens of a batch, one document (or the next part of one) at the beginning of each row.
 
@@ -239,4 +262,5 @@ def _laid(state: State) -> State:
 
 run_prefill = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(prefill)
 run_decode = functools.partial(jax.jit, static_argnames=("cfg", "switches"), donate_argnames=("state",))(decode)
+run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked"))(empty)
 run_media = functools.partial(jax.jit, static_argnames=("cfg",))(vlm.media)
