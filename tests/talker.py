@@ -3,11 +3,11 @@
 import functools
 
 import numpy as np
-from mmjax.convert.processor import Processor
 from tiny import randomised, tiny_model
 from tokenizer_files import CORPUS
 
 from mmjax.convert.huggingface import Model
+from mmjax.convert.processor import Processor
 from mmjax.models import vlm
 from mmjax.sequence import interleave
 from mmjax.sequence.document import Document, Image, Text
