@@ -113,10 +113,11 @@ def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
 
 
 def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
-    if tokenizer.vocab.size != cfg.model.decoder.vocab:
+    # Published models have more: their tables are padded to a round number.
+    if tokenizer.vocab.size > cfg.model.decoder.vocab:
         raise InputError(
             f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
-            f"set it to {tokenizer.vocab.size}."
+            f"set it to {tokenizer.vocab.size}, or more."
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
