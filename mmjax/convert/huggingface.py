@@ -9,11 +9,12 @@ loaded and not changed is saved as the same bytes, file by file.
 """
 
 import difflib
+import hashlib
 import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -63,8 +64,22 @@ FAMILIES: dict[str, str] = {
     "perceiver": "perceiver",
     "blip_2_qformer": "qformer",
     "instructblip_qformer": "qformer",
+    "llama": "decoder",
+    "mistral": "decoder",
+    "qwen2": "decoder",
+    "qwen3": "decoder",
+    "gemma": "decoder",
+    "gemma2": "decoder",
+    "gemma3_text": "decoder",
+    "llava": "llava",
+    "llava_next": "llava",
+    "llava_onevision": "llava",
+    "qwen2_vl": "qwen_vl",
+    "qwen2_5_vl": "qwen_vl",
+    "qwen3_vl": "qwen_vl",
 }
 # Tensors that are no parameters (positions 0, 1, 2 …) are kept to be written again: so large each, and all together.
+# Those that are somebody's, but not this model's (`Found.rest`), are kept however large.
 MAX_KEPT, MAX_KEPT_ALL = 1 << 20, 64 << 20
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000
@@ -76,8 +91,9 @@ class Origin:
     """What a directory holds besides parameters: enough to write it again.
 
     config: the bytes of config.json. raw: what they say. found: what the family's reader made of it. headers, index:
-    the layout of the files; none where the model came from no file. kept: small tensors that are no parameters.
-    lost: the names of the large ones, which are not written again.
+    the layout of the files; none where the model came from no file. kept: small tensors that are no parameters,
+    and parameters that the model does not compute with (`found.rest`). lost: the names of the large tensors that are
+    no parameters, which are not written again.
     """
 
     config: bytes
@@ -129,17 +145,19 @@ def load(
     source = Directory(path)
     keys = source.shapes().keys()
     found = _found(source.config, frozenset(keys), f"{source.path / CONFIG}")
+    if found.otherwise is not None and not all(_equal(source, *pair) for pair in found.copies.items()):
+        found = found.otherwise
     spec = found.of.spec(found.cfg)
     _refuse_layers(spec, found, len(keys), source.where)
     params = tables.load(
         spec,
         found.rules,
         source,
-        drop=found.dropped,
+        drop={**found.dropped, **found.rest},
         shardings=None if mesh is None else specs.shardings(spec, mesh, rules or Rules()),
         dtype=dtype,
     )
-    kept, lost = _dropped(source, tables.plan(spec, found.rules))
+    kept, lost = _dropped(source, tables.plan(spec, found.rules), found)
     origin = Origin(source.config_bytes, source.config, found, source.headers, source.index, kept, lost)
     return Model(found.of, found.cfg, params, origin)
 
@@ -191,14 +209,25 @@ def _refuse_layers(spec: specs.Spec, found: Found, tensors: int, where: str) -> 
             )
 
 
-def _dropped(source: Directory, made: tables.Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _equal(source: Directory, key: str, other: str) -> bool:
+    """Whether two tensors of a directory hold the same numbers; the host holds one at a time."""
+    if source.shapes()[key] != source.shapes()[other] or source.dtypes()[key] != source.dtypes()[other]:
+        return False
+    one, two = (hashlib.sha256(np.ascontiguousarray(source.read(k)).view(np.uint8)).digest() for k in (key, other))
+    return one == two
+
+
+def _dropped(source: Directory, made: tables.Plan, found: Found) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     kept, lost, room = {}, [], MAX_KEPT_ALL
+    rest = tables.dropped(source.shapes(), found.rest)
     for h in source.headers.values():
         for key, entry in h.tensors.items():
-            if key in made.tensors:
+            if key in made.tensors or key in found.copies:
                 continue
             size = entry.stop - entry.start
-            if size > min(MAX_KEPT, room):
+            if key in rest:
+                kept[key] = source.read(key)
+            elif size > min(MAX_KEPT, room):
                 lost.append(key)
             else:
                 kept[key] = source.read(key)
@@ -230,7 +259,9 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> N
             "The config of this model is not that of its origin; give it origin=Origin.of(config) with the new one."
         )
     spec, rules = model.of.spec(model.cfg), origin.found.rules
+    copies = {k: v for k, v in origin.found.copies.items() if origin.headers}
     formats = _formats(tables.plan(spec, rules), model.params) | {k: (x.dtype, x.shape) for k, x in origin.kept.items()}
+    formats |= {key: formats[of] for key, of in copies.items()}
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in formats.items()}
     homes = {name: [k for k in h.tensors if k in formats] for name, h in origin.headers.items()}
     same = {name: h for name, h in origin.headers.items() if _same(h, formats)}
@@ -243,11 +274,11 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> N
             for key in origin.kept.keys() & h.tensors.keys():
                 _write_at(folder / name, h.tensors[key].start, origin.kept[key])
         at = {key: (name, entry.start) for name, h in same.items() for key, entry in h.tensors.items()}
-        for key, tensor in tables.stream(spec, rules, model.params, at.keys()) if at else ():
+        for key, tensor in _stream(spec, rules, model.params, at.keys(), copies) if at else ():
             name, start = at[key]
             _write_at(folder / name, start, tensor)
         for name in (name for name, keys in homes.items() if keys and name not in same):
-            tensors = tables.save(spec, rules, model.params, homes[name])
+            tensors = dict(_stream(spec, rules, model.params, homes[name], copies))
             tensors |= {key: origin.kept[key] for key in homes[name] if key in origin.kept}
             metadata = dict(origin.headers[name].metadata) if origin.headers else {"format": "pt"}
             try:
@@ -261,6 +292,18 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> N
         (folder / CONFIG).write_bytes(config)
         if index is not None:
             (folder / INDEX).write_bytes(index)
+
+
+def _stream(
+    spec: specs.Spec, rules: Iterable[tables.Rule], params: dict, keys: Iterable[str], copies: Mapping[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """rules.stream of the wanted tensors, with those that are copies of others."""
+    wanted = set(keys)
+    originals = {of for key, of in copies.items() if key in wanted}
+    for key, tensor in tables.stream(spec, rules, params, wanted | originals):
+        for name in (key, *(k for k, of in copies.items() if of == key)):
+            if name in wanted:
+                yield name, tensor
 
 
 def _formats(made: tables.Plan, params: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from mmjax.core.errors import InputError
 
+DIGITS = 40  # of a whole number; transformers writes 10**30 where a tokenizer takes texts of any length
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, escaped
 
 
@@ -27,7 +28,8 @@ def loads(data: bytes, where: str, *, max_bytes: int, max_depth: int = 64, max_i
 
     Raises:
       InputError: the text is not JSON, larger than a limit, or holds what readers understand differently: a key twice
-        in one object, NaN or Infinity, a number of more digits than a 64-bit integer or a double has, half a surrogate.
+        in one object, NaN or Infinity, a number of more digits than a double has or than a whole number needs, half a
+        surrogate.
     """
     try:
         if len(data) > max_bytes:
@@ -54,8 +56,8 @@ def loads(data: bytes, where: str, *, max_bytes: int, max_depth: int = 64, max_i
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20:
-        raise _Wrong(f"holds a number of {len(text)} digits, where 20 are allowed")
+    if len(text) > DIGITS:
+        raise _Wrong(f"holds a number of {len(text)} digits, where {DIGITS} are allowed")
     return int(text)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmjax.core.errors import InputError
-from mmjax.data.source import load
 from mmjax.sequence.document import Audio, Document, Video
 from mmjax.sequence.interleave import HIDDEN, Example
 from mmjax.sequence.layout import AUDIO, IMAGE, TEXT, VIDEO, Layout, Piece, Tokenizer
+from mmjax.sequence.media import load
 from mmjax.tokenizers.view import render
 
 COLOURS = {

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 
 from mmjax.core.errors import InputError
 from mmjax.data import device
@@ -21,9 +20,10 @@ from mmjax.sequence.batch import Batch, Values
 from mmjax.sequence.document import Audio, Document, Encoded, Image, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
+from mmjax.sequence.media import film, load, refuse_shape, refuse_sizes, still, views_of
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers.patches import Deferred, Pixels
-from mmjax.tokenizers.view import View, needed, render, size
+from mmjax.tokenizers.view import needed, size
 from mmjax.tokenizers.vocab import Vocab
 
 Medium = np.ndarray | Deferred
@@ -73,6 +73,7 @@ class Source:
     cfg: interleave.Config = interleave.PLAIN
     latents: int = 0  # media tokens per picture; 0: one per patch, or per square of `merge` × `merge` patches
     sound: int = 0  # samples in a frame of sound
+    stack: int = 1  # pictures of a clip in a patch (Qwen-VL: 2); others are there so many times
     merge: int = 1  # patches a side of what the connector makes one media token of
     holes: Holes = field(default_factory=Holes, compare=False)
     limits: images.Limits = images.LIMITS  # of a picture
@@ -85,7 +86,7 @@ class Source:
 
     @property
     def values(self) -> Values:
-        return Values(self.patch * self.patch * 3, self.sound)
+        return Values(self.patch * self.patch * 3 * self.stack, self.sound)
 
     def __len__(self) -> int:
         return len(self.plan.steps)
@@ -164,39 +165,28 @@ class Source:
             raise InputError(f"{where}: could not be read ({type(error).__name__}: {error}).") from error
 
     def _picture(self, picture: Image, piece: Piece) -> Deferred:
-        views = _views(piece, picture)
+        views = views_of(piece, picture)
         source = picture.source.read() if isinstance(picture.source, Encoded) else picture.source
         if isinstance(source, bytes | Path | np.ndarray):
             found = images.find(source, self.limits)
-            _refuse_shape((*found.size, 3), (picture.height, picture.width))
+            refuse_shape((*found.size, 3), (picture.height, picture.width))
             canvas = self.canvases and self.canvases.of(found.size)
-            if canvas and device.possible(views):
-                _refuse_sizes([size(view, *found.size) for view in views], piece, self.patch)
+            if canvas and self.stack == 1 and device.possible(views):
+                refuse_sizes([size(view, *found.size) for view in views], piece, self.patch)
                 with self.memory.hold(found.memory + 3 * math.prod(canvas)):
                     return device.cut(found, views, self.patch, self.canvases)
             least = needed(views) if self.reduced else None
             with self.memory.hold(found.memory):
-                return self._rendered(found.load(least=least), views, piece)
+                return still(found.load(least=least), picture, piece, self.patch, self.stack)
         with self.memory.hold(images.ARRAY_BYTES * picture.height * picture.width):
             pixels = source()
-            _refuse_shape(pixels.shape, (picture.height, picture.width))
-            return self._rendered(pixels, views, piece)
+            refuse_shape(pixels.shape, (picture.height, picture.width))
+            return still(pixels, picture, piece, self.patch, self.stack)
 
     def _frames(self, video: Video, piece: Piece) -> Pixels:
-        views = _views(piece, video)
-        declared = (video.frames, video.height, video.width)
         # The clip, and one frame on its way.
-        with self.memory.hold(3 * math.prod(declared) + images.ARRAY_BYTES * video.height * video.width):
-            frames = load(video)
-            _refuse_shape(frames.shape, declared)
-            # Frames are taken evenly.
-            chosen = np.round(np.linspace(0, len(frames) - 1, piece.grid[0])).astype(int)
-            return Pixels([view for f in chosen for view in render(frames[f], views)], self.patch)
-
-    def _rendered(self, picture: PIL.Image.Image | np.ndarray, views: Sequence[View], piece: Piece) -> Pixels:
-        rendered = render(picture, views)
-        _refuse_sizes([pixels.shape[:2] for pixels in rendered], piece, self.patch)
-        return Pixels(rendered, self.patch)
+        with self.memory.hold((3 * video.frames + images.ARRAY_BYTES) * video.height * video.width):
+            return film(load(video), video, piece, self.patch, self.stack)
 
     def _sound(self, clip: Audio, frames: int) -> np.ndarray:
         samples = clip.source if isinstance(clip.source, np.ndarray) else clip.source()
@@ -218,39 +208,6 @@ class Source:
 
 def _range(part: int, share: int) -> range:
     return range(part * share, (part + 1) * share)
-
-
-def _views(piece: Piece, medium: Image | Video) -> tuple[View, ...]:
-    if not hasattr(piece.policy, "views"):
-        raise InputError(f"{piece.policy} does not say what is done to pixels; give a policy that has `views`.")
-    return piece.policy.views(medium.height, medium.width)
-
-
-def _refuse_sizes(made: Sequence[tuple[int, ...]], piece: Piece, patch: int) -> None:
-    sizes = [(view[1] * patch, view[2] * patch) for view in piece.views]
-    if list(made) != sizes:
-        raise InputError(
-            f"{piece.policy} made views of {made} pixels, but with patches of {patch} they were laid out as {sizes}; "
-            f"give the source the policy's own `patch`."
-        )
-
-
-def _refuse_shape(found: tuple[int, ...], declared: tuple[int, ...]) -> None:
-    """`declared`: all sizes but the three channels."""
-    if found != (*declared, 3):
-        shown = found[:-1] if found[-1:] == (3,) else found
-        raise InputError(
-            f"declared as {'x'.join(map(str, declared))} but is {'x'.join(map(str, shown))} pixels; make the index "
-            f"again."
-        )
-
-
-def load(picture: Image | Video) -> np.ndarray:
-    """A picture's pixels u8[height, width, 3] (a video's u8[frames, …]), from whatever its source is."""
-    if isinstance(picture, Video):
-        return picture.source if isinstance(picture.source, np.ndarray) else picture.source()
-    source = picture.source.read() if isinstance(picture.source, Encoded) else picture.source
-    return images.decode(source) if isinstance(source, bytes | Path | np.ndarray) else source()
 
 
 def read(source: Source, start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[Batch]:

@@ -9,9 +9,9 @@ from typing import Literal, Protocol, runtime_checkable
 from mmjax.core.errors import InputError
 from mmjax.sequence import words
 from mmjax.sequence.document import Audio, Document, Image, Video
-from mmjax.tokenizers.convention import Convention, views
+from mmjax.tokenizers.convention import Convention, Frames, views
 from mmjax.tokenizers.conventions import GENERIC
-from mmjax.tokenizers.parts import Medium, Part
+from mmjax.tokenizers.parts import Medium, Part, Words, plain
 from mmjax.tokenizers.resolution import Picture
 from mmjax.tokenizers.vocab import Vocab
 
@@ -48,12 +48,20 @@ class Resolution(Protocol):
 
 @runtime_checkable
 class Clips(Protocol):
-    """What a layout needs of a policy for videos: the grid, and the seconds from one of its frames to the next.
+    """What a layout needs of a policy for videos (tokenizers.video).
 
-    Where pixels are read too, its `resolution` is that of a frame.
+    clip: the grid, and how many numbers of the time position its frames are apart. chosen: which pictures of the video
+    its frames are made of, as many for each. times: when each of its frames is, in seconds. still: by which policy a
+    frame becomes patches.
     """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]: ...
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]: ...
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Resolution: ...
 
 
 @runtime_checkable
@@ -83,6 +91,8 @@ class Piece:
     media: int | None = None  # media tokens its connector makes; None: as many as places
     span: int = -1  # of the document, -1 for what the convention adds
     fill: bool = False  # empty places for the model to fill
+    frames: tuple[int, ...] = ()  # of a video, which of its pictures are shown; several that follow make one frame
+    times: tuple[float, ...] = ()  # of a video, when each frame of its grid is, in seconds
 
     @property
     def views(self) -> tuple[Grid, ...]:
@@ -151,6 +161,7 @@ def layout(
     sound_tokens: Callable[[int], int] = lambda frames: frames,
     fuse: Literal["sequence", "cross"] = "sequence",
     skip: Collection[int] = (),
+    ask: bool = False,
 ) -> Layout:
     """The layout of a document in the tokenizer's convention (tokenizers.chat), the generic one if it has none.
 
@@ -172,6 +183,7 @@ def layout(
       fuse: where pictures and videos enter. "sequence": their tokens stand between their markers, as those of sound
         always do. "cross": their markers stand alone, and text looks at them by cross-attention (Flamingo).
       skip: numbers of spans to leave out.
+      ask: whether what opens an answer is written at the end, without empty places.
 
     Raises:
       InputError: text that cannot be encoded, a medium the policy refuses or that there is no policy for.
@@ -191,7 +203,7 @@ def layout(
 
     writer = words.Writer(tokenizer, convention, document.id)
     pieces: dict[int, Piece] = {}
-    for part in convention.parts(document, answer=answer > 0, fuse=fuse, skip=skip):
+    for part in convention.parts(document, answer=ask or answer > 0, fuse=fuse, skip=skip):
         if not isinstance(part, Medium):
             writer.add(part)
             continue
@@ -238,7 +250,9 @@ def _piece(run: words.Run, media: dict[int, Piece]) -> Piece:
 def _written(
     convention: Convention, piece: Piece, rows: int, media_tokens: Callable[[Grid], int], id: str
 ) -> list[Part | range] | None:
-    """What the convention writes around the views of a picture in tiles: parts, and ranges of its media tokens."""
+    """What the convention writes around a picture's tiles or a video's frames: parts, and ranges of media tokens."""
+    if piece.modality == VIDEO and convention.frames is not None:
+        return _stamped(convention.frames, piece)
     if piece.modality != IMAGE:
         return None
     try:
@@ -256,6 +270,16 @@ def _written(
     out: list[Part | range] = []
     for item in found:
         out += [range(stops[item], stops[item + 1])] if isinstance(item, int) else item
+    return out
+
+
+def _stamped(of: Frames, piece: Piece) -> list[Part | range]:
+    """Every frame of a video with its time before it."""
+    each = piece.length // len(piece.times)
+    out: list[Part | range] = []
+    for n, seconds in enumerate(piece.times):
+        out += [Words(of.stamp.format(seconds=seconds)), *plain(of.around.before)]
+        out += [range(n * each, (n + 1) * each), *plain(of.around.after)]
     return out
 
 
@@ -296,9 +320,19 @@ def _image(
 def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int], number: int) -> Piece:
     if clips is None:
         raise InputError("there is no policy for videos; give one (`clips`).")
-    grid, interval = clips.clip(span.frames, span.height, span.width, span.fps)
-    length, frame = _counted(grid, media_tokens), getattr(clips, "resolution", None)
-    return Piece(VIDEO, length, (), grid, interval=interval, span=number, policy=frame)
+    size = span.frames, span.height, span.width, span.fps
+    grid, interval = clips.clip(*size)
+    return Piece(
+        VIDEO,
+        _counted(grid, media_tokens),
+        (),
+        grid,
+        interval=interval,
+        span=number,
+        policy=clips.still(*size),
+        frames=clips.chosen(span.frames, span.fps),
+        times=clips.times(span.frames, span.fps),
+    )
 
 
 def _audio(span: Audio, sounds: Sounds | None, sound_tokens: Callable[[int], int], number: int) -> Piece:

@@ -4,6 +4,7 @@ Twice the same numbers: `mrope` on the host, from a document's pieces, for the l
 the descriptors of packed rows, in fixed shapes, for those who have a row and no loader.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.layout import AUDIO, TEXT, Grid, Piece
+from mmjax.sequence.layout import AUDIO, TEXT, VIDEO, Grid, Piece
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ def mrope(pieces: tuple[Piece, ...], cfg: MRope = ONE) -> Int[np.ndarray, "n 3"]
     Text counts on, the same number three times, and so does sound. A medium of f × r × c tokens that starts at s has
     (s + time, s + row, s + column), where time is the frame's number times the piece's `interval`, rounded down. Then
     text goes on where cfg.advance says: for a picture after as many numbers as its longer side has, not its area.
+    A video whose frames have text between them is so many media of one frame (Qwen3-VL).
 
     Raises:
       InputError: a piece whose length is not what its grid gives.
     """
     out, at = [], 0
-    for piece in pieces:
+    for piece in (part for whole in pieces for part in _runs(whole, cfg.merge)):
         if piece.modality in (TEXT, AUDIO):
             out.append(np.repeat(np.arange(at, at + piece.length, dtype=np.int32)[:, None], 3, axis=1))
             at += piece.length
@@ -79,6 +81,19 @@ def mrope(pieces: tuple[Piece, ...], cfg: MRope = ONE) -> Int[np.ndarray, "n 3"]
         last = int(place[-1, 0]) + 1 if cfg.advance == "all" else 0
         at += max(rows, columns, last)
     return np.concatenate(out)
+
+
+def _runs(piece: Piece, merge: int) -> list[Piece]:
+    """A video that is written frame by frame as the media and the text that it is; everything else as it is."""
+    if piece.modality != VIDEO or not piece.ids:
+        return [piece]
+    _, rows, columns = piece.grid
+    frame = (rows // merge) * (columns // merge)
+    out = []
+    for written, run in itertools.groupby(piece.slots, lambda slot: slot < 0):
+        n = len(list(run))
+        out.append(Piece(TEXT, n) if written else Piece(VIDEO, n, (), (n // frame, rows, columns)))
+    return out
 
 
 def mrope_ids(

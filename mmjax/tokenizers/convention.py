@@ -36,6 +36,18 @@ class Tiles:
     whole: Around = NOTHING
 
 
+@dataclass(frozen=True)
+class Frames:
+    """What is written around each frame of a video.
+
+    stamp: words before it, in which "{seconds:.1f}" is its time.
+    around: its tokens.
+    """
+
+    stamp: str
+    around: Around = NOTHING
+
+
 @runtime_checkable
 class Template(Protocol):
     """What writes the turns in a convention's place (tokenizers.template)."""
@@ -75,6 +87,7 @@ class Convention:
     once: symbols of which two that follow each other become one (Idefics).
     gap: symbols that are followed by a space where a word would follow (Idefics2).
     tiles: how the views of a picture are written; None: their tokens follow each other.
+    frames: the same of the frames of a video.
     pad, stop, placeholder, placeholder_video, placeholder_audio, newline: symbols of the padding token, of the one that
       ends an answer, of those that stand where media tokens go ("" where a family has none), and of a row's end.
     template: writes the turns instead of all that is above `tiles` but `begin`; `image`, `video` and `audio` are then
@@ -105,6 +118,7 @@ class Convention:
     once: tuple[str, ...] = ()
     gap: tuple[str, ...] = ()
     tiles: Tiles | None = None
+    frames: Frames | None = None
     pad: str = ""
     stop: str = ""
     placeholder: str = ""
@@ -153,7 +167,7 @@ def _symbols(x: object) -> Iterator[str]:
     """All symbols inside, those of tiles for every place they may have."""
     if isinstance(x, Symbol):
         yield from _spelled(x.symbol)
-    elif isinstance(x, Around | Tiles):
+    elif isinstance(x, Around | Tiles | Frames):
         for f in fields(x):
             yield from _symbols(getattr(x, f.name))
     elif isinstance(x, tuple):

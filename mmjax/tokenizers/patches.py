@@ -86,19 +86,34 @@ class Deferred(ABC):
 
 @dataclass(frozen=True)
 class Pixels(Deferred):
-    """Views of one picture, or frames, u8[height, width, 3], on their way into a row's buffer."""
+    """Views of one picture, or frames, u8[height, width, 3], on their way into a row's buffer.
+
+    frames: so many views that follow each other make one: their patches lie one after the other in a patch's values
+      (Qwen2-VL's clips: 2, see `nn.patch_embed`).
+    """
 
     views: Sequence[np.ndarray]
     patch: int
+    frames: int = 1
+
+    def __post_init__(self):
+        if self.frames < 1 or len(self.views) % self.frames:
+            raise InputError(f"{len(self.views)} views are no groups of {self.frames} frames; repeat the last one.")
 
     @property
     def shape(self) -> tuple[int, int]:
-        return sum(v.shape[0] * v.shape[1] for v in self.views) // self.patch**2, self.patch**2 * 3
+        pixels = sum(v.shape[0] * v.shape[1] for v in self.views) // self.frames
+        return pixels // self.patch**2, self.patch**2 * 3 * self.frames
 
     def write(self, out: UInt8[np.ndarray, "patches values"], merge: int = 1, window: int = 0) -> None:
         """Cuts the views into patches, one view after the other, into `out`."""
-        at = 0
-        for view in self.views:
+        at, values = 0, self.patch**2 * 3
+        for first in range(0, len(self.views), self.frames):
+            view = self.views[first]
             n = view.shape[0] * view.shape[1] // self.patch**2
-            patchify(view, self.patch, merge=merge, window=window, out=out[at : at + n])
+            if self.frames == 1:
+                patchify(view, self.patch, merge=merge, window=window, out=out[at : at + n])
+            for f in range(self.frames if self.frames > 1 else 0):
+                cut = patchify(self.views[first + f], self.patch, merge=merge, window=window)
+                out[at : at + n, f * values : (f + 1) * values] = cut
             at += n

@@ -42,6 +42,7 @@ class Template:
       media: what the template writes for an item of each type: {"image": "<|image_pad|>", "video": …, "audio": …}.
       content: what it takes as a message's content: a list of items, or a string where a message is text alone.
       limits: what it may take.
+      given: variables that it gets with every document (`parts`), as a model's directory says: bos_token …
     """
 
     def __init__(
@@ -52,21 +53,23 @@ class Template:
         media: Mapping[str, str] | None = None,
         content: Literal["list", "string"] = "list",
         limits: Limits = LIMITS,
+        given: Mapping[str, Any] | None = None,
     ):
         self.source, self.symbols, self.media = source, frozenset(symbols), dict(media or {})
-        self.content, self.limits = content, limits
+        self.content, self.limits, self.given = content, limits, dict(given or {})
         _refuse_symbols(self.symbols, self.media)
         self._finder = marks.Finder(self.symbols | set(self.media.values()))
         self._process = Process(source, limits)
         self._apart: list[str] | None = None
 
     def __reduce__(self):  # for data loaders that are processes: each starts its own
-        return _again, (self.source, self.symbols, self.media, self.content, self.limits)
+        return _again, (self.source, self.symbols, self.media, self.content, self.limits, self.given)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal of all that what it writes depends on; limits are not among that."""
         told = [self.source, sorted(self.symbols), sorted(self.media.items()), self.content]
+        told += [sorted(self.given.items())] if self.given else []
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class Template:
 
     def _parts(self, document: Document, answer: bool, variables: Mapping[str, Any]) -> list[Part]:
         turns = conversation.turns(document.spans)
-        given = self._variables(variables)
+        given = self._variables({**self.given, **variables})
         read, prefixes = self._rendered(document.spans, turns, given, answer)
         conversation.refuse_missing(document.spans, read.owner, read.text)
         # Within a region, what is of no text goes with the text before it; where there is none, with the last flag.
@@ -260,8 +263,8 @@ def _in_file(file: Path, name: str) -> str | None:
     return held if isinstance(held, str) else None
 
 
-def _again(source: str, symbols: frozenset, media: dict, content: str, limits: Limits) -> Template:
-    return Template(source, symbols, media=media, content=content, limits=limits)
+def _again(source: str, symbols: frozenset, media: dict, content: str, limits: Limits, given: dict) -> Template:
+    return Template(source, symbols, media=media, content=content, limits=limits, given=given)
 
 
 def _refuse_symbols(symbols: Collection[str], media: Mapping[str, str]) -> None:

@@ -1,9 +1,16 @@
 """How many pictures of a clip enter the model, and at which size: functions of its header alone."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import Policy
+from mmjax.tokenizers.resolution import Fixed, Native, Policy
+from mmjax.tokenizers.view import Filter
+
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,144 @@ class Sampled:
         """The same with about this share of its frames: of those a second and of the most."""
         return replace(self, fps=self.fps * share, most=max(1, int(self.most * share)))
 
-    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[tuple[int, int, int], float]:
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
         """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
-        if frames < 1 or not fps > 0:
-            raise InputError(f"a video of {frames} frames at {fps:g} a second cannot be shown; leave it out.")
-        n = min(frames, self.most, max(1, round(frames / fps * self.fps)))
+        n = len(self.chosen(frames, fps))
         seconds = frames / fps / n
         return (n, *self.resolution.grid(height, width)), self.tokens_per_second * seconds or 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown."""
+        _check(frames, fps)
+        n = min(frames, self.most, max(1, round(frames / fps * self.fps)))
+        return tuple(np.round(np.linspace(0, frames - 1, n)).astype(int).tolist())
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """When they are, in seconds."""
+        return tuple(n / fps for n in self.chosen(frames, fps))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        return self.resolution
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Pictures of a clip in groups, each of which is one frame of the grid (Qwen-VL: 2); the last one is repeated.
+
+    To the digit what transformers 5.23 does (models/qwen2_vl and models/qwen3_vl, video_processing_*.py).
+
+    patch, merge, filter: as of `resolution.Native`.
+    group: pictures in a frame.
+    min_pixels, max_pixels: of a picture, or (`bounds` "clip", Qwen3-VL) of all pictures together.
+    choose: which pictures are shown: all; every nth from the first on ("floor", Qwen2-VL); or from the first to the
+      last at an even distance ("even", Qwen3-VL). Of these two, `number`, or else `fps` a second, but no less than
+      `least` (where there are as many) and no more than `most`.
+    tokens_per_second: as of `Sampled`.
+    """
+
+    patch: int = 14
+    merge: int = 2
+    group: int = 2
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    bounds: Literal["picture", "clip"] = "picture"
+    choose: Literal["all", "floor", "even"] = "all"
+    fps: float | None = None
+    number: int | None = None
+    least: int = 4
+    most: int = 768
+    tokens_per_second: float = 0.0
+    filter: Filter = "bicubic"
+
+    def __post_init__(self):
+        if min(self.patch, self.merge, self.group, self.least, self.most) < 1 or self.tokens_per_second < 0:
+            raise InputError(f"{self} shows nothing; give numbers of at least 1.")
+        if self.choose != "all" and (self.fps is None) == (self.number is None):
+            raise InputError(f"{self} does not say how many frames are chosen; give either fps or number.")
+        if (self.fps is not None and not self.fps > 0) or (self.number is not None and self.number < 1):
+            raise InputError(f"{self} chooses no frames; give fps or number above 0.")
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise InputError(f"{self} leaves no size; give 1 <= min_pixels <= max_pixels.")
+
+    def lowered(self, share: float) -> "Grouped":
+        """The same with about this share of its pixels, or of its frames where they are chosen by their number."""
+        if self.number is not None:
+            return replace(self, number=max(self.group, int(self.number * share)))
+        return replace(self, max_pixels=max(self.min_pixels, int(self.max_pixels * share)))
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
+        """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
+        n = len(self._chosen(frames, fps))
+        rows, columns = self.still(frames, height, width, fps).grid(height, width)
+        # Single precision, in the order that it is computed there.
+        per_second = fps if self.choose == "all" else n / frames * fps
+        interval = float(np.float32(self.tokens_per_second) * np.float32(self.group / per_second))
+        return (-(-n // self.group), rows, columns), interval or 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown, a whole number of groups."""
+        found = self._chosen(frames, fps)
+        return (*found, *found[-1:] * (-len(found) % self.group))
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """Of each group the time in the middle between its first picture and its last, in seconds."""
+        seconds = [n / fps for n in self.chosen(frames, fps)]
+        return tuple((seconds[n] + seconds[n + self.group - 1]) / 2 for n in range(0, len(seconds), self.group))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        if self.bounds == "picture":
+            tall, wide = Native(self.patch, self.merge, self.min_pixels, self.max_pixels).size(height, width)
+        else:
+            tall, wide = self._shared(len(self._chosen(frames, fps)), height, width)
+        return Fixed(self.patch, tall, wide, filter=self.filter)
+
+    def _chosen(self, frames: int, fps: float) -> list[int]:
+        _check(frames, fps)
+        if self.choose == "all":
+            return list(range(frames))
+        if self.choose == "even":
+            n = int(frames / fps * self.fps) if self.number is None else self.number
+            n = min(max(n, self.least), self.most, frames) if self.number is None else n
+            return np.linspace(0, frames - 1, n).round().astype(int).tolist()
+        n = self._floored(frames, fps)
+        if not 0 < n <= frames:
+            raise InputError(f"a video of {frames} frames does not give the {n} that are to be shown; leave it out.")
+        step = frames / n
+        return [int(np.float32(place * step)) for place in range(math.ceil(frames / step))]
+
+    def _floored(self, frames: int, fps: float) -> int:
+        """How many every nth are, in whole groups."""
+        if self.number is not None:
+            return round(self.number / self.group) * self.group
+        most = min(self.most, frames) // self.group * self.group
+        n = min(max(frames / fps * self.fps, self.least), most, frames)
+        return math.floor(n / self.group) * self.group
+
+    def _shared(self, n: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width where the bounds are those of n pictures together; the order of operations is theirs."""
+        unit = self.patch * self.merge
+        if n < self.group:
+            raise InputError(f"a video of {n} frame is shorter than a group of {self.group}; show it as a picture.")
+        if min(height, width) < 1:
+            raise InputError(f"a video of {height}x{width} has no pixels; leave it out")
+        if height < unit or width < unit:
+            scale = max(unit / height, unit / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) / min(height, width) > 200:
+            raise InputError(f"a video of {height}x{width} has one side over 200 times the other; crop it.")
+        tall, wide = round(height / unit) * unit, round(width / unit) * unit
+        pixels = round(n / self.group) * self.group * tall * wide
+        if pixels > self.max_pixels:
+            shrink = math.sqrt(n * height * width / self.max_pixels)
+            return tuple(max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+        if pixels < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (n * height * width))
+            return tuple(math.ceil(side * grow / unit) * unit for side in (height, width))
+        return tall, wide
+
+
+def _check(frames: int, fps: float) -> None:
+    if frames < 1 or not fps > 0:
+        raise InputError(f"a video of {frames} frames at {fps:g} a second cannot be shown; leave it out.")

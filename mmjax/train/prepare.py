@@ -113,17 +113,18 @@ def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
 
 
 def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
-    if tokenizer.vocab.size != cfg.model.decoder.vocab:
+    # Published models have more: their tables are padded to a round number.
+    if tokenizer.vocab.size > cfg.model.decoder.vocab:
         raise InputError(
             f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
-            f"set it to {tokenizer.vocab.size}."
+            f"set it to {tokenizer.vocab.size}, or more."
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
-    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
+    given = cfg.model.placeholder
+    if given is not None and tokenizer.vocab.image not in ((given,) if isinstance(given, int) else given):
         raise InputError(
-            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
-            f"set it to that."
+            f"model.placeholder is {given} but the tokenizer's image token is {tokenizer.vocab.image}; set it to that."
         )
 
 

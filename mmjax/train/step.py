@@ -117,7 +117,7 @@ def _part(
     compute: str,
 ) -> tuple[tuple[dict, dict[str, jax.Array]], jax.Array]:
     """What one part of a batch adds to the gradient and to the sums, and the invariants it breaks."""
-    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg))
+    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline)
 
     def mean(trained: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         return loss_fn(cast(tree.merge(trained, fixed), compute), batch, cfg, objective, per=per)

@@ -1,0 +1,323 @@
+"""From a Hugging Face directory to batches: its tokenizer, its chat template and its processors of pictures and videos.
+
+    processor = load("path/to/llava-1.5-7b-hf")
+    question = Document("q", (Image(h, w, "cat.jpg"), Text("What is this?")))
+    batch = processor.batch([question])       # token ids, patches, grids and positions as transformers gives them
+
+A conversation is written by the directory's template; a document outside of conversations (`role="document"`) as its
+text is, behind the token that the tokenizer begins every text with. Media enter where they stand in the document: text
+that says "<image>" is text.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmjax.convert import processor_files as files
+from mmjax.convert import processor_images as settings
+from mmjax.convert.huggingface import Model
+from mmjax.convert.processor_families import Family, family_of, stops
+from mmjax.convert.processor_files import Found
+from mmjax.core.errors import InputError
+from mmjax.core.files import PathLike
+from mmjax.core.strict_json import shown
+from mmjax.nn.patch_embed import HALF, Colours
+from mmjax.sequence import batch as batches
+from mmjax.sequence import interleave, media
+from mmjax.sequence.batch import Batch, Bucket, Values
+from mmjax.sequence.document import Document, Text, Video
+from mmjax.sequence.interleave import Example
+from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
+from mmjax.tokenizers import text
+from mmjax.tokenizers.chat import Chat
+from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.parts import Symbol
+from mmjax.tokenizers.patches import Pixels
+from mmjax.tokenizers.resolution import Fixed, Policy
+from mmjax.tokenizers.template import Template
+from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.vocab import Vocab
+
+FEWEST = 16  # tokens and patches of the smallest bucket
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """Documents to what a model reads.
+
+    chat: writes conversations; `chat.convention.template` is None where the directory has no template.
+    plain: the same tokenizer, for documents outside of conversations.
+    sequence: which descriptors the model wants.
+    stops: token ids that end an answer.
+    resolution, clips: the policies of pictures and videos; None: the model takes none.
+    colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
+    patch: pixels a side. group: pictures of a clip in a patch.
+    """
+
+    chat: Chat
+    plain: Chat
+    sequence: interleave.Config
+    stops: tuple[int, ...]
+    resolution: Policy | None = None
+    clips: Clips | None = None
+    colours: Colours = HALF
+    patch: int = 0
+    group: int = 1
+
+    @property
+    def vocab(self) -> Vocab:
+        """The ids that the sequence code asks for by name."""
+        return self.chat.vocab
+
+    @property
+    def values(self) -> Values:
+        """Bytes in a patch of a picture. With a video in a batch there are `group` times as many."""
+        return Values(self.patch * self.patch * 3)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
+        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, repr(self.sequence))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @property
+    def preprocessing(self) -> str:
+        """All that a picture's or a video's patches depend on besides its own pixels, in words."""
+        return f"{self.resolution} {self.clips} {self.colours} {self.patch} {self.group} {self.sequence.merge}"
+
+    def media_tokens(self, grid: Grid) -> int:
+        """Tokens that a grid of patches takes in the sequence."""
+        return patches_of(grid) // self.sequence.merge**2
+
+    def layout(self, document: Document, answer: int = 0, *, ask: bool | None = None) -> Layout:
+        """What a document takes, before any pixel is decoded.
+
+        Args:
+          document: a conversation, or a text outside of conversations.
+          answer: so many empty places after what opens an answer.
+          ask: whether what opens an answer stands at the end. None: where the last turn is not the assistant's.
+
+        Raises:
+          InputError: the directory has no template for conversations; text or media that the model does not take.
+        """
+        roles = {span.role for span in document.spans}
+        if roles == {"document"}:
+            return self._laid(document, self.plain, answer, False)
+        if self.chat.convention.template is None:
+            raise InputError(
+                f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
+                f"the prompt yourself as spans of the role 'document'."
+            )
+        asked = document.spans[-1].role != "assistant" if ask is None else ask
+        return self._laid(document, self.chat, answer, asked)
+
+    def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
+        seen = [n for n, span in enumerate(document.spans) if not isinstance(span, Text)]
+        if seen and self.resolution is None:
+            raise InputError(
+                f"Document {document.id!r}, span {seen[0]} is no text, and this model reads nothing else; leave it out."
+            )
+        return layout(document, chat, self.resolution, self.media_tokens, answer, clips=self.clips, ask=ask)
+
+    def example(
+        self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
+    ) -> tuple[Example, list[Pixels]]:
+        """A document's descriptor, and its media as `sequence.batch.build` wants them.
+
+        Args:
+          document, answer, ask: as for `layout`.
+          frames: pictures in a patch. None: `group` where the document has a video, else 1.
+
+        Raises:
+          InputError: as for `layout`, and where a medium cannot be read.
+        """
+        laid = self.layout(document, answer, ask=ask)
+        example = interleave.interleave(laid, self.vocab, self.sequence)
+        frames = self.frames([document]) if frames is None else frames
+        return example, media.read(document, laid, self.patch, frames)
+
+    def frames(self, documents: Sequence[Document]) -> int:
+        """How many pictures a patch has in a batch of these documents."""
+        film = any(isinstance(span, Video) for document in documents for span in document.spans)
+        return self.group if film else 1
+
+    def batch(
+        self,
+        documents: Sequence[Document],
+        bucket: Bucket | None = None,
+        *,
+        answer: int = 0,
+        ask: bool | None = None,
+    ) -> Batch:
+        """One document in each row, as NumPy arrays.
+
+        Args:
+          documents: at least one; different lengths and numbers of pictures are padded at the end of their rows.
+          bucket: the sizes; left out, the smallest of `buckets` that holds them.
+          answer, ask: as for `layout`.
+
+        Raises:
+          InputError: as for `example`; there is no document; or they do not fit the bucket.
+        """
+        if not documents:
+            raise InputError("There is no document to make a batch of; give at least one.")
+        frames = self.frames(documents)
+        made = [self.example(document, answer, ask=ask, frames=frames) for document in documents]
+        bucket = self.bucket([example.size for example, _ in made]) if bucket is None else bucket
+        values = Values(self.values.patch * frames)
+        return batches.build([[one] for one in made], bucket, values, self.vocab, self.sequence)
+
+    def bucket(self, sizes: Sequence[tuple[int, ...]]) -> Bucket:
+        """The smallest bucket with a row for each document of these sizes (Layout.size).
+
+        Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
+        where all are of one size: so that a few compiled programs serve all lengths.
+        """
+        tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
+        unit = FEWEST
+        if isinstance(self.resolution, Fixed | AnyRes):
+            side = self.resolution.grid(1, 1)
+            unit = side[0] * side[1]
+        most = ladder(-(-patches // unit)) * unit if patches else self.sequence.merge**2
+        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images))
+
+
+def ladder(n: int) -> int:
+    """The smallest power of two, or 1.5 times one, that is no less than n: 1, 2, 3, 4, 6, 8, 12, 16, 24 …"""
+    power = 1 << max(0, n - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= n else power
+
+
+def load(path: PathLike, model: Model | None = None) -> Processor:
+    """The processor in a local directory, of either layout.
+
+    Args:
+      path: the directory of a model of text, or of one of the families in `processor_families.FAMILIES`.
+      model: what `huggingface.load` made of it, if it has: whether both are of one size is then checked.
+
+    Raises:
+      InputError: a file is missing, too large, or not what it should be; settings that mmjax does not reproduce, or
+        that contradict each other; a tokenizer without the tokens that stand for media.
+    """
+    found = files.look(path)
+    family = family_of(found)
+    tokenizer = text.load(found.path, prefix=found.prefix)
+    chat, plain = _chats(found, family, tokenizer)
+    _refuse_model(chat.vocab, model, found)
+    ends = stops(found, tokenizer, chat.vocab)
+    if family is None:
+        return Processor(chat, plain, interleave.Config(position="sequential"), ends)
+    tower = family.tower(found.config)
+    policy, colours = settings.still(found.images, tower, family.processor)
+    family.check(found, policy, tower)
+    clips = None
+    if family.videos is not None:
+        clips, other = family.videos(found, tower)
+        if other != colours:
+            raise InputError(
+                f"{found.path} normalises pictures by {colours} and videos by {other}, but the encoder has one mean "
+                f"and one deviation; use one directory's own files"
+            )
+    return Processor(
+        chat,
+        plain,
+        family.sequence(found.config, tower),
+        ends,
+        policy,
+        clips,
+        colours,
+        tower.patch,
+        tower.group,
+    )
+
+
+def _chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Chat]:
+    """The tokenizer that writes conversations, and the one that writes everything else."""
+    known = tokenizer.controls
+    pads = [found.named.get(name) for name in ("pad_token", "eos_token", "bos_token", "unk_token")]
+    pad = next((symbol for symbol in [*pads, *known] if symbol in known), None)
+    if pad is None:
+        raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
+    media = {} if family is None else family.markers(found)
+    convention = Convention(
+        name=found.config.text("model_type"),
+        begin=tuple(map(Symbol, found.lead)),
+        pad=pad,
+        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        placeholder=media.get("image", ""),
+        placeholder_video=media.get("video", ""),
+        **({} if family is None else family.writing),
+    )
+    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
+    if missing:
+        raise InputError(
+            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
+            f"tokenizer that belongs to it"
+        )
+    plain = Chat(tokenizer, convention)
+    plain.vocab = _vocab(plain, found, family)
+    for kind, symbol in media.items():
+        for key in (f"{kind}_token_id", f"{kind}_token_index"):
+            if found.config.whole(key, plain.controls[symbol], least=0) != plain.controls[symbol]:
+                raise InputError(
+                    f"{found.config.where} says {key!r} is {found.config.values[key]}, and the tokenizer has "
+                    f"{plain.controls[symbol]} for {shown(symbol)}; use the files that belong together"
+                )
+    if found.template is None:
+        return plain, plain
+    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= 0xE000 for c in s)]
+    given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
+    content = "string" if family is None else "list"
+    template = Template(found.template, symbols, media=media, content=content, given=given)
+    nothing = dict.fromkeys(("image", "video"), Convention("").image)
+    begin = () if family is None or _begun(template, found) else convention.begin
+    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
+    chat.vocab = plain.vocab
+    return chat, plain
+
+
+def _begun(template: Template, found: Found) -> bool:
+    """Whether the template writes the first token itself: the tokenizer then writes none."""
+    if not found.lead:
+        return True
+    parts = template.parts(Document("the first", (Text("x"),)), answer=True)
+    return parts[:1] == [Symbol(found.named.get("bos_token", found.lead[0]))]
+
+
+def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
+    """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
+    inner = found.config.part("text_config")
+    size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
+    # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
+    newline = chat.vocab.image if family is not None and family.newline else None
+    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
+
+
+def _refuse_model(vocab: Vocab, model: Model | None, found: Found) -> None:
+    """Raises InputError where a model has other numbers than the directory."""
+    decoder = getattr(None if model is None else model.cfg, "decoder", None if model is None else model.cfg)
+    rows = getattr(decoder, "vocab", None)
+    if rows is not None and rows != vocab.size:
+        raise InputError(
+            f"The model has a table of {rows:,} tokens, and {found.config.where} says {vocab.size:,}; give the model "
+            f"that was loaded from this directory"
+        )
+
+
+def with_colours(model: Model, processor: Processor) -> Model:
+    """The model whose encoder normalises pictures as the processor's directory says.
+
+    Weights do not say what they were trained with: families have a default, and the directory may have another.
+    """
+    cfg = model.cfg
+    if processor.resolution is None or not hasattr(cfg, "vision"):
+        return model
+    mean, deviation = processor.colours
+    embed = dataclasses.replace(cfg.vision.embed, mean=mean, deviation=deviation)
+    cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, embed=embed))
+    origin = model.origin
+    if origin is not None:
+        origin = dataclasses.replace(origin, found=dataclasses.replace(origin.found, cfg=cfg))
+    return dataclasses.replace(model, cfg=cfg, origin=origin)

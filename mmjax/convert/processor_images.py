@@ -1,0 +1,292 @@
+"""Settings of image and video processors to policies: what transformers 5 would do, or one sentence why it is not done.
+
+Equal to the pixel to the processors that compute with Pillow (`*Pil`); those that compute with torchvision round
+otherwise, by 1/255 mostly.
+"""
+
+import re
+from dataclasses import dataclass
+
+from mmjax.convert.processor_files import Settings
+from mmjax.core.errors import InputError
+from mmjax.core.strict_json import shown
+from mmjax.nn.patch_embed import HALF, OPENAI, Colours
+from mmjax.tokenizers.resolution import Fixed, Native, Policy
+from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.video import Grouped
+from mmjax.tokenizers.view import Filter
+
+FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+SIDE, PIXELS = 2**13, 2**27  # the largest picture that a setting may ask for
+FACTOR = 1 / 255
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What config.json says of the encoder: pixels a patch, patches a token, pictures in a patch of a clip.
+
+    size: pixels of the pictures that its position table is for; 0 where it has none of a size.
+    """
+
+    patch: int
+    merge: int = 1
+    group: int = 1
+    size: int = 0
+
+
+def kind(of: Settings, default: str) -> str:
+    """The image processor's class, without what says how it computes: "CLIPImageProcessor"."""
+    for key in ("image_processor_type", "feature_extractor_type"):
+        if key in of:
+            name = re.sub(r"(Fast|Pil)$", "", of.text(key))
+            return re.sub(r"FeatureExtractor$", "ImageProcessor", name)
+    return default
+
+
+def colours(of: Settings, default: Colours) -> Colours:
+    """Mean and deviation of values in [0, 1] that the settings come to, whatever factor they rescale by."""
+    mean, deviation = (
+        _triple(of, key, values) if of.flag("do_normalize", True) else (fixed,) * 3
+        for key, values, fixed in (("image_mean", default[0], 0.0), ("image_std", default[1], 1.0))
+    )
+    factor = of.number("rescale_factor", FACTOR) if of.flag("do_rescale", True) else 1.0
+    if abs(factor / FACTOR - 1) < 1e-9:
+        return mean, deviation
+    return tuple(m * FACTOR / factor for m in mean), tuple(d * FACTOR / factor for d in deviation)
+
+
+def _triple(of: Settings, key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
+    value = of.values.get(key)
+    value = list(default) if value is None else value
+    value = [value] * 3 if isinstance(value, int | float) else value
+    fine = isinstance(value, list) and len(value) == 3
+    fine = fine and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6 for v in value)
+    if not fine or (key == "image_std" and min(value) <= 0):
+        raise InputError(f"{of.where} says {key!r} is {shown(of.values[key])}; it must be three numbers, one a channel")
+    return tuple(map(float, value))
+
+
+def _filter(of: Settings, default: Filter = "bicubic") -> Filter:
+    if "resample" not in of:
+        return default
+    number = of.whole("resample", least=0, most=5)
+    if number not in FILTERS:
+        raise InputError(f"{of.where} resizes with Pillow's filter {number}; mmjax has {FILTERS}")
+    return FILTERS[number]
+
+
+def _size(of: Settings, key: str, default: dict[str, int], square: bool) -> dict[str, int]:
+    """A size as a dict; one number is a square, or (`square` off) the shorter side."""
+    value = of.values.get(key)
+    if value is None:
+        return default
+    if isinstance(value, list) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    if not isinstance(value, dict):
+        value = {"height": value, "width": value} if square else {"shortest_edge": value}
+    inner = Settings(value, f"{of.where} ({key})")
+    out = {name: inner.whole(name) for name in value if value[name] is not None}
+    if not set(out) <= {"height", "width", "shortest_edge", "longest_edge"} or not out:
+        raise InputError(f"{of.where} says {key!r} is {shown(value)}, which is no size that mmjax knows")
+    return out
+
+
+def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...]) -> int:
+    """The one number of a size that has these keys and is square."""
+    if set(size) != set(keys) or len(set(size.values())) != 1:
+        raise InputError(f"{of.where} says {key!r} is {size}; with these settings mmjax wants {', '.join(keys)} alike")
+    (side,) = set(size.values())
+    if side > SIDE:
+        raise InputError(f"{of.where} says {key!r} is {side:,} pixels a side, where {SIDE:,} are allowed")
+    return side
+
+
+def still(of: Settings, tower: Tower, default: str) -> tuple[Policy, Colours]:
+    """The policy of pictures, and their mean and deviation.
+
+    Args:
+      of: the image processor's settings, which may be none.
+      tower: the encoder's sizes.
+      default: the class that the family's processor takes where none is named.
+
+    Raises:
+      InputError: a class or settings that mmjax does not reproduce, or that the encoder has no patches for.
+    """
+    name = kind(of, default)
+    if name not in READERS:
+        raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(READERS)}")
+    if not of.flag("do_resize", True):
+        raise InputError(f"{of.where} does not resize pictures (do_resize), but these encoders take one size")
+    read, default_colours = READERS[name]
+    return read(of, tower), colours(of, default_colours)
+
+
+def _clip(of: Settings, tower: Tower) -> Fixed:
+    """CLIP's: the shorter side to a size, then the middle."""
+    size = _size(of, "size", {"shortest_edge": 224}, square=False)
+    crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    cropped = of.flag("do_center_crop", True)
+    if "shortest_edge" in size and cropped:
+        short = _square(of, "size", size, ("shortest_edge",))
+        side = _square(of, "crop_size", crop, ("height", "width"))
+        return _fixed(of, tower, side, "crop", short)
+    side = _square(of, "size", size, ("height", "width"))
+    if cropped and set(crop.values()) != {side}:
+        raise InputError(f"{of.where} resizes to {side} pixels and crops to {crop}; mmjax crops what keeps its shape")
+    return _fixed(of, tower, side)
+
+
+def _llava(of: Settings, tower: Tower) -> Fixed:
+    """LLaVA's own: as CLIP's, or with padding to a square first."""
+    if not of.flag("do_pad", False):
+        return _clip(of, tower)
+    size = _size(of, "size", {"shortest_edge": 224}, square=False)
+    side = _square(of, "size", size, tuple(size) if len(size) == 2 else ("shortest_edge",))
+    crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    if of.flag("do_center_crop", True) and set(crop.values()) != {side}:
+        raise InputError(f"{of.where} pads pictures to squares of {side} pixels and crops those to {crop}; crop less")
+    mean = _triple(of, "image_mean", OPENAI[0])
+    return _fixed(of, tower, side, "pad", fill=tuple(int(m * 255) for m in mean))
+
+
+def _siglip(of: Settings, tower: Tower) -> Fixed:
+    size = _size(of, "size", {"height": 224, "width": 224}, square=True)
+    if of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures (do_center_crop), which SigLIP's processor does not do here")
+    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+
+
+def _fixed(of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, **more) -> Fixed:
+    if side < tower.patch or (tower.size and side // tower.patch != tower.size // tower.patch):
+        raise InputError(
+            f"{of.where} makes pictures of {side} pixels, where config.json has an encoder for {tower.size or 'more'} "
+            f"in patches of {tower.patch}; use the files that belong together"
+        )
+    return Fixed(tower.patch, side, side, fit, short, filter=_filter(of), drop=side % tower.patch > 0, **more)
+
+
+def _tiled(of: Settings, tower: Tower, size: dict[str, int], crop: dict[str, int] | None) -> AnyRes:
+    """LLaVA-NeXT's and LLaVA-OneVision's: the whole, and tiles of it at the best of a few sizes."""
+    side = _square(of, "size", size, tuple(size) if len(size) == 2 else ("shortest_edge",))
+    cropped = of.flag("do_center_crop", crop is not None) and crop is not None
+    if cropped and _square(of, "crop_size", crop, ("height", "width")) != side:
+        raise InputError(f"{of.where} makes tiles of {side} pixels and crops those to {crop}; mmjax does not crop them")
+    _fixed(of, tower, side)
+    return AnyRes(tower.patch, side, pinpoints(of, side), filter=_filter(of), drop=side % tower.patch > 0)
+
+
+def _next(of: Settings, tower: Tower) -> AnyRes:
+    size = _size(of, "size", {"shortest_edge": 224}, square=False)
+    return _tiled(of, tower, size, _size(of, "crop_size", {"height": 224, "width": 224}, square=True))
+
+
+def _onevision(of: Settings, tower: Tower) -> AnyRes:
+    size = _size(of, "size", {"height": 384, "width": 384}, square=False)
+    crop = _size(of, "crop_size", {}, square=True) or None
+    return _tiled(of, tower, size, crop if of.flag("do_center_crop", False) else None)
+
+
+def pinpoints(of: Settings, side: int, key: str = "image_grid_pinpoints") -> tuple[tuple[int, int], ...]:
+    """The sizes that pictures are tiled at, in tiles; those of transformers where none are given."""
+    value = of.values.get(key)
+    if value is None:
+        onevision = "Onevision" in kind(of, "")
+        value = [[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)] if onevision else NEXT
+    pairs = isinstance(value, list) and 0 < len(value) <= 1024 and all(isinstance(p, list) for p in value)
+    pairs = pairs and all(len(p) == 2 and all(type(n) is int and 0 < n <= 2**16 for n in p) for p in value)
+    if not pairs or any(n % side for p in value for n in p):
+        raise InputError(
+            f"{of.where} says {key!r} is {shown(value)}; they must be pairs of multiples of the tile of {side} pixels"
+        )
+    return tuple((height // side, width // side) for height, width in value)
+
+
+NEXT = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def _qwen(of: Settings, tower: Tower) -> Native:
+    _same(of, tower)
+    least, most = bounds(of, 56 * 56, 28 * 28 * 1280)
+    return Native(tower.patch, tower.merge, least, most, filter=_filter(of))
+
+
+BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+
+
+def bounds(of: Settings, least: int, most: int) -> tuple[int, int]:
+    """The fewest and the most pixels: min_pixels and max_pixels come before what `size` says."""
+    said = of.values.get("size")
+    if isinstance(said, dict):  # with the names that they had before they were moved there
+        of = Settings({**of.values, "size": {BOUNDS.get(key, key): value for key, value in said.items()}}, of.where)
+    size = _size(of, "size", {"shortest_edge": least, "longest_edge": most}, square=False)
+    least = of.whole("min_pixels", size.get("shortest_edge"), most=PIXELS)
+    most = of.whole("max_pixels", size.get("longest_edge"))
+    if least is None or most is None or not least <= min(most, PIXELS):
+        raise InputError(
+            f"{of.where} bounds pictures by {least} and {most} pixels; give min_pixels and max_pixels, or size with "
+            f"shortest_edge and longest_edge, of which the first is smaller and no more than {PIXELS:,}"
+        )
+    return least, most
+
+
+def _same(of: Settings, tower: Tower) -> None:
+    """Raises InputError where patches are not those of the encoder."""
+    wants = {"patch_size": tower.patch, "merge_size": tower.merge, "temporal_patch_size": tower.group}
+    for key, value in wants.items():
+        if of.whole(key, value) != value:
+            raise InputError(
+                f"{of.where} says {key!r} is {of.values[key]}, and config.json {value}; use the files that belong "
+                f"together"
+            )
+
+
+READERS = {
+    "CLIPImageProcessor": (_clip, OPENAI),
+    "LlavaImageProcessor": (_llava, OPENAI),
+    "SiglipImageProcessor": (_siglip, HALF),
+    "LlavaNextImageProcessor": (_next, OPENAI),
+    "LlavaOnevisionImageProcessor": (_onevision, OPENAI),
+    "Qwen2VLImageProcessor": (_qwen, OPENAI),
+}
+
+
+def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) -> tuple[Grouped, Colours]:
+    """The policy of videos of a Qwen-VL, and their mean and deviation; errors as for `still`.
+
+    Where no file is of videos alone, `of` are the settings of pictures, as in transformers.
+    """
+    third = family.startswith("qwen3")
+    allowed = ("Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor", "Qwen2VLImageProcessor")
+    name = of.text("video_processor_type") or kind(of, allowed[0])
+    if name not in allowed:
+        raise InputError(f"{of.where} names the video processor {shown(name)}; {family} has {allowed[0]}")
+    if not of.flag("do_resize", True) or of.flag("do_center_crop", False) or of.flag("cap_pixels_per_frame", False):
+        raise InputError(
+            f"{of.where} has one of do_resize false, do_center_crop and cap_pixels_per_frame, which mmjax does not "
+            f"reproduce for videos; change it"
+        )
+    _same(of, tower)
+    unit = (32 if third else 28) ** 2
+    least, most = bounds(of, 128 * unit, 768 * unit)
+    choose, fps, number = "all", None, None
+    if of.flag("do_sample_frames", third):
+        choose = "even" if third else "floor"
+        number = of.whole("num_frames")
+        fps = of.number("fps", 2.0 if third and number is None else None)
+        if (fps is None) == (number is None):
+            raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
+    return Grouped(
+        tower.patch,
+        tower.merge,
+        tower.group,
+        least,
+        most,
+        "clip" if third else "picture",
+        choose,
+        fps,
+        number,
+        of.whole("min_frames", 4),
+        of.whole("max_frames", 768),
+        tokens_per_second,
+        _filter(of),
+    ), colours(of, HALF if third else OPENAI)

@@ -1,0 +1,287 @@
+"""Whole processors, read from directories of both layouts, against those of transformers 5.23.
+
+Token ids, pixels as the encoder gets them, grids and positions of conversations with no picture, with one, and with
+several of any size, asked for an answer or not. The ones that compute with Pillow are the reference.
+"""
+
+import json
+import random
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the `parity` extra")
+pytest.importorskip("transformers", reason="needs the `parity` extra")
+
+from parity import vocabularies
+from parity.test_conventions import CHATML, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
+from PIL import Image as Pictures
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    image_processing_backends,  # noqa: F401  (the *Pil classes ask for it)
+)
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from mmjax.convert import processor
+from mmjax.nn import patch_embed
+from mmjax.sequence import windows
+from mmjax.sequence.document import Document, Image, Text
+
+COUNT = 12
+NATIVE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+ITEMS = "{% if content['type'] == 'image' %}{{ 'IMAGE' }}"
+QWEN = (
+    CHATML.replace(ITEMS, ITEMS + "{% elif content['type'] == 'video' %}{{ 'VIDEO' }}")
+    .replace("IMAGE", QWEN_IMAGE)
+    .replace("VIDEO", VIDEO)
+    .replace("{% generation %}", "")
+    .replace("{% endgeneration %}", "")
+)
+LLAVA = LLAVA_HF.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_token": "<|video_pad|>"}
+COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
+# model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
+DIRECTORIES = {
+    "llava": (
+        "llama",
+        ("<s>", "</s>", "<unk>", "<pad>", "<image>"),
+        {**LLAMA_NAMES, "image_token": "<image>"},
+        "<s>",
+        LLAVA,
+        "CLIPImageProcessor",
+        CLIP,
+        COUNTED | {"processor_class": "LlavaProcessor"},
+        {"model_type": "clip_vision_model", "patch_size": 14, "image_size": 28},
+    ),
+    "llava_next": (
+        "llama",
+        ("<s>", "</s>", "<unk>", "<pad>", "<image>"),
+        {**LLAMA_NAMES, "image_token": "<image>"},
+        "<s>",
+        LLAVA,
+        "LlavaNextImageProcessor",
+        {**CLIP, "image_grid_pinpoints": PINPOINTS},
+        COUNTED | {"processor_class": "LlavaNextProcessor"},
+        {"model_type": "clip_vision_model", "patch_size": 14, "image_size": 28},
+    ),
+    "qwen2_vl": (
+        "qwen",
+        QWEN_SYMBOLS,
+        QWEN_NAMES | {"image_token": "<|image_pad|>"},
+        "",
+        QWEN.replace("SYSTEM", QWEN_SYSTEM),
+        "Qwen2VLImageProcessor",
+        NATIVE,
+        {"processor_class": "Qwen2VLProcessor"},
+        {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    ),
+    "qwen2_5_vl": (
+        "qwen",
+        QWEN_SYMBOLS,
+        QWEN_NAMES | {"image_token": "<|image_pad|>"},
+        "",
+        QWEN.replace("SYSTEM", QWEN_SYSTEM),
+        "Qwen2VLImageProcessor",
+        {"min_pixels": 56 * 56, "max_pixels": 140 * 140, "patch_size": 14},
+        {"processor_class": "Qwen2_5_VLProcessor"},
+        {"patch_size": 14, "window_size": 56, "tokens_per_second": 2, "spatial_merge_size": 2},
+    ),
+    "qwen3_vl": (
+        "qwen",
+        QWEN_SYMBOLS,
+        QWEN_NAMES | {"image_token": "<|image_pad|>"},
+        "",
+        QWEN.replace("SYSTEM", ""),
+        "Qwen2VLImageProcessor",
+        {
+            "size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128},
+            "patch_size": 16,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        {"processor_class": "Qwen3VLProcessor"},
+        {"patch_size": 16, "spatial_merge_size": 2},
+    ),
+}
+PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+MODELS = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
+
+
+@pytest.fixture(autouse=True)
+def _any_part(monkeypatch):
+    """Processors ask of what class their parts are, which needs torchvision for the part for videos."""
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+
+
+def directory(folder, name, layout):
+    """A directory of the layout, as files are on the Hub or as version 5 writes them."""
+    vocabulary, symbols, names, begin, template, kind, settings, counted, vision = DIRECTORIES[name]
+    path, tokenizer = vocabularies.pair(folder, vocabulary, symbols, begin, **names)
+    out = folder / f"{name}-{layout}"
+    out.mkdir()
+    if layout == "hub":
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(out)
+    path.replace(out / "tokenizer.json")
+    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(names[f"{k}_token"]) for k in ("image",)}
+    pinpoints = {k: v for k, v in settings.items() if k == "image_grid_pinpoints"}
+    size = max(tokenizer.get_vocab().values()) + 1
+    inside = (
+        {"vocab_size": size} if name.startswith("qwen") and layout == "hub" else {"text_config": {"vocab_size": size}}
+    )
+    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **ids, **pinpoints})
+    write(out, "generation_config.json", {"eos_token_id": [3, 5]})
+    images = {"image_processor_type": kind, **settings}
+    if layout == "hub":
+        write(out, "preprocessor_config.json", images | {"processor_class": counted["processor_class"]})
+        write(out, "chat_template.json", {"chat_template": template})
+        write(out, "processor_config.json", counted)
+    else:
+        write(out, "processor_config.json", counted | {"image_processor": images})
+        (out / "chat_template.jinja").write_text(template)
+    return out
+
+
+def write(folder, name, what):
+    (folder / name).write_text(json.dumps(what))
+
+
+def reference(path, name):
+    """transformers' processor of the directory."""
+    if name not in PROCESSORS:
+        return AutoProcessor.from_pretrained(path)
+    # The part for videos needs torchvision.
+    parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return PROCESSORS[name](*parts, video_processor=None, chat_template=DIRECTORIES[name][4])
+
+
+def conversation(rng, pictures, first):
+    """Messages as transformers takes them, and the document."""
+    messages, spans = [], []
+
+    def say(role, items):
+        messages.append({"role": role, "content": items})
+        for item in items:
+            if item["type"] == "text":
+                spans.append(Text(item["text"], role))
+            else:
+                pixels = np.asarray(item["image"])
+                spans.append(Image(*pixels.shape[:2], pixels, role))
+
+    if rng.random() < 0.3:
+        say("system", [{"type": "text", "text": words(rng, False)}])
+    turns = rng.randint(1, 3)
+    for turn in range(turns):
+        shown = []
+        for _ in range(pictures if turn == 0 else rng.randint(0, pictures)):
+            noise = np.random.default_rng(rng.randint(0, 10**6))
+            height, width = rng.randint(20, 120), rng.randint(20, 120)
+            shown.append(
+                {"type": "image", "image": Pictures.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8))}
+            )
+        content = [*shown, {"type": "text", "text": words(rng, False)}]
+        if not first:
+            rng.shuffle(content)
+        say("user", content)
+        if turn < turns - 1 or rng.random() < 0.4:
+            say("assistant", [{"type": "text", "text": words(rng, False)}])
+    return messages, Document(f"d{rng.random()}", tuple(spans))
+
+
+def rope(name, config, ids, kinds, given):
+    """transformers' position ids, by the model's method without the model."""
+    cls = MODELS[name]
+    model = cls.__new__(cls)
+    torch.nn.Module.__init__(model)
+    vision = types.SimpleNamespace(spatial_merge_size=2, tokens_per_second=config.get("tokens_per_second"))
+    model.config = types.SimpleNamespace(vision_config=vision)
+    found, _ = model.get_rope_index(torch.tensor([ids]), torch.tensor([kinds]), **given)
+    return found[:, 0].T.numpy()
+
+
+def normalised(ours, patches):
+    """As the encoder normalises the bytes of a row."""
+    mean, deviation = ours.colours
+    cfg = patch_embed.Config(ours.patch, 1, mean=mean, deviation=deviation)
+    return np.asarray(patch_embed.normalise(jnp.asarray(patches), cfg))
+
+
+def expected_patches(name, ours, output):
+    """transformers' pixels as patches [n, values], picture after picture, row by row."""
+    found = output.get("pixel_values")
+    if found is None:
+        return np.zeros((0, ours.patch**2 * 3), np.float32)
+    p = ours.patch
+    if "image_grid_thw" not in output:
+        views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
+        if "image_sizes" in output:  # every picture has as many tiles as the one that has most
+            sides = np.asarray(output["image_sizes"]).tolist()
+            counts = [image_size_to_num_patches(size, PINPOINTS, 28) for size in sides]
+            views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
+        views = np.concatenate(views)
+        n, _, height, width = views.shape
+        cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
+        return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
+    out, at = [], 0
+    found = np.asarray(found).reshape(-1, 3, 2, p, p)
+    np.testing.assert_array_equal(found[:, :, 0], found[:, :, 1])
+    for grid in np.asarray(output["image_grid_thw"]).tolist():
+        n = int(np.prod(grid))
+        order, _, _ = windows.order(tuple(grid), 2)
+        raster = np.empty((n, p * p * 3), np.float32)
+        raster[order] = found[at : at + n, :, 0].transpose(0, 2, 3, 1).reshape(n, -1)
+        out, at = [*out, raster], at + n
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("layout", ["hub", "five"])
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
+    path = directory(tmp_path, name, layout)
+    ours, theirs = processor.load(path), reference(path, name)
+    assert ours.stops == (3, 5)
+    rng = random.Random(name)
+    made = [conversation(rng, n % 4 if n % 4 < 3 else 3, "llava" in name) for n in range(COUNT)]
+    batch = ours.batch([document for _, document in made])
+    examples = [ours.example(document)[0] for _, document in made]
+    for row, (messages, _) in enumerate(made):
+        asked = messages[-1]["role"] == "user"
+        want = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=asked)
+        ids = np.asarray(want["input_ids"]).reshape(-1)
+        n, x = len(ids), examples[row]
+        got = batch.tokens[row]
+        assert got[:n].tolist() == ids.tolist(), (theirs.tokenizer.decode(ids), ours.chat.decode(got[:n]))
+        assert (batch.order[row, n:] == -1).all()
+        raster = expected_patches(name, ours, want)
+        p = len(x.patch_raster)
+        assert p == len(raster)
+        if p:
+            np.testing.assert_allclose(
+                normalised(ours, batch.patches[row, None, :p])[0], raster[x.patch_raster], atol=1e-6
+            )
+        if name in MODELS:
+            grids = {"image_grid_thw": torch.as_tensor(np.asarray(want["image_grid_thw"]))} if p else {}
+            if p:
+                assert x.grid.tolist() == np.asarray(want["image_grid_thw"]).tolist()
+            kinds = np.asarray(want["mm_token_type_ids"]).reshape(-1).tolist()
+            expected = rope(name, DIRECTORIES[name][-1], ids.tolist(), kinds, grids)
+            np.testing.assert_array_equal(batch.position[row, :n], expected)
+        else:
+            assert batch.position[row, :n, 0].tolist() == list(range(n))
