@@ -107,7 +107,7 @@ class _Host:
         return out
 
 
-def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type, newline: bool) -> Any:
+def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type, newline: bool = False) -> Any:
     xp = of.xp
     if media is None:
         media = batch.patch_kind > 0

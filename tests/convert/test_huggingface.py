@@ -305,7 +305,7 @@ def test_the_host_holds_a_leaf_at_a_time(tmp_path, monkeypatch):
 def test_unknown_families(tmp_path):
     for name, says in (
         ("sigl1p", "the model_type 'sigl1p': did you mean siglip. Mmjax|the model_type 'sigl1p': did you mean siglip"),
-        ("qwen2_vl", "did you mean qwen2_vl_vision"),
+        ("qwen2_vl_vison", "did you mean qwen2_vl_vision"),
         ("llama-of-mine", "the model_type 'llama-of-mine': mmjax.convert knows vit, deit"),
         ("x" * 10_000, "the model_type 'xxx"),
         (None, "has no model_type"),
