@@ -152,7 +152,7 @@ def patches_of(grid: Grid) -> int:
 def layout(
     document: Document,
     tokenizer: Tokenizer,
-    resolution: Resolution,
+    resolution: Resolution | None,
     media_tokens: Callable[[Grid], int] = patches_of,
     answer: int = 0,
     *,
@@ -173,7 +173,7 @@ def layout(
     Args:
       document: its spans.
       tokenizer: turns text into ids.
-      resolution: gives a picture's grid from its size.
+      resolution: gives a picture's grid from its size; None where there is none.
       media_tokens: how many media tokens the connector makes of a grid.
       answer: where above 0, the document is a question: what opens an answer is followed by so many empty places
         (padding ids) for the model to fill.
