@@ -194,6 +194,8 @@ def layout(
         span = document.spans[number]
         try:
             if isinstance(span, Image):
+                if resolution is None:
+                    raise InputError("there is no policy for pictures; give one (`resolution`).")
                 return _image(span, resolution, media_tokens, tokenizer.vocab, number)
             if isinstance(span, Video):
                 return _video(span, clips, media_tokens, number), 0
