@@ -157,7 +157,7 @@ def patches_of(grid: Grid) -> int:
 def layout(
     document: Document,
     tokenizer: Tokenizer,
-    resolution: Resolution,
+    resolution: Resolution | None,
     media_tokens: Callable[[Grid], int] = patches_of,
     answer: int = 0,
     *,
@@ -178,7 +178,7 @@ def layout(
     Args:
       document: its spans.
       tokenizer: turns text into ids.
-      resolution: gives a picture's grid from its size.
+      resolution: gives a picture's grid from its size; None where there is none.
       media_tokens: how many media tokens the connector makes of a grid.
       answer: where above 0, the document is a question: what opens an answer is followed by so many empty places
         (padding ids) for the model to fill.
@@ -199,6 +199,8 @@ def layout(
         span = document.spans[number]
         try:
             if isinstance(span, Image):
+                if resolution is None:
+                    raise InputError("there is no policy for pictures; give one (`resolution`).")
                 return _image(span, resolution, media_tokens, tokenizer.vocab, number)
             if isinstance(span, Video):
                 return _video(span, clips, media_tokens, tokenizer.vocab, number), 0
