@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,37 @@ from jaxtyping import Array, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
+from mmjax.nn import cache as caches
 from mmjax.nn import cross_attention, norm, transformer
+from mmjax.nn.cache import KVCache
 
 
 @dataclass(frozen=True)
 class Config:
-    """`tied`: the head is the token table. `cross`: layers between the blocks through which text looks at media."""
+    """Sizes and variants.
+
+    tied: the head is the token table.
+    cross: layers between the blocks through which text looks at media.
+    window: of the blocks that `blocks.windowed` names, how many tokens one sees backwards, itself included (Mistral,
+      Gemma: see sequence.intervals.sliding_window).
+    embed_scale: what vectors of the token table are multiplied by (Gemma: sqrt(width)).
+    softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+    """
 
     vocab: int
     blocks: transformer.Config
     tied: bool = True
     cross: cross_attention.Config | None = None
+    window: int = 0
+    embed_scale: float = 1.0
+    softcap: float | None = None
 
     def __post_init__(self):
+        if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
+            raise InputError(
+                f"The decoder's window is {self.window}, and its blocks {self.blocks.windowed} are windowed; a window "
+                f"of at least 1 and the blocks that have it go together."
+            )
         if self.cross is not None and self.blocks.layers % self.cross.every:
             raise InputError(
                 f"A cross-attention layer before each {self.cross.every} blocks does not divide {self.blocks.layers} "
@@ -49,9 +68,11 @@ def spec(cfg: Config) -> Spec:
     return out
 
 
-def embed(params: dict, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+def embed(params: dict, tokens: Int[Array, "b l"], cfg: Config) -> Float[Array, "b l d"]:
     """The vectors of token ids; the ids must be in range (Batch checks them)."""
-    return sharding.take(params["embed"], tokens, ("batch", "length", None))
+    x = sharding.take(params["embed"], tokens, ("batch", "length", None))
+    # In the table's own format, as published models are run.
+    return x if cfg.embed_scale == 1 else x * jnp.asarray(cfg.embed_scale, x.dtype)
 
 
 def apply(
@@ -63,6 +84,8 @@ def apply(
     lo: Int[Array, "b l"],
     hi: Int[Array, "b l"],
     position: Num[Array, "b l axes"],
+    length: Num[Array, "b l"] | None = None,
+    added: Float[Array, "b l t d"] | None = None,
     media: tuple[Float[Array, "b m e"], Int[Array, "b m"]] | None = None,
     media_lo: Int[Array, "b l"] | None = None,
     media_hi: Int[Array, "b l"] | None = None,
@@ -70,31 +93,98 @@ def apply(
     """Token vectors in, normalised hidden states out.
 
     Args:
-      params: as `spec(cfg)`.
+      params: as `spec(cfg)`; its blocks may be a tuple (nn.transformer.unstack).
       x: [B, L, D].
       cfg: the model.
-      order, lo, hi, position: of the tokens (see nn.transformer).
+      order, lo, hi, position, length, added: of the tokens (see nn.transformer).
       media: media tokens [B, M, E] and their labels i32[B, M], for cross-attention.
       media_lo, media_hi: i32[B, L], which of them each token sees.
     """
-    see = {"order": order, "lo": lo, "hi": hi, "position": position}
-    if cfg.cross is None:
-        x = transformer.apply(params["blocks"], x, cfg.blocks, **see)
-        return norm.apply(params["norm"], x, cfg.norm)
-    if media is None or media_lo is None or media_hi is None:
-        raise InputError("This decoder looks at media by cross-attention; give media tokens, media_lo and media_hi.")
-    every = cfg.cross.every
-    some, own = dataclasses.replace(cfg.blocks, layers=every), cross_attention.spec(cfg.cross)
+    see = _see(cfg, order, order, lo, hi, position, length, added)
+    look = _look(cfg, media, media_lo, media_hi)
+    x, _ = _blocks(params, x, cfg, see, look, None)
+    return norm.apply(params["norm"], x, cfg.norm)
 
-    def group(x: jax.Array, of: tuple[dict, dict]) -> tuple[jax.Array, None]:
-        cross, blocks = of
+
+def empty_cache(cfg: Config, rows: int, places: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> KVCache:
+    """An empty cache for `cached`: `stacked` as the parameters of the blocks are."""
+    b = cfg.blocks
+    return caches.empty(b.layers, rows, b.kv_heads, places, b.head, dtype, stacked=stacked)
+
+
+def cached(
+    params: dict,
+    x: Float[Array, "b l d"],
+    cfg: Config,
+    cache: KVCache,
+    *,
+    order: Int[Array, "b l"],
+    lo: Int[Array, "b l"],
+    hi: Int[Array, "b l"],
+    position: Num[Array, "b l axes"],
+    length: Num[Array, "b l"] | None = None,
+    added: Float[Array, "b l t d"] | None = None,
+    media: tuple[Float[Array, "b m e"], Int[Array, "b m"]] | None = None,
+    media_lo: Int[Array, "b l"] | None = None,
+    media_hi: Int[Array, "b l"] | None = None,
+) -> tuple[Float[Array, "b l d"], KVCache]:
+    """The same of L more tokens per row, which see those in the cache by their labels, and are in it afterwards.
+
+    For inference: no gradients. Padding (label −1) takes a place in the cache that nothing sees. The cache must have
+    room for L more places, which is not checked in here.
+
+    Args:
+      cache: as `empty_cache` makes it.
+      order: i32[B, L], labels of these tokens, larger than those in the cache; −1 for padding.
+      The rest is as of `apply`.
+    """
+    labelled = caches.labelled(cache, order)
+    see = _see(cfg, order, labelled.order, lo, hi, position, length, added)
+    x, new = _blocks(params, x, cfg, see, _look(cfg, media, media_lo, media_hi), cache)
+    return norm.apply(params["norm"], x, cfg.norm), labelled.replace(k=new.k, v=new.v)
+
+
+def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.Array, position, length, added) -> dict:
+    """What the blocks are given of tokens with the labels `own`; `order` are the keys' labels."""
+    see = {"order": order, "lo": lo, "hi": hi, "position": position, "length": length, "added": added}
+    if not cfg.window:
+        return see
+    return see | {"window": (jnp.maximum(lo, own - (cfg.window - 1)), hi)}
+
+
+def _look(cfg: Config, media: tuple | None, lo: jax.Array | None, hi: jax.Array | None) -> tuple:
+    """What the cross-attention layers are given."""
+    if cfg.cross is not None and (media is None or lo is None or hi is None):
+        raise InputError("This decoder looks at media by cross-attention; give media tokens, media_lo and media_hi.")
+    return media, lo, hi
+
+
+def _blocks(
+    params: dict, x: jax.Array, cfg: Config, see: dict, look: tuple, cache: KVCache | None
+) -> tuple[jax.Array, KVCache | None]:
+    """All blocks in turn, and the layers between them."""
+
+    def run(params: Any, x: jax.Array, blocks: transformer.Config, cache: KVCache | None, first: Any = None):
+        if cache is None:
+            return transformer.apply(params, x, blocks, **see), None
+        return transformer.apply_cached(params, x, blocks, cache, first=first, **see)
+
+    if cfg.cross is None:
+        return run(params["blocks"], x, cfg.blocks, cache)
+    every, own = cfg.cross.every, cross_attention.spec(cfg.cross)
+    some = dataclasses.replace(cfg.blocks, layers=every)
+    (media, labels), lo, hi = look
+
+    def group(carry: tuple, of: tuple) -> tuple[tuple, None]:
+        (x, cache), (cross, blocks, first) = carry, of
         cross = gradients_laid(cross, own)
-        x = cross_attention.apply(cross, x, media[0], cfg.cross, order=media[1], lo=media_lo, hi=media_hi)
-        return transformer.apply(blocks, x, some, **see), None
+        x = cross_attention.apply(cross, x, media, cfg.cross, order=labels, lo=lo, hi=hi)
+        return run(blocks, x, some, cache, first), None
 
     blocks = jax.tree.map(lambda p: p.reshape(-1, every, *p.shape[1:]), params["blocks"])
-    x, _ = jax.lax.scan(group, x, (params["cross"], blocks))
-    return norm.apply(params["norm"], x, cfg.norm)
+    first = jnp.arange(cfg.blocks.layers // every, dtype=jnp.int32) * every
+    (x, cache), _ = jax.lax.scan(group, (x, cache), (params["cross"], blocks, first))
+    return x, cache
 
 
 def head(cfg: Config) -> str:
@@ -104,4 +194,5 @@ def head(cfg: Config) -> str:
 
 def logits(params: dict, hidden: Float[Array, "b l d"], cfg: Config) -> Float[Array, "b l vocab"]:
     """f32[B, L, V]."""
-    return sharding.dense(hidden, params[head(cfg)].T, ("batch", "length", "vocab"), wide=True).astype(jnp.float32)
+    out = sharding.dense(hidden, params[head(cfg)].T, ("batch", "length", "vocab"), wide=True).astype(jnp.float32)
+    return out if cfg.softcap is None else cfg.softcap * jnp.tanh(out / cfg.softcap)

@@ -85,7 +85,7 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
         "decoder": _decoder(cfg.decoder, row, see, media),
     }
     forward, total, before = {}, 0.0, False
-    for part in ("vision", "connector", "decoder"):
+    for part in ("vision", "connector", *(("deep",) if cfg.deep else ()), "decoder"):
         own = {n: size for n, size in sizes.items() if n.startswith(f"{part}/")}
         seen = {n: 2.0 * size * _sees(n, cfg, row, patches, media) for n, size in own.items()}
         trained = sum(flops for n, flops in seen.items() if n not in still)
@@ -147,11 +147,15 @@ def _vision(cfg: transformer.Config, row: Row, prefix: int) -> float:
 
 
 def _decoder(cfg: decoder.Config, row: Row, see: str, media: int) -> float:
+    blocks = cfg.blocks
     pairs = sum(n * (n + 1) / 2 for n in row.documents)
+    # In a sliding window a token sees its last `window` tokens.
+    near = sum(n * (n + 1) / 2 - m * (m + 1) / 2 for n in row.documents for m in [max(n - cfg.window, 0)])
     if see == "bidirectional_images" and row.pictures:
         each = media / len(row.pictures)
         pairs += len(row.pictures) * each * (each - 1) / 2
-    out = _pairs(cfg.blocks, cfg.blocks.layers * pairs)
+        near += len(row.pictures) * each * (each - 1) / 2
+    out = _pairs(blocks, (blocks.layers - len(blocks.windowed)) * pairs + len(blocks.windowed) * near)
     if cfg.cross is not None and row.pictures:  # one picture for each token
         layers = cfg.blocks.layers // cfg.cross.every
         out += 4.0 * cfg.cross.heads * cfg.cross.head * layers * row.tokens * media / len(row.pictures)

@@ -35,8 +35,8 @@ class Media:
     """What the language model gets."""
 
     tokens: Any  # [B, M, E]
-    deep: Any  # [T, B, M, E], added to the media tokens after its first T layers
-    features: Any  # vit.Features, what the tower saw; its taps are those of DeepStack
+    deep: Any = None  # [T, B, M, E], added to the media tokens after its first T layers
+    features: Any = None  # vit.Features, what the tower saw; its taps are those of DeepStack
 
 
 def spec(cfg: Config) -> Spec:

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmjax.connectors import Connector, connect, module
+from mmjax.connectors import Connector, connect, merger, module
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
-from mmjax.core.spec import Normal, ParamSpec, Spec
+from mmjax.core.spec import Normal, ParamSpec, Spec, stack
 from mmjax.encoders import vit
 from mmjax.models import decoder
+from mmjax.models.tower import Media
 from mmjax.nn import transformer
+from mmjax.nn.cache import KVCache
 from mmjax.sequence import budget, interleave
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
@@ -27,6 +29,8 @@ class Config:
     """Where media enter is the decoder's choice: `decoder.cross`, or else in the sequence.
 
     placeholder: the token id that stands where media tokens go; given, the train step checks that they do.
+    deepstack, deep: blocks of the encoder whose outputs go to the first blocks of the decoder, each through a merger of
+      its own, all like `deep` (Meng et al. 2024, DeepStack; Qwen3-VL).
     segments: whether a learnt vector of its modality is added to every token (the segment or token-type embedding of
       Devlin et al. 2019, BERT, section 3.2, as Li et al. 2019, VisualBERT, section 3.2, uses it).
     """
@@ -36,8 +40,17 @@ class Config:
     decoder: decoder.Config
     placeholder: int | None = None
     segments: bool = False
+    deepstack: tuple[int, ...] = ()
+    deep: merger.Config | None = None
 
     def __post_init__(self):
+        if bool(self.deepstack) != (self.deep is not None):
+            raise InputError("DeepStack's blocks and the config of its mergers go together; give both or neither.")
+        if self.deepstack and (self.decoder.cross is not None or len(self.deepstack) > self.decoder.blocks.layers):
+            raise InputError(
+                f"DeepStack of {len(self.deepstack)} blocks adds to media tokens in the sequence, after as many blocks "
+                f"of the decoder; leave cross-attention out, and give the decoder enough blocks."
+            )
         if self.connector.alone:
             raise InputError(
                 f"The connector {type(self.connector).__module__} does not make media tokens that can be counted per "
@@ -71,6 +84,8 @@ def spec(cfg: Config) -> Spec:
         "connector": module(cfg.connector).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
+    if cfg.deep is not None:
+        out["deep"] = stack(merger.spec(cfg.deep), len(cfg.deepstack))
     if cfg.segments:
         out["segments"] = ParamSpec((len(NAMES), cfg.decoder.blocks.width), (None, "embed"), Normal(0.02))
     return out
@@ -85,12 +100,12 @@ def costs(cfg: Config) -> budget.Costs:
     return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
 
 
-def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d"]:
-    """The row's media tokens [B, M, D], picture after picture."""
+def media(params: dict, batch: Batch, cfg: Config) -> Media:
+    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such."""
     windowed = bool(cfg.vision.blocks.windowed)
     at = {"image": batch.patch_image, "grid": batch.grid}
     with jax.named_scope("vision"):
-        features = vit.apply(
+        seen = vit.encode(
             params["vision"],
             batch.patches,
             cfg.vision,
@@ -99,10 +114,17 @@ def media_tokens(params: dict, batch: Batch, cfg: Config) -> Float[Array, "b m d
             hi=batch.patch_hi,
             position=batch.patch_position,
             window=(batch.window_lo, batch.window_hi) if windowed else None,
+            taps=cfg.deepstack,
             **at,
         )
     with jax.named_scope("connector"):
-        return connect(params["connector"], features, cfg.connector, order=batch.patch_order, **at)
+        tokens = connect(params["connector"], seen.patches, cfg.connector, order=batch.patch_order, **at)
+        if cfg.deep is None:
+            return Media(tokens)
+        # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.
+        each = [jax.tree.map(lambda p, i=i: p[i], params["deep"]) for i in range(len(cfg.deepstack))]
+        deep = [merger.apply(p, x, cfg.deep) for p, x in zip(each, seen.taps, strict=True)]
+        return Media(tokens, jnp.stack(deep))
 
 
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
@@ -116,9 +138,7 @@ def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
     return None
 
 
-def hidden(
-    params: dict, batch: Batch, cfg: Config, *, media: Float[Array, "b m d"] | None = None
-) -> Float[Array, "b l d"]:
+def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = None) -> Float[Array, "b l d"]:
     """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders, or are looked at.
 
     `media` are the row's media tokens where they are known already (as between the steps of an answer).
@@ -126,23 +146,42 @@ def hidden(
     Raises:
       InputError: the batch has room for sound, which this model has no encoder for.
     """
+    x, see = _placed(params, batch, cfg, media)
+    with jax.named_scope("decoder"):
+        return decoder.apply(params["decoder"], x, cfg.decoder, **see)
+
+
+def prefill(
+    params: dict, batch: Batch, cfg: Config, cache: KVCache, *, media: Media | None = None
+) -> tuple[Float[Array, "b l d"], KVCache]:
+    """The same, and the cache with the batch's tokens in it (see models.decoder.cached). For inference."""
+    x, see = _placed(params, batch, cfg, media)
+    with jax.named_scope("decoder"):
+        return decoder.cached(params["decoder"], x, cfg.decoder, cache, **see)
+
+
+def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tuple[Float[Array, "b l d"], dict]:
+    """The vectors of all tokens, media in their places, and what the decoder is told of them."""
     if batch.frames is not None:
         raise InputError("This model has no encoder for sound; leave audio out of the documents.")
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
     with jax.named_scope("decoder"):
-        x = decoder.embed(params["decoder"], batch.tokens)
-    media = media_tokens(params, batch, cfg) if media is None else media
+        x = decoder.embed(params["decoder"], batch.tokens, cfg.decoder)
+    if known is None and batch.patches.shape[1] == 0 and cfg.decoder.cross is None:
+        return _marked(params, x, batch, cfg), see  # rows of text alone
+    found = media(params, batch, cfg) if known is None else known
     if cfg.decoder.cross is not None:
         exists = present(batch, cfg)
         exists = batch.patch_order >= 0 if exists is None else exists
-        labels = jnp.where(exists, jnp.arange(media.shape[1], dtype=jnp.int32)[None], -1)
-        see |= {"media": (media, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
+        labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
+        see |= {"media": (found.tokens, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
     else:
-        at = sharding.take_rows(media, batch.slot)
+        at = sharding.take_rows(found.tokens, batch.slot)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
-    x = _marked(params, x, batch, cfg)
-    with jax.named_scope("decoder"):
-        return decoder.apply(params["decoder"], x, cfg.decoder, **see)
+    if cfg.deep is not None:
+        # Zeros where there is no media token.
+        see["added"] = sharding.take_rows(found.deep.transpose(1, 2, 0, 3), batch.slot)
+    return _marked(params, x, batch, cfg), see
 
 
 def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -> Float[Array, "b l d"]:

@@ -41,6 +41,7 @@ Context = Literal["auto", "gather", "ring", "dealt"]
 # holds them, the backward pass with float32 cotangents as large again or twice; on a ring it computes meanwhile, in as
 # many smaller steps as devices.
 GATHERED = 2**27
+FEW = 8  # queries of a row whose scores over a whole cache are computed at once
 RESULTS = ("attention_out", "attention_lse")  # what jax.checkpoint_policies know attend's results by
 
 
@@ -117,6 +118,35 @@ def attend(
     return _heads_last(out, q.shape[2]), _heads_last(lse, q.shape[2])
 
 
+def attend_cached(
+    q: Float[Array, "b l h e"],
+    k: Float[Array, "b k s e"],
+    v: Float[Array, "b k s ev"],
+    order: Int[Array, "b s"],
+    lo: Int[Array, "b l"],
+    hi: Int[Array, "b l"],
+    *,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Float[Array, "b l h ev"]:
+    """`attend` over a cache, whose keys and values lie heads first (nn.cache). For inference: no gradients.
+
+    A few queries take all scores at once; many go through the kernel of the platform, block by block.
+
+    Args:
+      q: [B, L, H, E].
+      k, v: [B, K, S, E] and [B, K, S, Ev]; K divides H.
+      order, lo, hi, softcap, scale: as of `attend`.
+    """
+    heads, few = q.shape[2], q.shape[1] <= FEW
+    static, inputs, axes = _prepare(q, k, v, order, lo, hi, None, None, softcap, None, scale, cached=True)
+    run = functools.partial(xla.at_once if few else backend.forward, static)
+    if few:
+        axes = replace(axes, keys=None, ring=())
+    out, _ = sharding.local(run, (inputs,), (_read(inputs, axes),), _results(axes))
+    return _heads_last(out, heads)
+
+
 def received(
     q: Float[Array, "b l h e"],
     k: Float[Array, "b s k e"],
@@ -177,10 +207,14 @@ def context(how: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> tuple[Static, Inputs, Split]:
-    """Heads first, and how everything is split."""
+def _prepare(
+    q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale, cached: bool = False
+) -> tuple[Static, Inputs, Split]:
+    """Heads first, and how everything is split. `cached`: the heads of keys and values are first already."""
     b, length, heads, size = q.shape
-    kv = k.shape[2]
+    if not cached:
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    kv, keys = k.shape[1:3]
     if heads % kv:
         raise InputError(f"{heads} query heads cannot share {kv} key heads evenly; the second must divide the first.")
     split = sharding.parts("heads")
@@ -189,18 +223,17 @@ def _prepare(q, k, v, order, lo, hi, key_bias, bias, softcap, sinks, scale) -> t
         times = split // math.gcd(kv, split)
         if heads // kv % times == 0:
             # Whole before, and so are their cotangents: jax 0.7 cannot name a sharding over half an axis.
-            k, v = (sharding.constrain(x, ("batch", "length", "heads", None)) for x in (k, v))
-            k, v = jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
+            k, v = (sharding.constrain(x, ("batch", "heads", "length", None)) for x in (k, v))
+            k, v = jnp.repeat(k, times, axis=1), jnp.repeat(v, times, axis=1)
             kv *= times
     axes = Split(
-        *sharding.fitting(("batch", "heads", "length"), (b, kv, length)), *sharding.fitting(("length",), k.shape[1:2])
+        *sharding.fitting(("batch", "heads", "length"), (b, kv, length)), *sharding.fitting(("length",), (keys,))
     )
-    if goes_round(b, length, k.shape[1], kv, (size + v.shape[3]) * k.dtype.itemsize):
+    if goes_round(b, length, keys, kv, (size + v.shape[3]) * k.dtype.itemsize):
         over = sharding.mesh_axes((axes.rows, axes.heads, axes.keys))[2]
         axes = replace(axes, ring=over, dealt=_context.get() == "dealt")
     static = Static(size**-0.5 if scale is None else float(scale), softcap, None if bias is None else bias.function)
     q = q.reshape(b, length, kv, heads // kv, size).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     sinks = None if sinks is None else sinks.reshape(kv, heads // kv)
     of_bias = (None, None, None) if bias is None else (bias.params, bias.query, bias.key)
     inputs = Inputs(q, k, v, order, lo, hi, key_bias, sinks, *of_bias)

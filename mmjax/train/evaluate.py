@@ -38,7 +38,7 @@ def greedy(
       start: i32[B, Q], -1 where a row has fewer questions.
       answer: tokens per answer.
     """
-    media = vlm.media_tokens(params, batch, cfg)
+    media = vlm.media(params, batch, cfg)
     safe = jnp.maximum(start, 0)
 
     def write(i: jax.Array, tokens: jax.Array) -> jax.Array:

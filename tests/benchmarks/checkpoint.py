@@ -54,7 +54,7 @@ def loss(params: dict, tokens: jax.Array) -> jax.Array:
     index = jnp.arange(length, dtype=jnp.int32)[None]
     zero = jnp.zeros_like(index)
     see = {"order": index, "lo": zero, "hi": index, "position": index[..., None]}
-    hidden = decoder.apply(params, decoder.embed(params, tokens), CONFIG, **see)
+    hidden = decoder.apply(params, decoder.embed(params, tokens, CONFIG), CONFIG, **see)
     logits = decoder.logits(params, hidden, CONFIG)[:, :-1]
     likely = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     return (jax.nn.logsumexp(logits, -1) - likely).mean()

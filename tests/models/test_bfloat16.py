@@ -67,8 +67,8 @@ def test_every_product_is_of_bfloat16(name):
     model, batch, params = setting(name)
     params = rounded(params, jnp.bfloat16)
     for p in (params, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)):  # norms' scales in either type
-        hidden, media = jax.eval_shape(lambda p: (vlm.hidden(p, batch, model), vlm.media_tokens(p, batch, model)), p)
-        assert hidden.dtype == media.dtype == jnp.bfloat16
+        hidden, media = jax.eval_shape(lambda p: (vlm.hidden(p, batch, model), vlm.media(p, batch, model)), p)
+        assert hidden.dtype == media.tokens.dtype == jnp.bfloat16
     found = products(lambda p: loss_fn(p, batch, model, OBJECTIVE)[0], params)
     assert [f for f in found if not all(kind.startswith("bfloat16") for kind in f)] == []
 

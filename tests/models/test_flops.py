@@ -54,6 +54,9 @@ def test_attention_counts_what_is_seen():
     assert (whole, parts) == (each * 32 * 33 / 2, each * 2 * 16 * 17 / 2)
     both = flops.of_row(cfg, Row((32,), (12, 12)), "bidirectional_images").forward["decoder"].attention
     assert both == whole + each * 2 * 12 * 11 / 2
+    near = dataclasses.replace(cfg.decoder, window=5, blocks=dataclasses.replace(cfg.decoder.blocks, windowed=(1,)))
+    some = flops.of_row(dataclasses.replace(cfg, decoder=near), Row((32,), (24,))).forward["decoder"].attention
+    assert some == each / 2 * (32 * 33 / 2 + sum(min(i + 1, 5) for i in range(32)))
     one, two = (flops.of_row(cfg, Row((32,), p)).forward["vision"].attention for p in ((24,), (12, 12)))
     assert (one, two) == (4.0 * 2 * 2 * 8 * 24**2, 4.0 * 2 * 2 * 8 * 2 * 12**2)
 

@@ -12,7 +12,9 @@ from tiny import randomised, tiny_model
 
 from mmjax.connectors import merger, pool
 from mmjax.core.errors import InputError
-from mmjax.models import vlm
+from mmjax.models import decoder, vlm
+from mmjax.models.tower import Media
+from mmjax.nn import norm, transformer
 from mmjax.sequence import behind, intervals, invariants
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document, Image, Text
@@ -268,7 +270,7 @@ def test_segments_add_the_vector_of_each_modality():
             "segments": segments,
             "decoder": params["decoder"] | {"embed": params["decoder"]["embed"] + table},
         }
-        seen = vlm.hidden(now, batch, cfg, media=vlm.media_tokens(params, batch, cfg) + media)
+        seen = vlm.hidden(now, batch, cfg, media=Media(vlm.media(params, batch, cfg).tokens + media))
         return seen[batch.document >= 0]
 
     # Moving the vector of a modality is moving the vectors of all its tokens: text by way of the token table.
@@ -276,3 +278,35 @@ def test_segments_add_the_vector_of_each_modality():
     np.testing.assert_allclose(hidden(plain.at[1].add(0.5)), hidden(plain, table=0.5), atol=1e-5)
     np.testing.assert_allclose(hidden(plain.at[2].add(0.5)), hidden(plain, media=0.5), atol=1e-5)
     assert np.abs(hidden(plain.at[2].add(0.5)) - hidden(plain)).max() > 1e-2
+
+
+def test_deepstack_adds_to_the_first_blocks_at_media_tokens_alone():
+    """And a cache changes nothing; a row without media is what it was."""
+    model, cfg = behind_an_encoder(merger.Config(16, 16))
+    wide = dataclasses.replace(model, deepstack=(0, 1), deep=merger.Config(16, 16, norm_after=True))
+    params = randomised(vlm.spec(wide))
+    batch = make([even()[:1], [documents()[2]]], PACKED, model, cfg)
+    seen = vlm.media(params, batch, wide)
+    assert seen.deep.shape == (2, *seen.tokens.shape)
+    with_deep, without = vlm.hidden(params, batch, wide), vlm.hidden(params, batch, model)
+    changed = np.abs(with_deep - without).max(-1) > 1e-4
+    assert changed[0][batch.slot[0] >= 0].all()
+    assert not changed[0][: int(np.argmax(batch.slot[0] >= 0))].any()
+    assert not changed[1].any()
+    # The first block's by hand: what it puts out, and what is added, go into the second.
+    one = dataclasses.replace(wide, deepstack=(0,))
+    only = params | {"deep": jax.tree.map(lambda p: p[:1], params["deep"])}
+    blocks = dataclasses.replace(model.decoder.blocks, layers=1)
+    see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
+    layers = [jax.tree.map(lambda p, i=i: p[i : i + 1], params["decoder"]["blocks"]) for i in range(2)]
+    x = decoder.embed(params["decoder"], batch.tokens, model.decoder)
+    media = (batch.slot >= 0)[..., None]
+    x = jnp.where(media, np.take_along_axis(seen.tokens, np.maximum(batch.slot, 0)[..., None], 1), x)
+    x = transformer.apply(layers[0], x, blocks, **see)
+    x = x + jnp.where(media, np.take_along_axis(seen.deep[0], np.maximum(batch.slot, 0)[..., None], 1), 0)
+    x = norm.apply(params["decoder"]["norm"], transformer.apply(layers[1], x, blocks, **see), model.decoder.norm)
+    np.testing.assert_allclose(vlm.hidden(only, batch, one), x, atol=1e-5)
+    cached, cache = vlm.prefill(params, batch, wide, decoder.empty_cache(model.decoder, 2, 100))
+    there = batch.order >= 0
+    np.testing.assert_allclose(cached[there], with_deep[there], atol=1e-5)
+    assert int(cache.at) == batch.order.shape[1]

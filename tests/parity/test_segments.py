@@ -15,6 +15,7 @@ from transformers.models.visual_bert.configuration_visual_bert import VisualBert
 from transformers.models.visual_bert.modeling_visual_bert import VisualBertEmbeddings
 
 from mmjax.models import decoder, vlm
+from mmjax.models.tower import Media
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.layout import IMAGE, TEXT
@@ -53,5 +54,5 @@ def test_sums_equal_visual_berts(monkeypatch):
     batch.slot[0, words:] = np.arange(media)
     seen = []
     monkeypatch.setattr(decoder, "apply", lambda params, x, cfg, **see: seen.append(x) or x)
-    vlm.hidden(params, jax.tree.map(jnp.asarray, batch), cfg, media=jnp.asarray(boxes))
+    vlm.hidden(params, jax.tree.map(jnp.asarray, batch), cfg, media=Media(jnp.asarray(boxes)))
     np.testing.assert_allclose(seen[0], wants, atol=1e-6)

@@ -110,6 +110,18 @@ def _at(blocks: dict, j: Any) -> dict:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, j, keepdims=False), blocks)
 
 
+def at_once(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The same as `forward` with all scores at once: for a few queries, as those of the next token, over a cache."""
+    key = {"k": x.k, "order": x.order, "key_bias": x.key_bias, "bias": x.bias_key}
+    s, _ = _score(static, x.bias_params, {"q": x.q, "lo": x.lo, "hi": x.hi, "bias": x.bias_query}, key)
+    most = s.max(-1, keepdims=True)
+    weight = jnp.exp(s - jnp.where(jnp.isfinite(most), most, 0.0))
+    total = weight.sum(-1, keepdims=True)
+    out = jnp.einsum("rkgqs,rksf->rkgqf", weight.astype(x.v.dtype), x.v, preferred_element_type=jnp.float32)
+    out = out / jnp.where(total > 0, total, 1.0)
+    return out.astype(x.v.dtype), (most + jnp.log(total))[..., 0]
+
+
 def forward(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
     """(out [B, K, G, L, Ev] in v's dtype, or wide; log-sum-exp f32[B, K, G, L])."""
     x = sharding.vary(x)

@@ -1,0 +1,190 @@
+"""One pre-norm transformer block: attention and MLP, each added to what came in."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from mmjax.core import sharding
+from mmjax.core.errors import InputError
+from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in
+from mmjax.nn import cache as caches
+from mmjax.nn import linear, mlp, norm
+from mmjax.nn import rope as rotary
+from mmjax.nn.attention import attend, attend_cached
+
+Remat = Literal["none", "dots", "attention", "dots_attention", "full"]
+
+PLACE = ("batch", "length", None)  # the logical axes of what goes from block to block
+
+
+class See(NamedTuple):
+    """Who sees whom in a block, and by which angles queries and keys turn."""
+
+    order: Any  # i32[B, S], of keys
+    lo: Any  # i32[B, L], of queries
+    hi: Any
+    turn: Any  # cosine and sine f32[B, L, pairs]; None without a rotary embedding
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and variants of every block.
+
+    qkv_bias, out_bias: where attention's projections differ from `bias`, which is then the MLP's alone.
+    qk_norm: RMSNorm of queries and keys, of each head (Qwen3) or of all heads as one vector (InternViT-6B).
+    qk_epsilon: its epsilon, where it is not `epsilon`.
+    layer_scale: both branches times a vector that starts at this value (Touvron et al. 2021, CaiT, eq. 4; DINOv2).
+    norm_offset: what scales of norms are counted from (Gemma: 1).
+    post_norm: whether a norm stands after each branch as well, before it is added (Gemma 2 and 3).
+    query_scale: what scores are multiplied by; 1 / sqrt(head) where left out.
+    softcap: scores become softcap · tanh(score / softcap) (Gemma 2).
+    rope: the rotary embedding of queries and keys, if any.
+    windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention; the sliding
+      windows of Mistral and Gemma).
+    window_rope: the rotary embedding of these blocks, where it is another (Gemma 3).
+    remat: what the backward pass keeps of each block, see REMAT: everything ("none"), products with parameters
+      ("dots"), attention's results ("attention"), both, or nothing ("full").
+    unroll: scanned layers per loop turn. On CPU small models gain about a tenth from unrolling all; wide ones lose more
+      (ViT-B/16: XLA's concatenation of the gradients alone is a fifth of the step). Compile time grows with it.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    hidden: int
+    activation: mlp.Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    norm_kind: Literal["layer", "rms"] = "rms"
+    epsilon: float = 1e-6
+    qk_norm: Literal["none", "head", "width"] = "none"
+    qk_epsilon: float | None = None
+    layer_scale: float | None = None
+    norm_offset: float = 0.0
+    post_norm: bool = False
+    query_scale: float | None = None
+    softcap: float | None = None
+    rope: rotary.Config | None = None
+    windowed: tuple[int, ...] = ()
+    window_rope: rotary.Config | None = None
+    remat: Remat = "none"
+    unroll: int = 1
+
+    def __post_init__(self):
+        for rope in (self.rope, self.window_rope):
+            if rope is not None and rope.head != self.head:
+                raise InputError(
+                    f"The rotary embedding is for heads of {rope.head} values, but these have {self.head}."
+                )
+        if self.window_rope is not None and (self.rope is None or not self.windowed):
+            raise InputError("A rotary embedding of windowed blocks needs such blocks and one of the others.")
+        if not all(0 <= i < self.layers for i in self.windowed):
+            raise InputError(f"Blocks {self.windowed} are to be windowed, but there are only {self.layers}.")
+
+    @property
+    def norm_config(self) -> norm.Config:
+        return norm.Config(self.width, self.norm_kind, self.epsilon, self.norm_offset)
+
+    def head_norm(self, heads: int) -> norm.Config:
+        """The norm of queries or keys that have so many heads."""
+        width = self.head * (heads if self.qk_norm == "width" else 1)
+        epsilon = self.epsilon if self.qk_epsilon is None else self.qk_epsilon
+        return norm.Config(width, "rms", epsilon, self.norm_offset)
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the projection q, k, v or out has one."""
+        own = self.out_bias if name == "out" else self.qkv_bias
+        return self.bias if own is None else own
+
+    @property
+    def mlp(self) -> mlp.Config:
+        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias)
+
+
+def spec(cfg: Config) -> Spec:
+    """The parameters of one block."""
+
+    def project(heads: int) -> Spec:
+        out = {"kernel": ParamSpec((cfg.width, heads, cfg.head), ("embed", "heads", None), fan_in(cfg.width))}
+        return out | ({"bias": ParamSpec((heads, cfg.head), ("heads", None))} if cfg.has_bias("q") else {})
+
+    # Residual branches start smaller the deeper the stack (GPT-2): the sum of 2 × layers of them keeps its size.
+    back = Normal((cfg.heads * cfg.head) ** -0.5 * (2 * cfg.layers) ** -0.5)
+    attention = {
+        "q": project(cfg.heads),
+        "k": project(cfg.kv_heads),
+        "v": project(cfg.kv_heads),
+        "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), back)}
+        | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.has_bias("out") else {}),
+    }
+    if cfg.qk_norm != "none":
+        attention |= {"q_norm": norm.spec(cfg.head_norm(cfg.heads)), "k_norm": norm.spec(cfg.head_norm(cfg.kv_heads))}
+    block = {
+        "attention_norm": norm.spec(cfg.norm_config),
+        "attention": attention,
+        "mlp_norm": norm.spec(cfg.norm_config),
+        "mlp": mlp.spec(cfg.mlp),
+    }
+    if cfg.post_norm:
+        block |= {"attention_post_norm": norm.spec(cfg.norm_config), "mlp_post_norm": norm.spec(cfg.norm_config)}
+    if cfg.layer_scale is not None:
+        scale = ParamSpec((cfg.width,), (None,), Constant(cfg.layer_scale))
+        block |= {"attention_scale": scale, "mlp_scale": scale}
+    return block
+
+
+def apply(
+    params: dict, x: Float[Array, "b l d"], cfg: Config, see: See, past: caches.Past | None = None
+) -> tuple[Float[Array, "b l d"], caches.Past | None]:
+    """[B, L, D] → the same, and the cache with the tokens' keys and values in it, where there is one.
+
+    With a cache, `see.order` are the labels of its places, these tokens' included.
+    """
+    h, past = _attention(params["attention"], norm.apply(params["attention_norm"], x, cfg.norm_config), cfg, see, past)
+    x = x + _branch(params, "attention", h, cfg)
+    h = mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm_config), cfg.mlp)
+    return sharding.constrain(x + _branch(params, "mlp", h, cfg), PLACE), past
+
+
+def _branch(params: dict, name: str, h: jax.Array, cfg: Config) -> jax.Array:
+    """What a branch adds."""
+    if cfg.post_norm:
+        h = norm.apply(params[f"{name}_post_norm"], h, cfg.norm_config)
+    scale = params.get(f"{name}_scale")
+    return h if scale is None else linear.times(h, scale)
+
+
+def _attention(
+    params: dict, x: jax.Array, cfg: Config, see: See, past: caches.Past | None
+) -> tuple[jax.Array, caches.Past | None]:
+    split = ("batch", "length", "heads", None)
+
+    def project(name: str) -> jax.Array:
+        y = sharding.dense(x, params[name]["kernel"], split)
+        return linear.plus(y, params[name]["bias"]) if cfg.has_bias(name) else y
+
+    def normed(name: str, y: jax.Array) -> jax.Array:
+        heads = y.shape[2]
+        flat = y.reshape(*y.shape[:2], -1) if cfg.qk_norm == "width" else y
+        return norm.apply(params[f"{name}_norm"], flat, cfg.head_norm(heads)).reshape(y.shape)
+
+    q, k, v = project("q"), project("k"), project("v")
+    if cfg.qk_norm != "none":
+        q, k = normed("q", q), normed("k", k)
+    if see.turn is not None:
+        q, k = (rotary.rotate(x, *see.turn, cfg.rope.pairs) for x in (q, k))
+    how = {"softcap": cfg.softcap, "scale": cfg.query_scale}
+    with jax.named_scope("attention"):
+        if past is None:
+            out, _ = attend(q, k, v, see.order, see.lo, see.hi, **how)
+        else:
+            past = caches.put(past, k, v)
+            out = attend_cached(q, *caches.layer(past), see.order, see.lo, see.hi, **how)
+    y = sharding.dense(out, params["out"]["kernel"], PLACE)
+    return (linear.plus(y, params["out"]["bias"]) if cfg.has_bias("out") else y), past

@@ -1,0 +1,132 @@
+"""A decoder with a cache says what it says without one, however the tokens come and whatever lies between them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import randomised, tiny_model
+
+from mmjax.core.errors import InputError
+from mmjax.models import decoder
+from mmjax.nn import cross_attention, rope, transformer
+
+BLOCKS = transformer.Config(
+    width=24,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head=8,
+    hidden=40,
+    rope=rope.Config(8, (2, 1, 1)),
+)
+GEMMA = dataclasses.replace(
+    BLOCKS,
+    activation="gelu_tanh",
+    norm_offset=1.0,
+    post_norm=True,
+    qk_norm="head",
+    query_scale=0.3,
+    softcap=5.0,
+    windowed=(0, 2),
+    window_rope=rope.Config(8, (4,), theta=100.0),
+)
+PLAIN = decoder.Config(31, BLOCKS)
+SLIDING = decoder.Config(31, GEMMA, window=3, embed_scale=4.9, softcap=7.0)
+CROSS = decoder.Config(31, BLOCKS, tied=False, cross=cross_attention.Config(24, 16, 2, 8, 40, every=2))
+LENGTHS = (9, 5, 7)  # of the rows
+
+
+def rows(cfg):
+    """Three rows of different length, padded to 9: tokens, labels, intervals, positions, and media to look at."""
+    some = np.random.default_rng(0)
+    tokens = jnp.asarray(some.integers(0, cfg.vocab, (3, 9)), jnp.int32)
+    at = np.arange(9, dtype=np.int32)[None].repeat(3, 0)
+    there = at < np.array(LENGTHS)[:, None]
+    see = {
+        "order": np.where(there, at, -1),
+        "lo": np.zeros((3, 9), np.int32),
+        "hi": np.where(there, at, -1),
+        "position": some.integers(0, 20, (3, 9, 3)).astype(np.int32),
+    }
+    if cfg.cross is not None:
+        see |= {"media_lo": np.zeros((3, 9), np.int32), "media_hi": some.integers(0, 5, (3, 9)).astype(np.int32)}
+    media = (jnp.asarray(some.normal(size=(3, 6, 16)), jnp.float32), jnp.arange(6)[None].repeat(3, 0))
+    return tokens, jax.tree.map(jnp.asarray, see), {} if cfg.cross is None else {"media": media}
+
+
+def part(see, start, stop):
+    return {name: x[:, start:stop] for name, x in see.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "unstacked"), [("plain", False), ("sliding", False), ("sliding", True), ("cross", False)]
+)
+def test_in_parts_is_in_one(name, unstacked):
+    """Four tokens, then three, then one by one; and the first part is padded as a bucket would be."""
+    cfg = {"plain": PLAIN, "sliding": SLIDING, "cross": CROSS}[name]
+    params = randomised(decoder.spec(cfg))
+    tokens, see, media = rows(cfg)
+    x = decoder.embed(params, tokens, cfg)
+    wants = np.asarray(decoder.apply(params, x, cfg, **see, **media))
+    if unstacked:
+        params = params | {"blocks": transformer.unstack(params["blocks"])}
+    cache = decoder.empty_cache(cfg, 3, 13, stacked=not unstacked)
+    run = jax.jit(lambda p, x, cache, see: decoder.cached(p, x, cfg, cache, **see, **media))
+    padded = {k: jnp.pad(v[:, :4], ((0, 0), (0, 2)) + ((0, 0),) * (v.ndim - 2)) for k, v in see.items()}
+    padded["order"], padded["hi"] = (padded[k].at[:, 4:].set(-1) for k in ("order", "hi"))
+    got, cache = run(params, jnp.pad(x[:, :4], ((0, 0), (0, 2), (0, 0))), cache, padded)
+    parts = [got[:, :4]]
+    for start, stop in ((4, 7), (7, 8), (8, 9)):
+        got, cache = run(params, x[:, start:stop], cache, part(see, start, stop))
+        parts.append(got)
+    assert int(cache.at) == 11
+    assert sorted(cache.order[1].tolist()) == [-1] * 8 + [0, 1, 2, 3, 4]
+    got = np.concatenate(parts, axis=1)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(got[row, :length], wants[row, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_long_parts_go_through_the_kernel():
+    """More than a few queries at once: the same."""
+    params = randomised(decoder.spec(SLIDING))
+    tokens, see, _ = rows(SLIDING)
+    x = decoder.embed(params, tokens, SLIDING)
+    wants = decoder.apply(params, x, SLIDING, **see)
+    got, _ = decoder.cached(params, x, SLIDING, decoder.empty_cache(SLIDING, 3, 300), **see)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(got[row, :length], wants[row, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_a_tuple_of_blocks_is_the_stack_with_gradients():
+    cfg = dataclasses.replace(SLIDING, blocks=dataclasses.replace(GEMMA, remat="dots"))
+    params = randomised(decoder.spec(cfg))
+    tokens, see, _ = rows(cfg)
+    added = jax.random.normal(jax.random.key(3), (3, 9, 2, 24))
+
+    def loss(params, added):
+        return jnp.square(decoder.apply(params, decoder.embed(params, tokens, cfg), cfg, added=added, **see)).sum()
+
+    def apart(params, added):
+        return loss(params | {"blocks": transformer.unstack(params["blocks"])}, added)
+
+    (one, grads), (two, others) = (jax.value_and_grad(f, (0, 1))(params, added) for f in (loss, apart))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), grads, others)
+    assert np.abs(grads[1]).min(axis=(0, 1, 3)).max() > 0
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="go together"):
+        decoder.Config(31, BLOCKS, window=3)
+    with pytest.raises(InputError, match="windowed blocks needs"):
+        dataclasses.replace(BLOCKS, window_rope=rope.Config(8, (4,)))
+    params = randomised(decoder.spec(PLAIN))
+    tokens, see, _ = rows(PLAIN)
+    cache, x = decoder.empty_cache(PLAIN, 3, 12, stacked=False), decoder.embed(params, tokens, PLAIN)
+    with pytest.raises(InputError, match="tuple of caches"):
+        decoder.cached(params, x, PLAIN, cache, **see)
+    model = tiny_model(vocab=40)
+    with pytest.raises(InputError, match="go together"):
+        dataclasses.replace(model, deepstack=(0,))
