@@ -197,7 +197,9 @@ def understand(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Foun
     if name not in FAMILIES:
         near = difflib.get_close_matches(name[:100], FAMILIES, 1, 0.6)
         hint = f"did you mean {near[0]}? M" if near else "m"
-        raise InputError(f"{where} has the model_type {shown(name)}: {hint}mjax.convert knows {', '.join(FAMILIES)}")
+        code = "; the code that its auto_map names is never run" if "auto_map" in raw else ""
+        known = f"mjax.convert knows {', '.join(FAMILIES)}{code}"
+        raise InputError(f"{where} has the model_type {shown(name)}: {hint}{known}")
     _refuse_depths(raw, where)
     family = importlib.import_module(f"mmjax.convert.{FAMILIES[name]}")
     try:

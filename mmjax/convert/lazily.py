@@ -68,7 +68,7 @@ class Whole:
     stacked: bool = False
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.read()[i]
+        return self.read()[i, ...]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read()

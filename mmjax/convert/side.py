@@ -5,6 +5,7 @@ of the Python files that `auto_map` names.
 """
 
 import fnmatch
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,10 +53,9 @@ def _at_home(file: Path) -> bool:
 
     There, models--<owner>--<name>/snapshots/<commit>/<file> leads to models--<owner>--<name>/blobs/<hash>.
     """
-    folder, target = file.parent.resolve(), file.resolve()
-    return target.parent == folder or (
-        folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
-    )
+    folder, target = (Path(os.path.realpath(p)) for p in (file.parent, file))  # which stops where links go round
+    inside = target.parent == folder and not target.is_symlink()
+    return inside or (folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs")
 
 
 def refuse(files: Mapping[str, int], where: str) -> None:

@@ -92,25 +92,27 @@ def _parts(x: Any, block: list[int]) -> Iterator[tuple[tuple[slice, ...], int, n
             yield (), 0, whole
             return
         inner = math.prod(whole.shape[1:])
-        for a in range(0, len(whole), block[0]):
-            yield (slice(a, a + block[0]),), a * inner, np.ascontiguousarray(whole[a : a + block[0]])
+        for some in _runs(len(whole), block[0]):
+            yield (some,), some.start * inner, np.ascontiguousarray(whole[some])
         return
     inner = math.prod(x.shape[1:])
     if block[0] > 1 or len(block) == 1:
-        for a in range(0, x.shape[0], block[0]):
-            layers = range(a, min(a + block[0], x.shape[0]))
-            out = np.empty((len(layers), *x.shape[1:]), x.dtype)
-            for i in layers:
-                out[i - a] = x[i]
-            yield (slice(a, a + len(layers)),), a * inner, out
+        for some in _runs(x.shape[0], block[0]):
+            out = np.empty((some.stop - some.start, *x.shape[1:]), x.dtype)
+            for i in range(some.start, some.stop):
+                out[i - some.start] = x[i]
+            yield (some,), some.start * inner, out
         return
     row = math.prod(x.shape[2:])
     for i in range(x.shape[0]):
         layer = x[i]
-        for a in range(0, len(layer), block[1]):
-            place = (slice(i, i + 1), slice(a, a + block[1]))
-            yield place, i * inner + a * row, np.ascontiguousarray(layer[a : a + block[1]])[None]
+        for some in _runs(len(layer), block[1]):
+            yield (slice(i, i + 1), some), i * inner + some.start * row, np.ascontiguousarray(layer[some])[None]
         del layer  # before the next is read
+
+
+def _runs(size: int, step: int) -> list[slice]:
+    return [slice(a, min(a + step, size)) for a in range(0, size, step)]
 
 
 def _made(path: Path, name: str, shape: tuple[int, ...], block: list[int], cut: tuple[int, ...]) -> Any:
@@ -168,13 +170,13 @@ class Stored:
 
     def __getitem__(self, i: int) -> np.ndarray:
         if self.store is None:
-            return np.zeros(self.shape, self.dtype)[i]
+            return np.zeros(self.shape, self.dtype)[i, ...]
         some = self.store.chunk_layout.read_chunk.shape[0]
         if self.rows is None or self.at != i // some:
             self.rows = None  # before the next
             self.at = i // some
             self.rows = self.store[self.at * some : min((self.at + 1) * some, self.shape[0])].read().result()
-        out = self.rows[i % some]
+        out = self.rows[i % some, ...]
         if i % some == len(self.rows) - 1:
             self.rows = None
         return out

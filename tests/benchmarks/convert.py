@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.convert import header, huggingface, rules
+from mmjax.core import parts
 from mmjax.core.files import require_space
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_hidden_layers": 12}
@@ -38,6 +39,8 @@ SMALL = LARGE | {"hidden_size": 32, "intermediate_size": 64, "num_attention_head
 CONVERT = """
 import json, resource, sys, time
 from mmjax.convert.__main__ import main
+from mmjax.core import parts
+parts.BLOCK = int(sys.argv.pop(1))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 assert main([sys.argv[1], sys.argv[2] + ".small", *sys.argv[5:]]) == 0
@@ -74,9 +77,9 @@ def directory(path: Path, config: dict, files: int = 2) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-def convert(small: Path, source: Path, target: Path, *options: str) -> dict[str, float]:
+def convert(block: int, small: Path, source: Path, target: Path, *options: str) -> dict[str, float]:
     """Converts one directory after a small one, in a process of its own: seconds, and bytes of memory."""
-    command = [sys.executable, "-c", CONVERT, str(small), str(target), str(source), str(target), *options]
+    command = [sys.executable, "-c", CONVERT, str(block), str(small), str(target), str(source), str(target), *options]
     out = subprocess.run(
         command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
     )
@@ -85,16 +88,16 @@ def convert(small: Path, source: Path, target: Path, *options: str) -> dict[str,
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def measure(folder: Path, config: dict) -> tuple[int, int, dict[str, dict[str, float]]]:
+def measure(folder: Path, config: dict, block: int = parts.BLOCK) -> tuple[int, int, dict[str, dict[str, float]]]:
     """A directory there and back, and in another number format: its bytes, the largest tensor's, and `convert`s."""
     small = folder / "small"
     directory(small, SMALL)
     whole, largest = directory(folder / "in", config)
-    found = {"there": convert(small, folder / "in", folder / "step")}
-    found["back"] = convert(folder / "step.small", folder / "step", folder / "out")
+    found = {"there": convert(block, small, folder / "in", folder / "step")}
+    found["back"] = convert(block, folder / "step.small", folder / "step", folder / "out")
     same = filecmp.cmpfiles(folder / "in", folder / "out", os.listdir(folder / "in"), shallow=False)[0]
     assert sorted(same) == sorted(os.listdir(folder / "out")) == sorted(os.listdir(folder / "in")), "other bytes"
-    found["float32"] = convert(small, folder / "in", folder / "wide", "--to", "hf", "--dtype", "float32")
+    found["float32"] = convert(block, small, folder / "in", folder / "wide", "--to", "hf", "--dtype", "float32")
     return whole, largest, found
 
 
