@@ -208,7 +208,7 @@ class Source:
         return sum(math.prod(view) for view in piece.views), self.values.patch
 
     def _known(
-        self, content: bytes | np.ndarray, medium: Image | Video, piece: Piece, make: Callable[[], Deferred]
+        self, content: bytes | Path | np.ndarray, medium: Image | Video, piece: Piece, make: Callable[[], Deferred]
     ) -> Deferred:
         """What `make` makes of a medium; with `features`, under its key, and only where it is not known."""
         if self.features is None:

@@ -128,6 +128,17 @@ def named(
     return names
 
 
+def last(names: Sequence[Name], views: int) -> list[Name]:
+    """Those of the last pictures that have so many views together: of a conversation of which more was read before."""
+    at = len(names)
+    while views > 0 and at:
+        at -= 1
+        views -= names[at][1]
+    if views:
+        raise InputError(f"The last pictures of {len(names)} do not have the views that a row holds; name all of them.")
+    return list(names[at:])
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a picture lies in a batch: its row, its views among the row's, and their patches."""
@@ -216,8 +227,8 @@ def fits(entry: Arrays, count: int, shapes: Media) -> bool:
 def encode(params: dict, batch: Batch, cfg: vlm.Config, where: Sequence[Place], rows: int = 1) -> list[Arrays]:
     """The features of some of a batch's pictures, each made as if it were alone.
 
-    `rows` of them with the same static sizes go through the tower at once. There are at most eight sizes for every
-    doubling of the patches, so that few programs are compiled and less than an eighth is padding.
+    `rows` of them with the same static sizes go through the tower at once. There are at most four sizes for every
+    doubling of the patches, so that few programs are compiled and at most a fifth is padding.
     """
     out: dict[int, Arrays] = {}
     sizes: dict[tuple[int, int], list[int]] = {}
@@ -287,8 +298,8 @@ _EMPTY = dict.fromkeys(("patch_order", "patch_hi", "window_hi", "patch_image"), 
 
 
 def _rounded(n: int, unit: int) -> int:
-    """The next of eight sizes in every doubling, a multiple of `unit`."""
-    step = unit * max(1, 2 ** ((n // unit).bit_length() - 4))
+    """The next of four sizes in every doubling, a multiple of `unit`."""
+    step = unit * max(1, 2 ** ((n // unit).bit_length() - 3))
     return -(-n // step) * step
 
 

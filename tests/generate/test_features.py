@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from fused import Letters, behind_an_encoder, systems
 from fused import connectors as every
+from talker import asked, made, picture
 from tiny import randomised
 
 from mmjax.connectors import merger
@@ -21,6 +22,7 @@ from mmjax.data import index
 from mmjax.data.device import Canvases
 from mmjax.data.source import Source
 from mmjax.generate import features
+from mmjax.generate.session import Session
 from mmjax.models import vlm
 from mmjax.sequence import interleave
 from mmjax.sequence.document import Document, Encoded, Image, Text, Video
@@ -142,18 +144,35 @@ def test_kept_is_fresh_to_the_bit(setting, tmp_path, runs):
     assert same(hidden(fresh), hidden(again))
 
 
+def test_a_session_encodes_a_picture_once(tmp_path, runs):
+    """In another conversation, in another session and in another place; and says what it would say without."""
+    first, second = picture(0), picture(1, 8, 16)
+    questions = [asked(first, "the fox"), asked(first, "the fox", Text("so", "assistant"), second, first, "and")]
+    plain = Session(*made()).answer
+    for n in range(2):
+        session = Session(*made(), store=Store(folder=tmp_path, disk=2**24))
+        for question in (*questions, questions[0]):
+            answer, wanted = session.answer([question], max_tokens=6)[0], plain([question], max_tokens=6)[0]
+            assert answer.ids == wanted.ids
+        assert answer.reused < 4
+        assert sum(runs) == 2, n
+    both = session.answer(questions, max_tokens=6)
+    assert [answer.ids for answer in both] == [answer.ids for answer in plain(questions, max_tokens=6)]
+    assert sum(runs) == 2
+
+
 def test_a_picture_is_encoded_as_if_it_were_alone(plain, runs):
     """To the bit the same in whichever batch, row, place and company."""
     one, two = [document("x", 3)], [document("y", 0, 1, 2, 0), document("z", 2, 3)]
-    made = []
+    tokens = []
     for documents in (one, two, two[::-1]):
         batch, names = plain.batch(documents, rows=2)
         found = dict(zip(*zip(*features.places(batch, names), strict=True), strict=True))
         place = found[plain.named(one[0])[0][0]]
         media = plain.media(batch, names, Store())
-        made.append(np.asarray(media.tokens[place.row, place.tokens(plain.cfg)]))
-    assert same(made[0], made[1])
-    assert same(made[0], made[2])
+        tokens.append(np.asarray(media.tokens[place.row, place.tokens(plain.cfg)]))
+    assert same(tokens[0], tokens[1])
+    assert same(tokens[0], tokens[2])
 
 
 def test_several_pictures_at_once(setting):
@@ -198,12 +217,20 @@ def test_names_must_be_those_of_the_batch(plain):
             plain.media(batch, wrong, Store())
 
 
+def test_the_last_names():
+    names = [("a", 1), ("b", 3), ("c", 2)]
+    assert [features.last(names, n) for n in (0, 2, 5, 6)] == [[], names[2:], names[1:], names]
+    for wrong in (1, 3, 7):
+        with pytest.raises(InputError, match="name all of them"):
+            features.last(names, wrong)
+
+
 def test_few_sizes_and_little_padding():
     for unit in (1, 4):
         sizes = {n: features._rounded(n, unit) for n in range(unit, 5000 * unit, unit)}
-        assert all(n <= size < n * 1.125 + unit and not size % unit for n, size in sizes.items())
-        assert len(set(sizes.values())) < 8 * np.log2(5000)
-    assert [features._rounded(n, 1) for n in (256, 576, 729, 1024)] == [256, 576, 768, 1024]
+        assert all(n <= size < n * 1.25 + unit and not size % unit for n, size in sizes.items())
+        assert len(set(sizes.values())) < 4 * np.log2(5000)
+    assert [features._rounded(n, 1) for n in (256, 576, 729, 1024)] == [256, 640, 768, 1024]
 
 
 # What changes a name.
