@@ -155,6 +155,7 @@ def load(
         dtype=dtype,
     )
     kept, lost = _dropped(source, tables.plan(spec, found.rules), found)
+    kept = {key: np.asarray(x) for key, x in in_format(kept, found, dtype).items()}
     return Model(found.of, found.cfg, params, _origin(source, found, kept, lost))
 
 
@@ -178,7 +179,19 @@ def opened(path: PathLike, *, dtype: Any = None) -> Model:
         for key in shapes
         if key not in ours and key not in found.copies
     }
+    kept = in_format(kept, found, dtype)
     return Model(found.of, found.cfg, params, _origin(source, found, kept))
+
+
+def in_format(kept: Mapping[str, Any], found: Found, dtype: Any) -> dict[str, Any]:
+    """What is kept, parameters that the model does not compute with in another number format; all as it is for None."""
+    rest = {} if dtype is None else tables.dropped(kept, found.rest)
+    return {
+        key: lazily.Cast(x, np.dtype(dtype), f"The tensor {key}")
+        if key in rest and jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+        for key, x in kept.items()
+    }
 
 
 def _understood(path: PathLike) -> tuple[Directory, Found, specs.Spec]:

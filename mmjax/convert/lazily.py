@@ -88,7 +88,7 @@ class Cast:
 
     @property
     def stacked(self) -> bool:
-        return self.leaf.stacked
+        return getattr(self.leaf, "stacked", False)
 
     def __getitem__(self, i: int) -> np.ndarray:
         return cast(self.leaf[i], self.dtype, self.what)

@@ -36,6 +36,7 @@ from mmjax.core.sharding import Rules
 from mmjax.core.strict_json import shown
 
 FORMAT = 1
+_DTYPES = {dtype.name: dtype for dtype in header.FORMATS.values()}
 _KEY = "huggingface"  # of what this file adds to the metadata of a step
 
 
@@ -61,7 +62,7 @@ def packed(model: Model) -> tuple[dict, dict]:
         "format": FORMAT,
         "headers": {name: h.size for name, h in origin.headers.items()},
         "files": list(origin.files),
-        "kept": list(origin.kept),
+        "kept": {key: np.dtype(x.dtype).name for key, x in origin.kept.items()},
         "lost": list(origin.lost),
     }
     return {"params": model.params, "origin": out}, {_KEY: names}
@@ -79,7 +80,7 @@ def _as_bytes(x: Any) -> Any:
     """The bytes of a tensor: zarr has not every number format."""
     if not isinstance(x, parts.Lazy):
         return _bytes(x)
-    return lazily.Whole((math.prod(x.shape) * x.dtype.itemsize,), np.dtype(np.uint8), lambda: _bytes(np.asarray(x)))
+    return lazily.Whole((_bytes_of(x.shape, x.dtype),), np.dtype(np.uint8), lambda: _bytes(np.asarray(x)))
 
 
 def write(
@@ -113,7 +114,7 @@ def write(
     spec = tree.flatten(model.of.spec(model.cfg))
     cuts = {f"params/{name}": _cuts(p, rules or Rules(), dict(sizes or {})) for name, p in spec.items()}
     with new_directory(path) as folder:
-        require_space(folder, sum(math.prod(x.shape) * x.dtype.itemsize for x in flat.values()), "write a checkpoint")
+        require_space(folder, sum(_bytes_of(x.shape, x.dtype) for x in flat.values()), "write a checkpoint")
         data = folder / str(step)
         made = {"format": manifests.FORMAT, "step": step, "metadata": metadata, "keys": {}}
         made["leaves"] = parts.write(data, flat, cuts)
@@ -149,6 +150,7 @@ def opened(path: PathLike, *, step: int | None = None, dtype: Any = None) -> Mod
     params = {name: leaves[f"params/{name}"] for name in tree.flatten(origin.found.of.spec(origin.found.cfg))}
     if dtype is not None:
         params = {name: _cast(name, x, dtype) for name, x in params.items()}
+        origin = dataclasses.replace(origin, kept=huggingface.in_format(origin.kept, origin.found, dtype))
     return Model(origin.found.of, origin.found.cfg, tree.unflatten(params), origin)
 
 
@@ -177,7 +179,7 @@ def read(
     params = {name: found[f"params/{name}"] for name in tree.flatten(spec)}
     if dtype is not None:
         params = {n: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for n, x in params.items()}
-    kept = {key: np.asarray(x) for key, x in origin.kept.items()}
+    kept = {key: np.asarray(x) for key, x in huggingface.in_format(origin.kept, origin.found, dtype).items()}
     return Model(origin.found.of, origin.found.cfg, tree.unflatten(params), dataclasses.replace(origin, kept=kept))
 
 
@@ -225,21 +227,36 @@ def _understood(directory: Path, manifest: dict[str, Any]) -> tuple[Origin, dict
     files = {name: small(f"files/{i:05d}", side.MAX_FILE) for i, name in enumerate(names["files"])}
     entries = {key: entry for h in headers.values() for key, entry in h.tensors.items()}
     kept = {}
-    for i, key in enumerate(names["kept"]):
+    for i, (key, dtype) in enumerate(names["kept"].items()):
         size = _size(leaves, f"origin/kept/{i:05d}")
-        if key not in entries or size != entries[key].stop - entries[key].start:
+        if key not in entries or dtype not in _DTYPES or size != _bytes_of(entries[key].shape, _DTYPES[dtype]):
             raise manifests.Damaged(f"{where} keeps the tensor {shown(key)}, which is not that of its header")
-        kept[key] = _tensor(leaves[f"origin/kept/{i:05d}"], entries[key])
+        kept[key] = _tensor(leaves[f"origin/kept/{i:05d}"], entries[key].shape, _DTYPES[dtype])
     found = huggingface.understand(raw, frozenset(entries), f"config.json of {where}")
-    # A file that holds a head beside the token table: which of both it was, the arrays say.
-    if found.otherwise is not None and _parameters(found).keys() != _there(leaves).keys():
+    if found.otherwise is not None and _differ(found, leaves):
         found = found.otherwise
-    _refuse(found, leaves, entries if headers else None, {*kept, *names["lost"]}, where)
+    _refuse(found, leaves, entries if headers else None, {*kept, *names["lost"], *found.copies}, where)
     return Origin(config, raw, found, headers, index, kept, tuple(names["lost"]), files), leaves
 
 
-def _tensor(leaf: parts.Stored, entry: header.Entry) -> lazily.Whole:
-    return lazily.Whole(entry.shape, entry.dtype, lambda: np.asarray(leaf).view(entry.dtype).reshape(entry.shape))
+def _bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _tensor(leaf: parts.Stored, shape: tuple[int, ...], dtype: np.dtype) -> lazily.Whole:
+    return lazily.Whole(shape, dtype, lambda: np.asarray(leaf).view(dtype).reshape(shape))
+
+
+def _differ(found: Found, leaves: Mapping[str, parts.Stored]) -> list[str]:
+    """The parameters of which one has what the other has not, or has otherwise: a step and a config."""
+    wanted = tree.flatten(found.of.spec(found.cfg))
+    there = {name.removeprefix("params/"): x for name, x in leaves.items() if name.startswith("params/")}
+    return sorted(wanted.keys() ^ there.keys()) or [
+        name
+        for name, p in wanted.items()
+        if p.shape != there[name].shape
+        or jnp.issubdtype(p.dtype, jnp.floating) != jnp.issubdtype(there[name].dtype, jnp.floating)
+    ]
 
 
 def _refuse(
@@ -250,13 +267,7 @@ def _refuse(
     where: str,
 ) -> None:
     """Raises InputError where the arrays are not those of the config, or the headers not those of files of them."""
-    wanted, there = _parameters(found), _there(leaves)
-    differ = sorted(wanted.keys() ^ there.keys()) or [
-        name
-        for name, p in wanted.items()
-        if p.shape != there[name].shape
-        or jnp.issubdtype(p.dtype, jnp.floating) != jnp.issubdtype(there[name].dtype, jnp.floating)
-    ]
+    differ = _differ(found, leaves)
     if not differ and entries is not None:
         tensors = tables.plan(found.of.spec(found.cfg), found.rules).tensors
         differ = sorted((tensors.keys() | others | found.copies.keys()) ^ entries.keys()) or [
@@ -288,11 +299,13 @@ def _names(manifest: dict[str, Any], where: str) -> dict[str, Any]:
         raise InputError(
             f"{where} holds no model of mmjax.convert; give one that it wrote, or save with convert.orbax.packed"
         )
-    texts = [names.get(k) for k in ("files", "kept", "lost")] if isinstance(names, dict) else [None]
-    sizes = names.get("headers") if isinstance(names, dict) else None
-    if not all(isinstance(some, list) and all(isinstance(n, str) for n in some) for some in texts) or not (
-        isinstance(sizes, dict) and all(type(n) is int and n >= 0 for n in sizes.values())
-    ):
+    names = names if isinstance(names, dict) else {}
+    whole = [
+        *(isinstance(names.get(k), list) and all(isinstance(n, str) for n in names[k]) for k in ("files", "lost")),
+        isinstance(names.get("headers"), dict) and all(type(n) is int and n >= 0 for n in names["headers"].values()),
+        isinstance(names.get("kept"), dict) and all(isinstance(n, str) for n in names["kept"].values()),
+    ]
+    if not all(whole):
         raise manifests.Damaged(f"the metadata of {where} is not what mmjax.convert writes")
     if names.get("format") != FORMAT:
         raise InputError(f"{where} was written by a newer mmjax, in format {shown(names.get('format'))}; update mmjax")

@@ -53,9 +53,11 @@ def _at_home(file: Path) -> bool:
 
     There, models--<owner>--<name>/snapshots/<commit>/<file> leads to models--<owner>--<name>/blobs/<hash>.
     """
-    folder, target = (Path(os.path.realpath(p)) for p in (file.parent, file))  # which stops where links go round
-    inside = target.parent == folder and not target.is_symlink()
-    return inside or (folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs")
+    folder, target = (
+        Path(os.path.realpath(p)) for p in (file.parent, file)
+    )  # which stops where a link leads to itself
+    hub = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    return hub or target.parent == folder
 
 
 def refuse(files: Mapping[str, int], where: str) -> None:

@@ -223,6 +223,14 @@ def test_the_host_holds_a_tensor_at_a_time(tmp_path, monkeypatch):
         tracemalloc.stop()
         assert peak < 3.5 * tensor, peak / tensor
     assert contents(tmp_path / "out") == contents(path)
+    # What was saved whole is read a leaf at a time.
+    orbax.write(tmp_path / "whole", huggingface.load(path))
+    tracemalloc.start()
+    huggingface.save(tmp_path / "back", orbax.opened(tmp_path / "whole"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (large.LAYERS + 3.5) * tensor, peak / tensor
+    assert contents(tmp_path / "back") == contents(path)
 
 
 # Interruptions
@@ -282,7 +290,7 @@ FORGED = {
     "no model": (lambda m, names: m["metadata"].clear(), "holds no model of mmjax.convert"),
     "no object": (lambda m, names: m["metadata"].update(huggingface=[1]), "is not what mmjax.convert writes"),
     "no names": (lambda m, names: names.pop("files"), "is not what mmjax.convert writes"),
-    "numbers": (lambda m, names: names.update(kept=[1]), "is not what mmjax.convert writes"),
+    "numbers": (lambda m, names: names.update(kept={"position_ids": 1}), "is not what mmjax.convert writes"),
     "newer": (lambda m, names: names.update(format=2), "written by a newer mmjax, in format 2"),
     "a weight file elsewhere": (
         lambda m, names: names.update(headers={"../evil.safetensors": names["headers"]["model.safetensors"]}),
@@ -295,9 +303,16 @@ FORGED = {
     "code": (lambda m, names: names.update(files=["modeling_evil.py"]), "carries the file 'modeling_evil.py'"),
     "more files than there are": (lambda m, names: names["files"].append("LICENSE"), "has no origin/files/00001"),
     "another size": (lambda m, names: names["headers"].update({"model.safetensors": 100}), "end at byte"),
-    "a tensor of no header": (lambda m, names: names.update(kept=["x"]), "keeps the tensor 'x', which is not that"),
-    "a parameter kept": (lambda m, names: names.update(kept=["table.weight"]), "keeps the tensor 'table.weight'"),
-    "nothing kept": (lambda m, names: names.update(kept=[]), "'position_ids' differ"),
+    "a tensor of no header": (
+        lambda m, names: names.update(kept={"x": "int64"}),
+        "keeps the tensor 'x', which is not that",
+    ),
+    "a parameter kept": (
+        lambda m, names: names.update(kept={"table.weight": "float32"}),
+        "keeps the tensor 'table.weight'",
+    ),
+    "kept in no format": (lambda m, names: names.update(kept={"position_ids": "object"}), "the tensor 'position_ids'"),
+    "nothing kept": (lambda m, names: names.update(kept={}), "'position_ids' differ"),
     "fewer arrays": (lambda m, names: m["leaves"].pop("params/table"), "'table' differ"),
 }
 

@@ -95,11 +95,13 @@ def test_read_in_parts(tmp_path, rng, monkeypatch):
 
 
 def test_a_mesh_finds_its_parts_alone(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(parts, "BLOCK", 1 << 10)
-    content = {"params/w": rng.normal(size=(4, 24, 16)).astype(np.float32)}
-    made = written(tmp_path, content, {"params/w": (1, 3, 2)})
+    monkeypatch.setattr(parts, "BLOCK", 1 << 17)
+    content = {"params/w": rng.integers(0, 2**31, (4, 240, 160)).astype(np.int32)}
+    made = written(tmp_path, content, {"params/w": (1, 4, 2)})
     chunk = parts.stored(tmp_path, made)["params/w"].store.chunk_layout.read_chunk.shape
-    assert chunk == (1, 8, 8), "a layer has 1.5 blocks: eight rows, which are a device's, and half of each"
+    assert chunk == (1, 60, 80), "204 rows are a block, of which three times 60 are whole parts"
+    size = sum(file["size"] for file in made["files"])
+    assert size < 1.15 * content["params/w"].nbytes, "no chunk was written twice"
 
 
 def test_one_layer_is_in_memory(tmp_path, monkeypatch):
