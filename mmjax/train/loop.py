@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ class Programs:
         batch, *known = cluster.place(cut(fed, parts), self.placed[bucket], self.shapes[bucket])
         return self.steps[bucket](now, batch, asking, *known)
 
-    def feed(self, source: Source, params: dict) -> Sequence[Any]:
+    def feed(self, source: Source, params: dict) -> Any:
         """What `run` is to be fed with, by step, once the parameters are there."""
         return self.towers.start(params, source) if self.towers else source
 
