@@ -15,12 +15,14 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmjax.core import config
 from mmjax.core.errors import InputError
 
 LARGEST = 2**24  # bytes of a file of prompts
+MEMORY = 2**28  # bytes of visual tokens that are kept in memory
 HELP = """/image FILE   show a picture with what you say next
 /new          begin a new conversation
 /quit         end (so does Ctrl-D; Ctrl-C ends an answer)"""
@@ -47,13 +49,17 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends an answer; may be repeated")
     out.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the parameters; else the files'")
     out.add_argument("--tensor", metavar="N", type=int, default=1, help="split the parameters over N devices")
+    out.add_argument("--features", metavar="DIR", help="where visual tokens of pictures are kept, between runs too")
+    out.add_argument("--features-mib", metavar="N", type=int, default=4096, help="MiB that they take at most (4096)")
+    out.add_argument("--features-days", metavar="N", type=float, default=30.0, help="days for which they are kept (30)")
     out.add_argument("--json", action="store_true", help="one JSON object for each answer, and nothing else")
     return out
 
 
 def main(arguments: Sequence[str]) -> int:
     """The program; gives its exit status."""
-    given = parser().parse_args(arguments)
+    # Intermixed, or the prompt could not stand behind --image.
+    given = parser().parse_intermixed_args(list(arguments))
     asked = [given.prompt is not None, given.prompts is not None]
     if sum(asked) != 1 and not (given.chat and not given.prompts):
         raise InputError("Give a PROMPT, --prompts FILE or --chat (which may begin with a PROMPT).")
@@ -116,6 +122,7 @@ def _session(given: argparse.Namespace) -> Any:
     from mmjax.core.sharding import MeshConfig, make_mesh
     from mmjax.generate.session import Session
 
+    store = _store(given)  # whose bounds may be wrong
     mesh = None
     if given.tensor != 1:
         if not 1 <= given.tensor <= jax.device_count():
@@ -123,7 +130,18 @@ def _session(given: argparse.Namespace) -> Any:
         mesh = make_mesh(MeshConfig(data=1, tensor=given.tensor), jax.devices()[: given.tensor])
     model = huggingface.load(given.directory, mesh=mesh, dtype=given.dtype)
     its = processor.load(given.directory, model)
-    return Session(processor.with_colours(model, its), its, mesh=mesh)
+    return Session(processor.with_colours(model, its), its, mesh=mesh, store=store)
+
+
+def _store(given: argparse.Namespace) -> Any:
+    """Where visual tokens are kept: in the folder that was named, and in memory for a conversation."""
+    from mmjax.core.store import Store
+
+    if given.features is None:
+        return Store(memory=MEMORY) if given.chat else None
+    return Store(
+        folder=Path(given.features), disk=given.features_mib * 2**20, memory=MEMORY, age=given.features_days * 86400
+    )
 
 
 def _document(session: Any, given: argparse.Namespace, n: int, prompt: str, images: Sequence[Any]) -> Any:

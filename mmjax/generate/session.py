@@ -18,7 +18,8 @@ import numpy as np
 
 from mmjax.convert.huggingface import Model
 from mmjax.core.errors import InputError
-from mmjax.generate import engine, prompts, sample
+from mmjax.core.store import Store
+from mmjax.generate import engine, features, prompts, sample
 from mmjax.generate.prompts import Read, ladder
 from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.generate.stream import Reason, Stream
@@ -58,6 +59,7 @@ class Session:
         mesh: jax.sharding.Mesh | None = None,
         part: int = PART,
         unstack: bool | None = None,
+        store: Store | None = None,
     ):
         """What answers.
 
@@ -68,6 +70,7 @@ class Session:
           part: how many columns of a prompt are read at once.
           unstack: whether to take the blocks' parameters apart (generate.engine.unstacked), which takes their memory
             again while the model's own are still held. None: on CPUs, where a scan would copy them at every token.
+          store: where the visual tokens of pictures are kept (generate.features); None: nowhere.
 
         Raises:
           InputError: a model that does not write text.
@@ -79,6 +82,8 @@ class Session:
         self.params = model.params if self._stacked else self._on(engine.unstacked, model.params, self.cfg)
         inner = self.params["decoder"] if isinstance(self.cfg, vlm.Config) else self.params
         self._dtype = inner["embed"].dtype
+        self.store = store if isinstance(self.cfg, vlm.Config) else None
+        self._tower = "" if self.store is None else self._on(features.tower, self.params, self.cfg)
         self._state: engine.State | None = None
         self._read: Read | None = None
         self.answers: list[Answer] = []
@@ -166,7 +171,7 @@ class Session:
         ends = [kept + start + n for (start, _), n in zip(cuts, wide, strict=True)]
         state = self._room(len(documents), kept, max(*ends, max(counts) + max_tokens), read)
         self._state = self._read = None  # its memory is given away
-        media = self._media(batch)
+        media = self._media(batch, documents, frames)
         for (start, stop), n in zip(cuts, wide, strict=True):
             part = prompts.columns(batch, start, stop, n)
             state = self._on(engine.run_prefill, self.params, part, cfg=self.cfg, state=state, media=media)
@@ -182,9 +187,18 @@ class Session:
         state = engine.rewound(self._state, kept, read.position(kept))
         return engine.grown(state, places) if places > state.cache.places else state
 
-    def _media(self, batch: Batch) -> Media | None:
+    def _media(self, batch: Batch, documents: Sequence[Document], frames: int) -> Media | None:
         if not isinstance(self.cfg, vlm.Config) or not np.asarray(batch.grid).any():
             return None
+        if self.store is not None:
+            its = self.processor
+            how = features.How(its.sequence, clips=its.clips, frames=frames, other=its.preprocessing)
+            views = (np.asarray(batch.grid).prod(-1) > 0).sum(1).tolist()
+            names = [
+                features.last(features.named(document, its.layout(document), self._tower, how), n)
+                for document, n in zip(documents, views, strict=True)
+            ]
+            return self._on(features.media, self.params, batch, self.cfg, names, self.store)
         return self._on(engine.run_media, self.params, prompts.seen(batch), cfg=self.cfg)
 
     def _on(self, run: Callable, *args: Any, **kwargs: Any) -> Any:

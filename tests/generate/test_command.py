@@ -52,7 +52,7 @@ def plain(text: str) -> str:
 
 
 def test_one_prompt(run, session, cat):
-    found = run("the fox", "--image", str(cat), "--max-tokens", "9", "--temperature", "1", "--seed", "3")
+    found = run("--image", str(cat), "the fox", "--max-tokens", "9", "--temperature", "1", "--seed", "3")
     pixels = command._image(str(cat))
     wanted = Session(*made()).answer([asked(pixels, "the fox")], Sampling(temperature=1.0, seed=3), max_tokens=9)[0]
     assert found == plain(wanted.text) + "\n"
@@ -93,6 +93,17 @@ def test_a_conversation(run, session, cat, capsys):
         assert plain(answer.text).partition("\n")[0] in answers
 
 
+def test_where_visual_tokens_are_kept(tmp_path):
+    def store(*arguments):
+        return command._store(command.parser().parse_args(["DIR", *arguments]))
+
+    assert store("hello") is None
+    assert store("--chat").folder is None
+    assert store("--chat").memory == command.MEMORY
+    found = store("hello", "--features", str(tmp_path), "--features-mib", "7", "--features-days", "2")
+    assert (found.folder, found.disk, found.age) == (tmp_path, 7 * 2**20, 2 * 86400)
+
+
 def test_an_escape_code_steers_nothing(capsys):
     command._print("a\x1b[31m\x9b\r\tb\n")
     assert capsys.readouterr().out == "a\ufffd[31m\ufffd\ufffd\tb\n"
@@ -110,6 +121,8 @@ def test_an_escape_code_steers_nothing(capsys):
         (["hello", "--image", "nowhere.jpg"], "nowhere.jpg"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["hello", "--tensor", "99"], "--tensor is 99"),
+        (["hello", "--features", "x", "--features-mib", "0"], "keeps nothing"),
+        (["hello", "--features", "x", "--features-days", "-1"], "keeps nothing"),
         (["hello"], "DIR"),
     ],
 )
