@@ -182,6 +182,10 @@ def test_a_file_under_another_name_is_not_returned(folder):
     assert kept.get(name(2)) is None
     (folder / f"{name(3)}.arrays").symlink_to("/dev/zero")
     assert kept.get(name(3)) is None
+    kept.put(name(5), arrays(5))
+    (folder / f"{name(5)}.arrays").rename(folder.parent / "elsewhere")
+    (folder / f"{name(5)}.arrays").symlink_to(folder.parent / "elsewhere")
+    assert kept.get(name(5)) is None
     os.mkfifo(folder / f"{name(4)}.arrays")
     assert kept.get(name(4)) is None  # and does not wait for ever
 
