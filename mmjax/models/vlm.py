@@ -193,7 +193,7 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
         see |= {"media": (found.tokens, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
     else:
-        at = sharding.take_rows(found.tokens, batch.slot)
+        at = _mixed(found.tokens, batch)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
         if cfg.newline:
             ends = (batch.slot < 0) & ((batch.modality == IMAGE) | (batch.modality == VIDEO))
@@ -202,6 +202,16 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         # Zeros where there is no media token.
         see["added"] = sharding.take_rows(found.deep.transpose(1, 2, 0, 3), batch.slot)
     return _marked(params, x, batch, cfg), see
+
+
+def _mixed(tokens: Float[Array, "b m d"], batch: Batch) -> Float[Array, "b l d"]:
+    """The media token at every place, or the mix of four that stands there; zeros where there is none."""
+    at = sharding.take_rows(tokens, batch.slot)
+    if batch.mix_slot is None:
+        return at
+    share = batch.mix_share.astype(tokens.dtype)
+    parts = [at, *(sharding.take_rows(tokens, batch.mix_slot[:, :, n]) for n in range(3))]
+    return sum(part * share[:, :, n : n + 1] for n, part in enumerate(parts))
 
 
 def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -> Float[Array, "b l d"]:

@@ -25,6 +25,7 @@ class Config:
     window: above 0, patches lie window by window, each of so many media tokens a side, and have a second interval,
       their window's (Qwen2.5-VL).
     frames: whether patches see all frames of their video.
+    mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
     """
 
     see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
@@ -34,6 +35,7 @@ class Config:
     merge: int = 1
     window: int = 0
     frames: Literal["apart", "together"] = "apart"
+    mixes: bool = False
 
 
 PLAIN = Config()
@@ -67,6 +69,8 @@ class Example:
     grid: np.ndarray  # i32[images, 3]
     frame_lo: np.ndarray  # i32[f]
     frame_hi: np.ndarray  # i32[f]
+    mix_slot: np.ndarray | None = None  # i32[n, 3]
+    mix_share: np.ndarray | None = None  # f32[n, 4]
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -87,6 +91,9 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     tokens, modality = np.empty(n, np.int32), np.full(n, EMPTY, np.int8)
     slot, train = np.full(n, -1, np.int32), np.zeros(n, bool)
     at = 0
+    mix = {}
+    if cfg.mixes:
+        mix = {"mix_slot": np.full((n, 3), -1, np.int32), "mix_share": np.eye(1, 4, dtype=np.float32).repeat(n, 0)}
     made = {AUDIO: 0, None: 0}  # media tokens so far, of sound and of everything seen
     begins, spans, counts = [], [], []  # of everything seen: where text may look at it, its places, its media tokens
     for piece in layout.pieces:
@@ -104,6 +111,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _no(vocab.image_newline))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
+            _mixed(piece, at, made[table], mix, layout.id, cfg)
             made[table] += piece.features
             if table is None:
                 begins.append(max(at - 1, 0))  # its marker sees it already
@@ -145,7 +153,19 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         **_patches(layout, cfg),
         frame_lo=frame_lo,
         frame_hi=frame_hi,
+        **mix,
     )
+
+
+def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: str, cfg: Config) -> None:
+    """Enters what a medium's places from `at` on are mixed with; `before`: media tokens of the media before it."""
+    if piece.mixes is None:
+        return
+    if not cfg.mixes:
+        raise InputError(f"Document {id!r}: {piece.policy} mixes media tokens; set sequence.mixes to true for it.")
+    places = [n for n, found in enumerate(piece.mixes) if found is not None]
+    mix["mix_slot"][[at + n for n in places]] = [[before + i for i in piece.mixes[n].others] for n in places]
+    mix["mix_share"][[at + n for n in places]] = [piece.mixes[n].shares for n in places]
 
 
 def _no(token: int | None) -> int:

@@ -119,6 +119,7 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
     shows = (batch.slot >= 0) & ~sound
     slot = xp.clip(batch.slot, 0, media.shape[1] - 1)
     present = xp.take_along_axis(media, slot, axis=1) & (batch.slot < media.shape[1])
+    present = present & _mixable(batch, media, xp)
     heard = _sounds(batch, sound, of)
     is_placeholder = batch.slot >= 0
     if placeholder is not None:
@@ -174,6 +175,15 @@ def _past(run: Any, order: Any, sees: Sequence[tuple[Any, Any]], of: type) -> An
     for lo, hi in sees:
         out = out | ((order >= 0) & ((lo > hi) | (lo < first) | (hi > last)))
     return out
+
+
+def _mixable(batch: Batch, media: Any, xp: Any) -> Any:
+    """Places whose token is mixed with none that the row does not have."""
+    if batch.mix_slot is None:
+        return xp.ones(batch.slot.shape, bool)
+    others = batch.mix_slot.reshape(batch.slot.shape[0], -1)
+    there = xp.take_along_axis(media, xp.clip(others, 0, media.shape[1] - 1), axis=1) & (others < media.shape[1])
+    return (there | (others < 0)).reshape(batch.mix_slot.shape).all(-1)
 
 
 def _sounds(batch: Batch, sound: Any, of: type) -> Any:
