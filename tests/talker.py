@@ -1,6 +1,7 @@
 """A tiny model and its processor, made in a second and of no directory."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 from tiny import randomised, tiny_model
@@ -32,12 +33,12 @@ def made(see: str = "causal") -> tuple[Model, Processor]:
     tokenizer = text.load(text.train(CORPUS, 340))
     symbols = [control.symbol for control in CONTROLS]
     template = Template(TEMPLATE, symbols, media={"image": "<|image|>"})
-    convention = Convention("tiny", pad="<|pad|>", stop="<|end|>", placeholder="<|image|>", template=template)
-    chat = Chat(tokenizer, convention)
+    convention = Convention("tiny", pad="<|pad|>", stop="<|end|>", placeholder="<|image|>")
+    chat, plain = Chat(tokenizer, replace(convention, template=template)), Chat(tokenizer, convention)
     cfg = tiny_model(vocab=chat.size)
     ends = (chat.controls["<|end|>"],)
     policy = Native(patch=4, min_pixels=16, max_pixels=16 * 16)
-    processor = Processor(chat, chat, interleave.Config(see=see), ends, policy, patch=4)
+    processor = Processor(chat, plain, interleave.Config(see=see), ends, policy, patch=4)
     return Model(vlm, cfg, randomised(vlm.spec(cfg))), processor
 
 

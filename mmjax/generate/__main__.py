@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """The program; gives its exit status."""
-    given = parser().parse_args(arguments)
+    # Intermixed, or the prompt could not stand behind --image.
+    given = parser().parse_intermixed_args(list(arguments))
     asked = [given.prompt is not None, given.prompts is not None]
     if sum(asked) != 1 and not (given.chat and not given.prompts):
         raise InputError("Give a PROMPT, --prompts FILE or --chat (which may begin with a PROMPT).")

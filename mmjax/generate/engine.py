@@ -28,6 +28,7 @@ from mmjax.models import decoder, vlm
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
+from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY, TEXT
 
@@ -158,8 +159,7 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
       media: the batch's media tokens, where they are known (models.vlm.media).
     """
     with sharding.whole("length"):
-        batch = sharding.unsplit(batch)
-        at = state.cache.at
+        batch, at = _placed(batch), state.cache.at
         hidden, cache = _run(params, batch, cfg, state.cache, media)
         there = batch.order >= 0
         column = jnp.arange(batch.order.shape[1], dtype=jnp.int32)[None]
@@ -179,6 +179,12 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
                 done=state.done & ~some,
             )
         )
+
+
+def media(params: dict, batch: Batch, cfg: vlm.Config) -> Media:
+    """The media tokens of a batch, which is laid out as parameters are (models.vlm.media)."""
+    with sharding.whole("length"):
+        return vlm.media(params, _placed(batch), cfg)
 
 
 def read(params: dict, state: State, token: Int[Array, "b"], cfg: Config) -> State:
@@ -225,6 +231,8 @@ def decode(
       values, switches: how tokens are chosen (generate.sample.prepare).
     """
 
+    values = jax.tree.map(lambda x: sharding.constrain(jnp.asarray(x), ("batch",)), values)
+
     def more(carry: tuple[jax.Array, State]) -> jax.Array:
         i, state = carry
         return (i < n) & ~state.done.all() & (state.cache.at < state.cache.places)
@@ -253,6 +261,11 @@ def _logits(params: dict, hidden: jax.Array, cfg: Config) -> jax.Array:
         return decoder.logits(inner, hidden, language(cfg))[:, 0]
 
 
+def _placed(batch: Batch) -> Batch:
+    """Rows split over devices, whatever lay where."""
+    return jax.tree.map(lambda x, axes: sharding.constrain(jnp.asarray(x), axes), batch, batches.axes(batch))
+
+
 def _laid(state: State) -> State:
     """Rows split as those of a batch, everything else whole: also the logits, which are looked through as a whole."""
     rows = {name: getattr(state, name) for name in ("tokens", "logits", "label", "position", "lo", "done")}
@@ -263,4 +276,4 @@ def _laid(state: State) -> State:
 run_prefill = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(prefill)
 run_decode = functools.partial(jax.jit, static_argnames=("cfg", "switches"), donate_argnames=("state",))(decode)
 run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked"))(empty)
-run_media = functools.partial(jax.jit, static_argnames=("cfg",))(vlm.media)
+run_media = functools.partial(jax.jit, static_argnames=("cfg",))(media)

@@ -186,4 +186,4 @@ def _largest(
         below = jnp.where(keys < more[:, None], weight, 0.0).sum(-1)
         return jnp.where(below <= room, more, found)
 
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(keys.shape[:1], jnp.uint32))
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(keys[:, 0]))

@@ -52,7 +52,7 @@ def plain(text: str) -> str:
 
 
 def test_one_prompt(run, session, cat):
-    found = run("the fox", "--image", str(cat), "--max-tokens", "9", "--temperature", "1", "--seed", "3")
+    found = run("--image", str(cat), "the fox", "--max-tokens", "9", "--temperature", "1", "--seed", "3")
     pixels = command._image(str(cat))
     wanted = Session(*made()).answer([asked(pixels, "the fox")], Sampling(temperature=1.0, seed=3), max_tokens=9)[0]
     assert found == plain(wanted.text) + "\n"

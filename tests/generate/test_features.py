@@ -151,10 +151,9 @@ def test_a_session_encodes_a_picture_once(tmp_path, runs):
     plain = Session(*made()).answer
     for n in range(2):
         session = Session(*made(), store=Store(folder=tmp_path, disk=2**24))
-        for question in (*questions, questions[0]):
+        for question in (*questions, asked("x"), questions[0]):
             answer, wanted = session.answer([question], max_tokens=6)[0], plain([question], max_tokens=6)[0]
             assert answer.ids == wanted.ids
-        assert answer.reused < 4
         assert sum(runs) == 2, n
     both = session.answer(questions, max_tokens=6)
     assert [answer.ids for answer in both] == [answer.ids for answer in plain(questions, max_tokens=6)]

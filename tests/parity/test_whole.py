@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the `parity` extra")
 transformers = pytest.importorskip("transformers", reason="needs the `parity` extra")
 
+from parity import vocabularies
 from parity.harness import twin
 from parity.test_processors import (
     DIRECTORIES,
@@ -34,6 +35,11 @@ QWEN = {"depth": 2, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "
 MODELS = {
     "llava": ("LlavaForConditionalGeneration", CLIP, TEXT | {"model_type": "llama"}),
     "llava_next": ("LlavaNextForConditionalGeneration", CLIP, TEXT | {"model_type": "llama"}),
+    "llava_onevision": (
+        "LlavaOnevisionForConditionalGeneration",
+        {"model_type": "siglip_vision_model", "image_size": 60, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "qwen2"},
+    ),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
         QWEN | {"embed_dim": 32, "hidden_size": 32},
@@ -67,7 +73,9 @@ def whole(folder, name):
     config = json.loads((path / "config.json").read_text())
     cls, vision, text = MODELS[name]
     cls = getattr(transformers, cls)
-    ids = {k: v for k, v in config.items() if k.endswith("_id") or k == "image_grid_pinpoints"}
+    ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k == "image_grid_pinpoints"}
+    if name == "llava_onevision":
+        ids["vision_aspect_ratio"] = "anyres_max_2"  # as its processor has it
     if "qwen" in name:
         tokens = json.loads((path / "tokenizer.json").read_text())["added_tokens"]
         found = {t["content"]: t["id"] for t in tokens}
@@ -94,22 +102,20 @@ def asked(name):
         yield messages, Document(which, spans)
 
 
-def greedy(model, theirs, messages):
-    """transformers' logits of every step, and the tokens it took."""
-    inputs = theirs.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
-    )
-    n = inputs["input_ids"].shape[1]
-    out = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=STEPS,
-        eos_token_id=END,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences[0, n:].tolist(), np.stack([x[0].numpy() for x in out.logits])
+def same(model, inputs, answers):
+    """Whether answers are transformers', up to a tie."""
+    compared = 0
+    how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": END, "pad_token_id": 0}
+    for given, answer in zip(inputs, answers, strict=True):
+        out = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
+        want = out.sequences[0, given["input_ids"].shape[1] :].tolist()
+        lead = np.diff(np.sort(np.stack([x[0].numpy() for x in out.logits]), axis=1)[:, -2:])[:, 0]
+        got = [*answer.ids, END] if answer.reason == "end" else list(answer.ids)
+        equal = [a == b for a, b in zip(got, want, strict=False)]
+        n = equal.index(False) if False in equal else len(want)
+        assert n == len(want) == len(got) or lead[n] <= MARGIN, (n, lead[n], got, want)
+        compared += n
+    assert compared > STEPS, "ties came too early to compare anything"
 
 
 @pytest.mark.parametrize("name", [n for n in DIRECTORIES if n in MODELS])
@@ -120,16 +126,43 @@ def test_greedy_answers(name, tmp_path):
     loaded = processor.with_colours(huggingface.load(path), ours)
     made = list(asked(name))
     answers = Session(loaded, ours).answer([document for _, document in made], max_tokens=STEPS)
-    compared = 0
-    for (messages, document), answer in zip(made, answers, strict=True):
-        want, logits = greedy(model, theirs, messages)
-        lead = np.diff(np.sort(logits, axis=1)[:, -2:])[:, 0]
-        got = [*answer.ids, END] if answer.reason == "end" else list(answer.ids)
-        same = [a == b for a, b in zip(got, want, strict=False)]
-        n = same.index(False) if False in same else len(want)
-        assert n == len(want) == len(got) or lead[n] <= MARGIN, (document.id, n, lead[n])
-        compared += n
-    assert compared > STEPS, "ties came too early to compare anything"
+    inputs = [
+        theirs.apply_chat_template(m, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt")
+        for m, _ in made
+    ]
+    same(model, inputs, answers)
     # Pictures matter.
     swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
     assert Session(loaded, ours).answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
+
+
+TEXTS = {
+    "Llama": {"num_key_value_heads": 1},
+    "Mistral": {"sliding_window": 9},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16},
+    "Gemma3": {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_greedy_texts(name, tmp_path):
+    """Text alone, of different lengths in one batch, and windows that are shorter than what is said."""
+    torch.set_num_threads(1)
+    made, tokenizer = vocabularies.pair(tmp_path, "gemma", ("<pad>", "<eos>", "<bos>"), "<bos>", bos_token="<bos>")
+    path = tmp_path / name
+    sizes = TEXT | TEXTS[name] | {"vocab_size": max(tokenizer.get_vocab().values()) + 1, "pad_token_id": 0}
+    ends = {"bos_token_id": 1, "eos_token_id": END}
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    model = twin(getattr(transformers, f"{name}ForCausalLM"), config(**sizes, **ends))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    made.replace(path / "tokenizer.json")
+    ours = processor.load(path)
+    assert ours.stops == (END,)
+    texts = ["The quick brown fox jumps over", "a", "who is it? What colour has it?"]
+    documents = [Document(text, (Text(text, "document"),)) for text in texts]
+    answers = Session(huggingface.load(path), ours).answer(documents, max_tokens=STEPS)
+    same(model, [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in texts], answers)
