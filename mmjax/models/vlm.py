@@ -185,7 +185,7 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
         see |= {"media": (found.tokens, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
     else:
-        at = sharding.take_rows(found.tokens, batch.slot)
+        at = _at(found.tokens, batch)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
         if cfg.newline:
             ends = (batch.slot < 0) & ((batch.modality == IMAGE) | (batch.modality == VIDEO))
@@ -194,6 +194,17 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         # Zeros where there is no media token.
         see["added"] = sharding.take_rows(found.deep.transpose(1, 2, 0, 3), batch.slot)
     return _marked(params, x, batch, cfg), see
+
+
+def _at(tokens: Float[Array, "b m d"], batch: Batch) -> Float[Array, "b l d"]:
+    """The media token, or the mixture of some, that stands at each place; zeros where there is none."""
+    if batch.blend is None:
+        return sharding.take_rows(tokens, batch.slot)
+    each = [
+        sharding.take_rows(tokens, batch.blend[..., i]) * batch.share[..., i : i + 1].astype(tokens.dtype)
+        for i in range(batch.blend.shape[-1])
+    ]
+    return sum(each[1:], each[0])
 
 
 def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -> Float[Array, "b l d"]:

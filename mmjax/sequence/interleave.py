@@ -25,6 +25,7 @@ class Config:
     window: above 0, patches lie window by window, each of so many media tokens a side, and have a second interval,
       their window's (Qwen2.5-VL).
     frames: whether patches see all frames of their video.
+    blend: places may show mixtures of media tokens (LLaVA-OneVision), and the batch says which.
     """
 
     see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
@@ -34,6 +35,7 @@ class Config:
     merge: int = 1
     window: int = 0
     frames: Literal["apart", "together"] = "apart"
+    blend: bool = False
 
 
 PLAIN = Config()
@@ -67,6 +69,8 @@ class Example:
     grid: np.ndarray  # i32[images, 3]
     frame_lo: np.ndarray  # i32[f]
     frame_hi: np.ndarray  # i32[f]
+    blend: np.ndarray | None = None  # i32[n, 4]
+    share: np.ndarray | None = None  # f32[n, 4]
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -87,6 +91,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     tokens, modality = np.empty(n, np.int32), np.full(n, EMPTY, np.int8)
     slot, train = np.full(n, -1, np.int32), np.zeros(n, bool)
     at = 0
+    blend, share = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
     made = {AUDIO: 0, None: 0}  # media tokens so far, of sound and of everything seen
     begins, spans, counts = [], [], []  # of everything seen: where text may look at it, its places, its media tokens
     for piece in layout.pieces:
@@ -101,9 +106,11 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             except InputError as error:
                 raise InputError(f"Document {layout.id!r}: {error}") from error
             written = within == -2
-            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _no(vocab.image_newline))
+            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _newline(piece, vocab))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
+            if cfg.blend and table is None:
+                _mix(piece, within, made[table], blend[span], share[span])
             made[table] += piece.features
             if table is None:
                 begins.append(max(at - 1, 0))  # its marker sees it already
@@ -145,7 +152,17 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         **_patches(layout, cfg),
         frame_lo=frame_lo,
         frame_hi=frame_hi,
+        blend=blend if cfg.blend else None,
+        share=share if cfg.blend else None,
     )
+
+
+def _mix(piece: Piece, slots: np.ndarray, first: int, blend: np.ndarray, share: np.ndarray) -> None:
+    """Writes what a medium's places show, its media tokens counted from `first`."""
+    if piece.blend is None:
+        blend[:, 0], share[:, 0] = np.where(slots >= 0, slots + first, -1), slots >= 0
+    else:
+        blend[:], share[:] = np.where(piece.blend.index >= 0, piece.blend.index + first, -1), piece.blend.share
 
 
 def _no(token: int | None) -> int:
@@ -156,6 +173,12 @@ def _placeholder(piece: Piece, vocab: Vocab) -> int:
     """What stands where a medium's tokens go; -1, which is refused, where the family has nothing for it."""
     own = {VIDEO: vocab.video, AUDIO: vocab.audio}.get(piece.modality)
     return _no(vocab.image if own is None else own)
+
+
+def _newline(piece: Piece, vocab: Vocab) -> int:
+    """What stands where a row of its tokens ends: a token of its own, or the medium's placeholder again."""
+    own = vocab.image_newline is None or vocab.image_newline != vocab.image
+    return _no(vocab.image_newline) if own else _placeholder(piece, vocab)
 
 
 def _unbroken(at: int, written: np.ndarray) -> list[tuple[int, int]]:
@@ -173,6 +196,8 @@ def _slots(piece: Piece, cfg: Config) -> np.ndarray:
                 f"a picture whose tokens are {piece.merge}×{piece.merge} patches in an order of its own needs "
                 f"sequence.merge {piece.merge} and no windows."
             )
+        if piece.blend is not None and not cfg.blend:
+            raise InputError("a picture or video is resized as a map of media tokens; set sequence.blend.")
         return np.asarray(piece.slots, np.int32)
     if reordered and piece.views and piece.length:
         # Patches lie square by square and window by window, the sequence shows their tokens row by row.
@@ -194,7 +219,8 @@ def _patches(layout: Layout, cfg: Config) -> dict[str, np.ndarray | None]:
             shown[:] = False
         elif piece.slots is not None and piece.merge:
             square = piece.merge**2
-            shown = np.isin(np.arange(len(shown) // square), piece.slots).repeat(square)  # as patches lie
+            of = piece.slots if piece.blend is None else piece.blend.index
+            shown = np.isin(np.arange(len(shown) // square), of).repeat(square)  # as patches lie
         for view in piece.views:
             patches, _, cut = windows.order(view, cfg.merge, cfg.window)
             n = len(patches)

@@ -119,6 +119,11 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
     shows = (batch.slot >= 0) & ~sound
     slot = xp.clip(batch.slot, 0, media.shape[1] - 1)
     present = xp.take_along_axis(media, slot, axis=1) & (batch.slot < media.shape[1])
+    shown = of.marked(media.shape, slot, shows)
+    for i in range(0 if batch.blend is None else batch.blend.shape[-1]):
+        index, some = xp.clip(batch.blend[..., i], 0, media.shape[1] - 1), batch.blend[..., i] >= 0
+        inside = xp.take_along_axis(media, index, axis=1) & (batch.blend[..., i] < media.shape[1])
+        present, shown = present & (inside | ~some), shown | of.marked(media.shape, index, some)
     heard = _sounds(batch, sound, of)
     is_placeholder = batch.slot >= 0
     if placeholder is not None:
@@ -134,7 +139,7 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
         (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= vocab_size) | strange,
         (is_placeholder != (batch.slot >= 0)) | ((batch.slot >= 0) & ((batch.modality == TEXT) | ~filled)),
         (shows & ~present) | heard,
-        wanted & ~of.marked(media.shape, slot, shows),
+        wanted & ~shown,
         (filled != (batch.order >= 0)) | (filled & (batch.order <= previous)),
         (batch.weight != 0) & (~visible | ~filled | ~xp.isfinite(batch.weight)),
         filled & visible & ((batch.lo < first) | (batch.hi > last)),

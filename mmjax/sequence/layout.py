@@ -12,7 +12,7 @@ from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.tokenizers.convention import Convention, Frames, views
 from mmjax.tokenizers.conventions import GENERIC
 from mmjax.tokenizers.parts import Medium, Part, Words, plain
-from mmjax.tokenizers.resolution import Picture
+from mmjax.tokenizers.resolution import Blend, Picture
 from mmjax.tokenizers.vocab import Vocab
 
 EMPTY, TEXT, IMAGE, AUDIO, VIDEO = range(5)  # what `modality` says of a token
@@ -52,7 +52,8 @@ class Clips(Protocol):
 
     clip: the grid, and how many numbers of the time position its frames are apart. chosen: which pictures of the video
     its frames are made of, as many for each. times: when each of its frames is, in seconds. still: by which policy a
-    frame becomes patches.
+    frame becomes patches. One whose places show mixtures of media tokens has `blend(grid)` as well
+    (tokenizers.resolution.pooled).
     """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
@@ -93,6 +94,7 @@ class Piece:
     fill: bool = False  # empty places for the model to fill
     frames: tuple[int, ...] = ()  # of a video, which of its pictures are shown; several that follow make one frame
     times: tuple[float, ...] = ()  # of a video, when each frame of its grid is, in seconds
+    blend: Blend | None = None  # what its places show, where that is mixtures of media tokens; `slots` are its own
 
     @property
     def views(self) -> tuple[Grid, ...]:
@@ -313,6 +315,7 @@ def _image(
         span=number,
         merge=picture.merge,
         policy=resolution,
+        blend=picture.blend,
     )
     return piece, picture.rows
 
@@ -322,13 +325,18 @@ def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int]
         raise InputError("there is no policy for videos; give one (`clips`).")
     size = span.frames, span.height, span.width, span.fps
     grid, interval = clips.clip(*size)
+    media = _counted(grid, media_tokens)
+    blend: Blend | None = clips.blend(grid) if hasattr(clips, "blend") else None
     return Piece(
         VIDEO,
-        _counted(grid, media_tokens),
+        media if blend is None else len(blend.index),
         (),
         grid,
         interval=interval,
+        slots=None if blend is None else blend.slots,
+        media=media,
         span=number,
+        blend=blend,
         policy=clips.still(*size),
         frames=clips.chosen(span.frames, span.fps),
         times=clips.times(span.frames, span.fps),
@@ -347,7 +355,7 @@ def _audio(span: Audio, sounds: Sounds | None, sound_tokens: Callable[[int], int
 
 def _aside(medium: Piece) -> Piece:
     """A medium that takes no place in the sequence."""
-    return replace(medium, length=0, slots=None, media=medium.features)
+    return replace(medium, length=0, slots=None, blend=None, media=medium.features)
 
 
 def _counted(grid: Grid, media_tokens: Callable[[Grid], int]) -> int:

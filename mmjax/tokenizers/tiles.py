@@ -8,8 +8,10 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import Picture, Policy, check, whole_patches
+from mmjax.tokenizers.resolution import Picture, Policy, check, joined, resized, whole_patches
 from mmjax.tokenizers.view import Color, Filter, Resize, Step, View, Window
 
 OPENAI_SIZES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in tiles
@@ -55,6 +57,8 @@ class AnyRes(Tiled):
     that keeps the picture's shape is taken off again in whole patches; with `newline`, a newline token ends every row
     of patches of the tiled picture. OneVision has a tile of 384 and all `sizes` up to (6, 6).
 
+    most: the tiled picture's patches that are kept are resized, where they are more than 1.1² times those of so many
+      tiles, to about as many (`anyres_max_9` of OneVision: Li et al. 2024, section 3.2); 0 leaves them all.
     once: a picture for which one tile is best is shown once. With `sizes` (1, 1) and (2, 2) that is LLaVA-1.5-HD's
       choice of one view or 2 × 2 (Liu et al. 2024, "Improved baselines with visual instruction tuning", appendix).
     drop: as of `resolution.Fixed`, of every tile.
@@ -64,6 +68,7 @@ class AnyRes(Tiled):
     tile: int = 336
     sizes: tuple[tuple[int, int], ...] = OPENAI_SIZES
     newline: bool = True
+    most: int = 0
     once: bool = False
     filter: Filter = "bicubic"
     drop: bool = False
@@ -121,15 +126,23 @@ class AnyRes(Tiled):
         side = self.tile // self.patch
         tiles = self.best(height, width)
         rows, columns = self.kept(height, width)
+        views = ((side, side),) * (1 + tiles[0] * tiles[1])
         slots = list(range(side * side))
         if self.once and tiles == (1, 1):
-            return Picture(((side, side),), tuple(slots))
+            return Picture(views[:1], tuple(slots))
+        ratio = math.sqrt(len(rows) * len(columns) / (self.most * side**2)) if self.most else 0.0
+        if ratio > 1.1:
+            row, column = np.array(rows)[:, None], np.array(columns)[None]
+            token = (1 + row // side * tiles[1] + column // side) * side**2 + row % side * side + column % side
+            small = resized(token, int(len(rows) // ratio), int(len(columns) // ratio), self.newline)
+            blend = joined(tuple(slots), small)
+            return Picture(views, blend.slots, blend=blend)
         for row in rows:
             for column in columns:
                 tile = 1 + row // side * tiles[1] + column // side
                 slots.append(tile * side * side + row % side * side + column % side)
             slots += [-1] if self.newline else []
-        return Picture(((side, side),) * (1 + tiles[0] * tiles[1]), tuple(slots))
+        return Picture(views, tuple(slots))
 
 
 @dataclass(frozen=True)
