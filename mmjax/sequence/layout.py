@@ -12,7 +12,7 @@ from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.tokenizers.convention import Convention, Frames, views
 from mmjax.tokenizers.conventions import GENERIC
 from mmjax.tokenizers.parts import Medium, Part, Words, plain
-from mmjax.tokenizers.resolution import Blend, Picture
+from mmjax.tokenizers.resolution import Picture
 from mmjax.tokenizers.vocab import Vocab
 
 EMPTY, TEXT, IMAGE, AUDIO, VIDEO = range(5)  # what `modality` says of a token
@@ -53,7 +53,7 @@ class Clips(Protocol):
     clip: the grid, and how many numbers of the time position its frames are apart. chosen: which pictures of the video
     its frames are made of, as many for each. times: when each of its frames is, in seconds. still: by which policy a
     frame becomes patches. One whose places show mixtures of media tokens has `blend(grid)` as well
-    (tokenizers.resolution.pooled).
+    (tokenizers.blend.pooled).
     """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...

@@ -11,7 +11,8 @@ from functools import lru_cache
 import numpy as np
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import Picture, Policy, check, joined, resized, whole_patches
+from mmjax.tokenizers.blend import joined, resized
+from mmjax.tokenizers.resolution import Picture, Policy, check, whole_patches
 from mmjax.tokenizers.view import Color, Filter, Resize, Step, View, Window
 
 OPENAI_SIZES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in tiles

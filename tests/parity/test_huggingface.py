@@ -265,3 +265,20 @@ def test_wrong_tensors_are_refused(system, tmp_path):
     save_file(given, path, metadata={"format": "pt"})
     load(tmp_path)
     assert files.Directory(tmp_path).shapes().keys() == given.keys()
+
+
+@pytest.mark.parametrize("change", ["without a head", "without a table", "both, equal", "both, unequal"])
+def test_a_tied_head_is_what_transformers_takes_it_for(change, tmp_path):
+    theirs(("llama", "LlamaForCausalLM", LANGUAGE | {"tie_word_embeddings": True})).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    given = load_file(path)
+    table = given.pop("model.embed_tokens.weight")
+    if change != "without a table":
+        given["model.embed_tokens.weight"] = table
+    if change != "without a head":
+        given["lm_head.weight"] = table + (change == "both, unequal")
+    save_file(given, path, metadata={"format": "pt"})
+    ours, again = load(tmp_path), transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(ours.params["embed"], again.model.embed_tokens.weight.detach())
+    np.testing.assert_array_equal(ours.params["embed" if ours.cfg.tied else "head"], again.lm_head.weight.detach())
+    assert ours.cfg.tied == (again.lm_head.weight is again.model.embed_tokens.weight)
