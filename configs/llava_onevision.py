@@ -62,7 +62,7 @@ def config() -> Config:
         steps=1000,
         resolution=dataclasses.replace(whole, sizes=tuple(s for s in whole.sizes if s[0] * s[1] < VIEWS)),
         packing=Packing(rows=CHIPS, tokens=8192, shapes=((PATCHES, VIEWS),)),
-        sequence=interleave.Config(position="sequential", blend=True),
+        sequence=interleave.Config(position="sequential", mixes=True),
         optimizer=Optimizer(learning_rate=1e-5, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         objective=Objective(chunk=2048),
         update=Update(compute="bfloat16"),

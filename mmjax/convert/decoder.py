@@ -197,7 +197,7 @@ def _gemma_blocks(config: dict, family: Family) -> dict:
         "norm_offset": 1.0,
         "post_norm": True,
         "softcap": _cap(config, "attn_logit_softcapping", family),
-        "query_scale": raw.number(config, "query_pre_attn_scalar", 256) ** -0.5,
+        "query_scale": raw.number(config, "query_pre_attn_scalar", 256.0) ** -0.5,
     }
 
 

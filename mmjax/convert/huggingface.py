@@ -4,11 +4,13 @@
     y = model.of.apply(model.params, x, model.cfg)
     huggingface.save("path/to/new", dataclasses.replace(model, params=trained))
 
-config.json and safetensors are read, and nothing else: no pickle, and none of the code that `auto_map` names. What was
-loaded and not changed is saved as the same bytes, file by file.
+config.json and safetensors are read, the small files beside them are carried along (`convert.side`), and nothing else:
+no pickle, and none of the code that `auto_map` names. What was loaded and not changed is saved as the same bytes, file
+by file.
 """
 
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -23,9 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from mmjax.convert import header, lazily, side
 from mmjax.convert import rules as tables
 from mmjax.convert.files import CONFIG, INDEX, SINGLE, Directory, new_directory
 from mmjax.convert.found import Found
@@ -33,7 +34,7 @@ from mmjax.convert.header import FORMATS, Header
 from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.files import PathLike, disk_errors, require_space
+from mmjax.core.files import PathLike, require_space
 from mmjax.core.sharding import Rules
 from mmjax.core.strict_json import shown
 
@@ -83,6 +84,7 @@ FAMILIES: dict[str, str] = {
 MAX_KEPT, MAX_KEPT_ALL = 1 << 20, 64 << 20
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000
+SHARD_BYTES = 5_000_000_000  # of a file of a model that came from none
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
 
@@ -93,7 +95,7 @@ class Origin:
     config: the bytes of config.json. raw: what they say. found: what the family's reader made of it. headers, index:
     the layout of the files; none where the model came from no file. kept: small tensors that are no parameters,
     and parameters that the model does not compute with (`found.rest`). lost: the names of the large tensors that are
-    no parameters, which are not written again.
+    no parameters, which are not written again. files: the small files beside the weights.
     """
 
     config: bytes
@@ -101,8 +103,9 @@ class Origin:
     found: Found
     headers: Mapping[str, Header] = field(default_factory=dict)
     index: bytes | None = None
-    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: dict) -> "Origin":
@@ -113,7 +116,7 @@ class Origin:
         """
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         raw = json.loads(text)
-        return cls(text.encode(), raw, _found(raw, frozenset(), "The config"))
+        return cls(text.encode(), raw, understand(raw, frozenset(), "The config"))
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,7 @@ def load(
       InputError: the family is unknown; a file is missing, damaged or unsafe; or a tensor is missing, surplus, of
         another shape than config.json says, or in a format that is none of parameters.
     """
-    source = Directory(path)
-    keys = source.shapes().keys()
-    found = _found(source.config, frozenset(keys), f"{source.path / CONFIG}")
-    if found.otherwise is not None and not all(_equal(source, *pair) for pair in found.copies.items()):
-        found = found.otherwise
-    spec = found.of.spec(found.cfg)
-    _refuse_layers(spec, found, len(keys), source.where)
+    source, found, spec = _understood(path)
     params = tables.load(
         spec,
         found.rules,
@@ -158,19 +155,82 @@ def load(
         dtype=dtype,
     )
     kept, lost = _dropped(source, tables.plan(spec, found.rules), found)
-    origin = Origin(source.config_bytes, source.config, found, source.headers, source.index, kept, lost)
-    return Model(found.of, found.cfg, params, origin)
+    kept = {key: np.asarray(x) for key, x in in_format(kept, found, dtype).items()}
+    return Model(found.of, found.cfg, params, _origin(source, found, kept, lost))
 
 
-def _found(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Found:
-    """What the family that config.json names makes of it."""
+def opened(path: PathLike, *, dtype: Any = None) -> Model:
+    """The same model with nothing read but headers and small files: its leaves are read when `save` asks for them.
+
+    So a model of any size is copied in the memory of one tensor; all tensors that are no parameters are kept.
+
+    Args:
+      path: the directory; it must not change meanwhile.
+      dtype: of the parameters; that of the files if left out.
+
+    Raises:
+      InputError: what `load` refuses.
+    """
+    source, found, spec = _understood(path)
+    params = lazily.load(spec, found.rules, source, drop={**found.dropped, **found.rest}, dtype=dtype)
+    ours, shapes, dtypes = tables.plan(spec, found.rules).tensors, source.shapes(), source.dtypes()
+    kept = {
+        key: lazily.Whole(shapes[key], dtypes[key], functools.partial(source.read, key))
+        for key in shapes
+        if key not in ours and key not in found.copies
+    }
+    kept = in_format(kept, found, dtype)
+    return Model(found.of, found.cfg, params, _origin(source, found, kept))
+
+
+def in_format(kept: Mapping[str, Any], found: Found, dtype: Any) -> dict[str, Any]:
+    """What is kept, parameters that the model does not compute with in another number format; all as it is for None."""
+    rest = {} if dtype is None else tables.dropped(kept, found.rest)
+    return {
+        key: lazily.Cast(x, np.dtype(dtype), f"The tensor {key}")
+        if key in rest and jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+        for key, x in kept.items()
+    }
+
+
+def _understood(path: PathLike) -> tuple[Directory, Found, specs.Spec]:
+    """A directory, what its config says, and the spec of its parameters."""
+    source = Directory(path)
+    keys = source.shapes().keys()
+    found = understand(source.config, frozenset(keys), f"{source.path / CONFIG}")
+    if found.otherwise is not None and not all(_equal(source, *pair) for pair in found.copies.items()):
+        found = found.otherwise
+    spec = found.of.spec(found.cfg)
+    _refuse_layers(spec, found, len(keys), source.where)
+    return source, found, spec
+
+
+def _origin(source: Directory, found: Found, kept: Mapping[str, Any], lost: tuple[str, ...] = ()) -> Origin:
+    files = side.read(source.path, source.names)
+    return Origin(source.config_bytes, source.config, found, source.headers, source.index, kept, lost, files)
+
+
+def understand(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Found:
+    """What the family that config.json names makes of it.
+
+    Args:
+      raw: what it says.
+      keys: the names of the tensors beside it.
+      where: names it in errors.
+
+    Raises:
+      InputError: the family is unknown, or the config is not one of its.
+    """
     name = raw.get("model_type")
     if not isinstance(name, str):
         raise InputError(f"{where} has no model_type; it must name one of {', '.join(FAMILIES)}")
     if name not in FAMILIES:
         near = difflib.get_close_matches(name[:100], FAMILIES, 1, 0.6)
         hint = f"did you mean {near[0]}? M" if near else "m"
-        raise InputError(f"{where} has the model_type {shown(name)}: {hint}mjax.convert knows {', '.join(FAMILIES)}")
+        code = "; the code that its auto_map names is never run" if "auto_map" in raw else ""
+        known = f"mjax.convert knows {', '.join(FAMILIES)}{code}"
+        raise InputError(f"{where} has the model_type {shown(name)}: {hint}{known}")
     _refuse_depths(raw, where)
     family = importlib.import_module(f"mmjax.convert.{FAMILIES[name]}")
     try:
@@ -235,11 +295,12 @@ def _dropped(source: Directory, made: tables.Plan, found: Found) -> tuple[dict[s
     return kept, tuple(lost)
 
 
-def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> None:
+def save(path: PathLike, model: Model, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a model as a directory that `load` and transformers read: whole, or not at all.
 
-    A model from a directory gets the same files again, with the new numbers in them: config.json, the index and the
-    safetensors files, not tokenizers and the like. One that has been given another number format gets new headers.
+    A model from a directory gets the same files again, with the new numbers in them: config.json, the index, the
+    safetensors files, and the small files beside them. One that has been given another number format gets new headers.
+    Of leaves that are read when asked for (`opened`), one tensor is in memory at a time; of arrays, one leaf.
 
     Args:
       path: a directory that is not there yet, or is empty.
@@ -265,33 +326,29 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> N
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in formats.items()}
     homes = {name: [k for k in h.tensors if k in formats] for name, h in origin.headers.items()}
     same = {name: h for name, h in origin.headers.items() if _same(h, formats)}
+    if not origin.headers:
+        homes = split(sizes, shard_bytes)
+    headers = dict(same)
+    for name in (name for name, keys in homes.items() if keys and name not in same):
+        metadata = origin.headers[name].metadata if origin.headers else {"format": "pt"}
+        headers[name] = header.build({key: formats[key] for key in homes[name]}, metadata, f"{Path(path) / name}")
+    at = {key: (name, entry.start) for name, h in headers.items() for key, entry in h.tensors.items()}
+    unchanged = bool(origin.headers) and len(same) == len(origin.headers)
+    small = {CONFIG: origin.config if unchanged else _with_format(origin, formats), **origin.files}
+    index = origin.index if unchanged else _index(origin, homes, sizes, formats)
     with new_directory(path) as folder:
-        require_space(folder, sum(sizes.values()), "save a model")
-        if not origin.headers:
-            homes = split(sizes, shard_bytes)
-        for name, h in same.items():
+        require_space(folder, sum(sizes.values()) + sum(map(len, small.values())), "save a model")
+        for name, h in headers.items():
             _write_at(folder / name, 0, h.raw)
-            for key in origin.kept.keys() & h.tensors.keys():
-                _write_at(folder / name, h.tensors[key].start, origin.kept[key])
-        at = {key: (name, entry.start) for name, h in same.items() for key, entry in h.tensors.items()}
-        for key, tensor in _stream(spec, rules, model.params, at.keys(), copies) if at else ():
+        for key, (name, start) in at.items():
+            if key in origin.kept:
+                _write_at(folder / name, start, np.asarray(origin.kept[key]))
+        for key, tensor in _stream(spec, rules, model.params, at.keys(), copies):
             name, start = at[key]
             _write_at(folder / name, start, tensor)
-        for name in (name for name, keys in homes.items() if keys and name not in same):
-            tensors = dict(_stream(spec, rules, model.params, homes[name], copies))
-            tensors |= {key: origin.kept[key] for key in homes[name] if key in origin.kept}
-            metadata = dict(origin.headers[name].metadata) if origin.headers else {"format": "pt"}
-            try:
-                with disk_errors("save", path):
-                    save_file(tensors, folder / name, metadata=metadata or None)
-            except SafetensorError as error:
-                raise InputError(f"{name} cannot be written: {error}") from error
-        unchanged = bool(origin.headers) and len(same) == len(origin.headers)
-        config = origin.config if unchanged else _with_format(origin, formats)
-        index = origin.index if unchanged else _index(origin, homes, sizes, formats)
-        (folder / CONFIG).write_bytes(config)
-        if index is not None:
-            (folder / INDEX).write_bytes(index)
+            del tensor  # before the next
+        for name, data in (small if index is None else small | {INDEX: index}).items():
+            _write_at(folder / name, 0, data)
 
 
 def _stream(
@@ -304,6 +361,7 @@ def _stream(
         for name in (key, *(k for k, of in copies.items() if of == key)):
             if name in wanted:
                 yield name, tensor
+        del tensor  # before the next
 
 
 def _formats(made: tables.Plan, params: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -95,7 +95,7 @@ def text_config(config: dict) -> dict:
 
 
 def placeholders(config: dict) -> int | tuple[int, int]:
-    """The id where pictures go, and in OneVision the one of videos; `…_token_index`, or in some files `…_token_id`."""
+    """The id where pictures go, and in OneVision the one of videos: `…_token_index`, or in some files `…_token_id`."""
 
     def one(name: str, default: int) -> int:
         key = f"{name}_token_index" if f"{name}_token_index" in config else f"{name}_token_id"

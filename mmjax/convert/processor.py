@@ -30,7 +30,6 @@ from mmjax.sequence.batch import Batch, Bucket, Values
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
-from mmjax.tokenizers import text
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.convention import Convention
 from mmjax.tokenizers.parts import Symbol
@@ -52,6 +51,7 @@ class Processor:
     sequence: which descriptors the model wants.
     stops: token ids that end an answer.
     resolution, clips: the policies of pictures and videos; None: the model takes none.
+    several: the policy of pictures where a document has more than one (LLaVA-OneVision); None: the same.
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
     patch: pixels a side. group: pictures of a clip in a patch.
     """
@@ -65,6 +65,7 @@ class Processor:
     colours: Colours = HALF
     patch: int = 0
     group: int = 1
+    several: Policy | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -85,7 +86,8 @@ class Processor:
     @property
     def preprocessing(self) -> str:
         """All that a picture's or a video's patches depend on besides its own pixels, in words."""
-        return f"{self.resolution} {self.clips} {self.colours} {self.patch} {self.group} {self.sequence.merge}"
+        parts = (self.resolution, self.several, self.clips, self.colours, self.patch, self.group, self.sequence.merge)
+        return " ".join(map(str, parts))
 
     def media_tokens(self, grid: Grid) -> int:
         """Tokens that a grid of patches takes in the sequence."""
@@ -119,7 +121,9 @@ class Processor:
             raise InputError(
                 f"Document {document.id!r}, span {seen[0]} is no text, and this model reads nothing else; leave it out."
             )
-        return layout(document, chat, self.resolution, self.media_tokens, answer, clips=self.clips, ask=ask)
+        alone = self.several is None or len(document.images) < 2
+        policy = self.resolution if alone else self.several
+        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
@@ -180,8 +184,8 @@ class Processor:
         if isinstance(self.resolution, Fixed | AnyRes):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
-        most = ladder(-(-patches // unit)) * unit if patches else self.sequence.merge**2
-        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images))
+        most = ladder(-(-patches // unit)) * unit if patches else 0
+        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0)
 
 
 def ladder(n: int) -> int:
@@ -203,15 +207,16 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     """
     found = files.look(path)
     family = family_of(found)
-    tokenizer = text.load(found.path, prefix=found.prefix)
+    tokenizer = files.load_tokenizer(found)
     chat, plain = _chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
     ends = stops(found, tokenizer, chat.vocab)
     if family is None:
         return Processor(chat, plain, interleave.Config(position="sequential"), ends)
     tower = family.tower(found.config)
-    policy, colours = settings.still(found.images, tower, family.processor)
+    policy, colours = settings.still(found.images, tower, family.processors)
     family.check(found, policy, tower)
+    policy = family.refined(found, policy)
     clips = None
     if family.videos is not None:
         clips, other = family.videos(found, tower)
@@ -230,6 +235,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         colours,
         tower.patch,
         tower.group,
+        None if family.several is None else family.several(found, tower, policy, colours),
     )
 
 
@@ -241,9 +247,10 @@ def _chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, C
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
+    lead = files.lead(found, tokenizer)
     convention = Convention(
         name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, found.lead)),
+        begin=tuple(map(Symbol, lead)),
         pad=pad,
         stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
         placeholder=media.get("image", ""),
@@ -272,7 +279,7 @@ def _chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, C
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
     nothing = dict.fromkeys(("image", "video"), Convention("").image)
-    begin = () if family is None or _begun(template, found) else convention.begin
+    begin = () if family is None or not lead or _begun(template, found) else convention.begin
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
@@ -280,10 +287,8 @@ def _chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, C
 
 def _begun(template: Template, found: Found) -> bool:
     """Whether the template writes the first token itself: the tokenizer then writes none."""
-    if not found.lead:
-        return True
     parts = template.parts(Document("the first", (Text("x"),)), answer=True)
-    return parts[:1] == [Symbol(found.named.get("bos_token", found.lead[0]))]
+    return parts[:1] == [Symbol(found.named.get("bos_token", ""))]
 
 
 def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:

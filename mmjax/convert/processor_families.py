@@ -1,11 +1,12 @@
 """What the families differ in where a processor is read: tokens for media, sizes, positions, when an answer ends."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmjax.convert.processor_files import Found, Settings
-from mmjax.convert.processor_images import Tower, moving, pinpoints
+from mmjax.convert.processor_images import Tower, moving, pinpoints, pooled, several
 from mmjax.core.errors import InputError
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
@@ -14,7 +15,7 @@ from mmjax.tokenizers.convention import Frames
 from mmjax.tokenizers.parts import Around, Symbol
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped
+from mmjax.tokenizers.video import Grouped, Pooled
 from mmjax.tokenizers.vocab import Vocab
 
 VISION = Around((Symbol("<|vision_start|>"),), (Symbol("<|vision_end|>"),))
@@ -24,24 +25,26 @@ VISION = Around((Symbol("<|vision_start|>"),), (Symbol("<|vision_end|>"),))
 class Family:
     """A family of vision-language models.
 
-    processor: the class of its image processor where no file names one.
+    processors: the image processors that its own works with; the first where no file names one.
     markers: what its template writes for a medium of each type, which is also what stands where media tokens go.
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
     writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
+    refined: the policy of pictures with what the image processor's settings do not say.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
-    processor: str
+    processors: tuple[str, ...]
     markers: Callable[[Found], Mapping[str, str]]
     tower: Callable[[Settings], Tower]
     sequence: Callable[[Settings, Tower], interleave.Config]
     writing: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
-    videos: Callable[[Found, Tower], tuple[Grouped, Colours]] | None = None
-    several: Callable[[Found, AnyRes, Colours], Policy] | None = None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
+    several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
+    refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     newline: bool = False
 
 
@@ -75,8 +78,12 @@ def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:
 
 
 def _llava_markers(found: Found) -> Mapping[str, str]:
-    marker = found.named.get("image_token") or found.processor.text("image_token", "<image>")
-    return {"image": marker}
+    return {"image": found.named.get("image_token") or found.processor.text("image_token", "<image>")}
+
+
+def _onevision_markers(found: Found) -> Mapping[str, str]:
+    video = found.named.get("video_token") or found.processor.text("video_token", "<video>")
+    return {**_llava_markers(found), "video": video}
 
 
 def _llava_tower(patch: int, size: int) -> Callable[[Settings], Tower]:
@@ -129,6 +136,33 @@ def refuse_pinpoints(found: Found, policy: AnyRes) -> None:
         raise InputError(f"{found.config.where} and {found.images.where} have different 'image_grid_pinpoints'")
 
 
+def _onevision_check(found: Found, policy: AnyRes, tower: Tower) -> None:
+    side = policy.tile // policy.patch
+    if found.processor.whole("num_image_tokens", side * side) != side * side:
+        raise InputError(
+            f"{found.processor.where} says 'num_image_tokens' is {found.processor.values['num_image_tokens']}, and the "
+            f"encoder makes {side * side}; use the files that belong together"
+        )
+    for of in (found.processor, found.config):
+        if of.text("vision_feature_select_strategy", "full") != "full":
+            raise InputError(f"{of.where} has a 'vision_feature_select_strategy' that is not 'full', as SigLIP needs")
+    if "image_grid_pinpoints" in found.config:
+        refuse_pinpoints(found, policy)
+
+
+def _anyres(found: Found, policy: AnyRes) -> AnyRes:
+    """With the most tokens of a tiled picture: "anyres_max_9" is those of 9 tiles."""
+    key = "vision_aspect_ratio"
+    said = {of.text(key) for of in (found.processor, found.config) if key in of} or {"anyres_max_9"}
+    most = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", said.pop())
+    if said or most is None:
+        raise InputError(
+            f"{found.config.where}: 'vision_aspect_ratio' must be 'anyres_max_' and a number, the same in "
+            f"{found.processor.where}"
+        )
+    return replace(policy, most=int(most[1]))
+
+
 def _qwen_markers(found: Found) -> Mapping[str, str]:
     return {
         "image": found.named.get("image_token", "<|image_pad|>"),
@@ -166,21 +200,39 @@ def _sequential(config: Settings, tower: Tower) -> interleave.Config:
     return interleave.Config(position="sequential")
 
 
-_LLAVA = Family("LlavaImageProcessor", _llava_markers, _llava_tower(14, 336), _sequential, check=_llava_check)
+_LLAVA = Family(
+    ("LlavaImageProcessor", "CLIPImageProcessor", "SiglipImageProcessor"),
+    _llava_markers,
+    _llava_tower(14, 336),
+    _sequential,
+    check=_llava_check,
+)
 _QWEN = Family(
-    "Qwen2VLImageProcessor",
+    ("Qwen2VLImageProcessor",),
     _qwen_markers,
     _qwen_tower(14),
     _qwen_sequence,
     {"image": VISION, "video": VISION},
     videos=_qwen_videos,
 )
+_ONEVISION = Family(
+    ("LlavaOnevisionImageProcessor",),
+    _onevision_markers,
+    _llava_tower(14, 384),
+    lambda config, tower: interleave.Config(position="sequential", mixes=True),
+    check=_onevision_check,
+    videos=lambda found, tower: pooled(found.videos, tower),
+    several=lambda found, tower, policy, colours: several(found.images, tower, policy, colours[0]),
+    refined=_anyres,
+    newline=True,
+)
 # A frame of a video stands between markers of its own, its time before it; transformers 5 keeps the outer ones as well.
 _STAMPED = {"image": VISION, "video": VISION, "frames": Frames("<{seconds:.1f} seconds>", VISION)}
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
-    "llava_next": replace(_LLAVA, processor="LlavaNextImageProcessor", newline=True),
+    "llava_next": replace(_LLAVA, processors=("LlavaNextImageProcessor",), newline=True),
+    "llava_onevision": _ONEVISION,
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": replace(_QWEN, tower=_qwen_tower(16), writing=_STAMPED),

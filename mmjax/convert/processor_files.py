@@ -19,10 +19,14 @@ from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.core.strict_json import shown
 from mmjax.tokenizers import template as templates
+from mmjax.tokenizers import text
+from mmjax.tokenizers.base import Prefix, Tokenizer
+from mmjax.tokenizers.hub import Hub
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 GENERATION, TOKENS, SPECIAL = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"
-MAX_TOKENS, MAX_TOKENIZER = 16 << 20, 128 << 20
+MAX_TOKENS = 16 << 20
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 LARGEST = 2**31  # of any number in a setting
 
 
@@ -83,8 +87,8 @@ class Settings:
 class Found:
     """All parts. `template` is None where there is none; `images` and `videos` are empty where no file says anything.
 
-    named: what the tokenizer's files call bos_token, eos_token and the like. lead: the tokens that the tokenizer writes
-    before every text of its own accord. prefix: where it has text begin with a space, as far as settings say it.
+    named: what the tokenizer's files call bos_token, eos_token and the like. prefix: where it has text begin with a
+    space, as far as settings say it.
     """
 
     path: Path
@@ -95,8 +99,7 @@ class Found:
     generation: Settings
     tokens: Settings
     named: Mapping[str, str] = field(default_factory=dict)
-    lead: tuple[str, ...] = ()
-    prefix: str | None = None
+    prefix: Prefix | None = None
     template: str | None = None
 
 
@@ -113,11 +116,11 @@ def look(path: PathLike) -> Found:
     processor = _settings(path, PROCESSOR)
     images = processor.part("image_processor")
     images = images if images.values else _settings(path, IMAGES)
-    videos = processor.part("video_processor")
-    videos = next((v for v in (videos, _settings(path, VIDEOS), _settings(path, IMAGES)) if v.values), videos)
+    videos = (processor.part("video_processor"), _settings(path, VIDEOS), _settings(path, IMAGES))
+    videos = next((part for part in videos if part.values), images)
     tokens = _settings(path, TOKENS, MAX_TOKENS)
-    named = _named(_settings(path, SPECIAL, MAX_TOKENS)) | _named(tokens)
-    lead, prefix = _lead(path, tokens, named)
+    named = {"bos_token": "<s>", "eos_token": "</s>"} if tokens.text("tokenizer_class") in LLAMA else {}
+    named |= _named(_settings(path, SPECIAL, MAX_TOKENS)) | _named(tokens)
     return Found(
         path,
         config,
@@ -127,8 +130,7 @@ def look(path: PathLike) -> Found:
         _settings(path, GENERATION),
         tokens,
         named,
-        lead,
-        prefix,
+        _prefix(tokens),
         _template(path, processor),
     )
 
@@ -151,53 +153,64 @@ def _named(of: Settings) -> dict[str, str]:
     return {k: v for k, v in found.items() if isinstance(v, str) and v}
 
 
-def _lead(path: Path, tokens: Settings, named: Mapping[str, str]) -> tuple[tuple[str, ...], str | None]:
-    """What transformers 5 writes before every text, and where it has text begin with a space.
+def _prefix(tokens: Settings) -> Prefix | None:
+    """Where transformers 5 has text begin with a space: the classes of Llama have it from their settings."""
+    if tokens.text("tokenizer_class") not in LLAMA:
+        return None
+    if not tokens.flag("add_prefix_space", True):
+        return "never"
+    return "always" if tokens.flag("legacy", False) else "first"
 
-    A tokenizer.json says the first itself, whatever tokenizer_config.json says; the classes of Llama have the second
-    from their settings, whatever tokenizer.json says.
+
+def load_tokenizer(found: Found) -> Tokenizer:
+    """The tokenizer, with text beginning as transformers 5 has it, whatever tokenizer.json says.
+
+    Raises:
+      InputError: as `tokenizers.text.load`.
     """
-    llama = tokens.text("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
-    prefix = None
-    if llama:
-        prefix = "always" if tokens.flag("legacy", False) else "first"
-        prefix = prefix if tokens.flag("add_prefix_space", True) else "never"
-    file = path / "tokenizer.json"
-    if not os.path.lexists(file):
-        begin = named.get("bos_token", "<s>")
-        return (begin,) if tokens.flag("add_bos_token", False) else (), prefix
-    held = strict_json.loads(read_small(file, MAX_TOKENIZER), str(file), max_bytes=MAX_TOKENIZER, max_items=16_000_000)
+    if os.path.lexists(found.path / "tokenizer.json"):
+        out = text.load(found.path)
+        pieces = isinstance(out, Hub) and out._spelling == "names"
+        return text.load(found.path, prefix=found.prefix) if pieces and found.prefix not in (None, out.prefix) else out
+    return text.load(found.path, prefix=found.prefix)
+
+
+def lead(found: Found, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens that transformers 5 writes before every text of its own accord.
+
+    A tokenizer.json says it itself, whatever tokenizer_config.json says.
+
+    Raises:
+      InputError: it writes some behind every text too, or says it in a way that is none.
+    """
+    if not isinstance(tokenizer, Hub):
+        return (found.named.get("bos_token", "<s>"),) if found.tokens.flag("add_bos_token", False) else ()
+    out: list[str] = []
     try:
-        steps = _steps(held.get("post_processor"))
-        fronts = any(
-            step.get("type") in ("Metaspace", "Prepend")
-            for part in ("normalizer", "pre_tokenizer")
-            for step in _steps(held.get(part))
-        )
-        lead: list[str] = []
-        for step in steps:
+        for step in _steps(tokenizer.post_processor):
+            if step["type"] in ("BertProcessing", "RobertaProcessing"):
+                raise InputError(
+                    f"The tokenizer in {found.path} writes tokens around every text; no model that chats does"
+                )
             if step["type"] == "TemplateProcessing":
-                lead += _before(step["single"], file)
-            elif step["type"] in ("BertProcessing", "RobertaProcessing"):
-                raise InputError(f"{file} writes tokens around every text; mmjax reads no model that chats like this")
+                out += _before(step["single"], found)
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a tokenizer.json ({error!r}); download it again") from error
-    return tuple(lead), prefix if fronts else None
+        raise InputError(f"The post_processor in {found.path}/tokenizer.json is broken ({error!r}); copy it") from error
+    return tuple(out)
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
     """The steps of a part, which is one or a sequence of them."""
     if part is None:
         return []
-    inner = next((part[k] for k in ("processors", "normalizers", "pretokenizers") if k in part), None)
-    return [part] if inner is None else [step for one in inner for step in _steps(one)]
+    return [step for one in part["processors"] for step in _steps(one)] if "processors" in part else [part]
 
 
-def _before(single: list[dict[str, Any]], file: Path) -> list[str]:
+def _before(single: list[dict[str, Any]], found: Found) -> list[str]:
     """The special tokens before a text; InputError where some stand after it, which would end every prompt."""
     at = next((n for n, item in enumerate(single) if "Sequence" in item), len(single))
     if any("SpecialToken" in item for item in single[at:]):
-        raise InputError(f"{file} writes a token after every text, so nothing could go on from a prompt; take it out")
+        raise InputError(f"The tokenizer in {found.path} writes a token after every text, so no prompt could go on")
     return [item["SpecialToken"]["id"] for item in single[:at]]
 
 

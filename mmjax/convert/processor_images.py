@@ -5,15 +5,16 @@ otherwise, by 1/255 mostly.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmjax.convert.processor_files import Settings
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
-from mmjax.tokenizers.resolution import Fixed, Native, Policy
+from mmjax.tokenizers.resolution import Ended, Fixed, Native, Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped
+from mmjax.tokenizers.video import Grouped, Pooled
 from mmjax.tokenizers.view import Filter
 
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -101,20 +102,20 @@ def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...])
     return side
 
 
-def still(of: Settings, tower: Tower, default: str) -> tuple[Policy, Colours]:
+def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, Colours]:
     """The policy of pictures, and their mean and deviation.
 
     Args:
       of: the image processor's settings, which may be none.
       tower: the encoder's sizes.
-      default: the class that the family's processor takes where none is named.
+      allowed: the image processors that the family's own processor works with; the first where none is named.
 
     Raises:
       InputError: a class or settings that mmjax does not reproduce, or that the encoder has no patches for.
     """
-    name = kind(of, default)
-    if name not in READERS:
-        raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(READERS)}")
+    name = kind(of, allowed[0])
+    if name not in allowed:
+        raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(allowed)} for this")
     if not of.flag("do_resize", True):
         raise InputError(f"{of.where} does not resize pictures (do_resize), but these encoders take one size")
     read, default_colours = READERS[name]
@@ -141,12 +142,18 @@ def _llava(of: Settings, tower: Tower) -> Fixed:
     if not of.flag("do_pad", False):
         return _clip(of, tower)
     size = _size(of, "size", {"shortest_edge": 224}, square=False)
-    side = _square(of, "size", size, tuple(size) if len(size) == 2 else ("shortest_edge",))
+    side = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("shortest_edge",))
     crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
     if of.flag("do_center_crop", True) and set(crop.values()) != {side}:
         raise InputError(f"{of.where} pads pictures to squares of {side} pixels and crops those to {crop}; crop less")
     mean = _triple(of, "image_mean", OPENAI[0])
     return _fixed(of, tower, side, "pad", fill=tuple(int(m * 255) for m in mean))
+
+
+def several(of: Settings, tower: Tower, policy: AnyRes, mean: tuple[float, ...]) -> Ended:
+    """LLaVA-OneVision's policy of pictures that are not alone: padded to a square, shown once, one newline."""
+    fill = tuple(int(m * 255) for m in mean)
+    return Ended(_fixed(of, tower, policy.tile, "pad", fill=fill))
 
 
 def _siglip(of: Settings, tower: Tower) -> Fixed:
@@ -167,7 +174,7 @@ def _fixed(of: Settings, tower: Tower, side: int, fit: str = "stretch", short: i
 
 def _tiled(of: Settings, tower: Tower, size: dict[str, int], crop: dict[str, int] | None) -> AnyRes:
     """LLaVA-NeXT's and LLaVA-OneVision's: the whole, and tiles of it at the best of a few sizes."""
-    side = _square(of, "size", size, tuple(size) if len(size) == 2 else ("shortest_edge",))
+    side = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("shortest_edge",))
     cropped = of.flag("do_center_crop", crop is not None) and crop is not None
     if cropped and _square(of, "crop_size", crop, ("height", "width")) != side:
         raise InputError(f"{of.where} makes tiles of {side} pixels and crops those to {crop}; mmjax does not crop them")
@@ -248,6 +255,22 @@ READERS = {
     "LlavaOnevisionImageProcessor": (_onevision, OPENAI),
     "Qwen2VLImageProcessor": (_qwen, OPENAI),
 }
+
+
+def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
+    """The policy of videos of LLaVA-OneVision, and their mean and deviation; errors as for `still`."""
+    allowed = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
+    name = of.text("video_processor_type") or kind(of, allowed[0])
+    if name not in allowed:
+        raise InputError(f"{of.where} names the video processor {shown(name)}; LLaVA-OneVision has {allowed[0]}")
+    if not of.flag("do_resize", True) or of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
+    size = _size(of, "size", {"height": 384, "width": 384}, square=False)
+    side = _square(of, "size", size, ("height", "width"))
+    frames: dict[str, float | None] = {}
+    if of.flag("do_sample_frames", False):
+        frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
+    return Pooled(_fixed(of, tower, side), **frames), colours(of, OPENAI)
 
 
 def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) -> tuple[Grouped, Colours]:

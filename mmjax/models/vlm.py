@@ -107,12 +107,10 @@ def costs(cfg: Config) -> budget.Costs:
     return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
 
 
-def media(params: dict, batch: Batch, cfg: Config) -> Media:
-    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such."""
-    windowed = bool(cfg.vision.blocks.windowed)
-    at = {"image": batch.patch_image, "grid": batch.grid}
+def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
+    """What the vision encoder sees of the row's pictures: its features, and its blocks' for DeepStack."""
     with jax.named_scope("vision"):
-        seen = vit.encode(
+        return vit.encode(
             params["vision"],
             batch.patches,
             cfg.vision,
@@ -120,12 +118,22 @@ def media(params: dict, batch: Batch, cfg: Config) -> Media:
             lo=batch.patch_lo,
             hi=batch.patch_hi,
             position=batch.patch_position,
-            window=(batch.window_lo, batch.window_hi) if windowed else None,
+            window=(batch.window_lo, batch.window_hi) if cfg.vision.blocks.windowed else None,
             taps=cfg.deepstack,
-            **at,
+            image=batch.patch_image,
+            grid=batch.grid,
         )
+
+
+def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None = None) -> Media:
+    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such.
+
+    `seen` is what `see` makes, where that is known already (its patches and taps).
+    """
+    seen = see(params, batch, cfg) if seen is None else seen
+    at = {"image": batch.patch_image, "grid": batch.grid, "order": batch.patch_order}
     with jax.named_scope("connector"):
-        tokens = connect(params["connector"], seen.patches, cfg.connector, order=batch.patch_order, **at)
+        tokens = connect(params["connector"], seen.patches, cfg.connector, **at)
         if cfg.deep is None:
             return Media(tokens)
         # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.
@@ -185,7 +193,7 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
         see |= {"media": (found.tokens, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
     else:
-        at = _at(found.tokens, batch)
+        at = _mixed(found.tokens, batch)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
         if cfg.newline:
             ends = (batch.slot < 0) & ((batch.modality == IMAGE) | (batch.modality == VIDEO))
@@ -196,15 +204,14 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     return _marked(params, x, batch, cfg), see
 
 
-def _at(tokens: Float[Array, "b m d"], batch: Batch) -> Float[Array, "b l d"]:
-    """The media token, or the mixture of some, that stands at each place; zeros where there is none."""
-    if batch.blend is None:
-        return sharding.take_rows(tokens, batch.slot)
-    each = [
-        sharding.take_rows(tokens, batch.blend[..., i]) * batch.share[..., i : i + 1].astype(tokens.dtype)
-        for i in range(batch.blend.shape[-1])
-    ]
-    return sum(each[1:], each[0])
+def _mixed(tokens: Float[Array, "b m d"], batch: Batch) -> Float[Array, "b l d"]:
+    """The media token at every place, or the mix of four that stands there; zeros where there is none."""
+    at = sharding.take_rows(tokens, batch.slot)
+    if batch.mix_slot is None:
+        return at
+    share = batch.mix_share.astype(tokens.dtype)
+    parts = [at, *(sharding.take_rows(tokens, batch.mix_slot[:, :, n]) for n in range(3))]
+    return sum(part * share[:, :, n : n + 1] for n, part in enumerate(parts))
 
 
 def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -> Float[Array, "b l d"]:

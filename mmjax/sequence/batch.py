@@ -70,8 +70,8 @@ class Batch:
     frame_order: Field  # i32[B, F]
     frame_lo: Field  # i32[B, F]
     frame_hi: Field  # i32[B, F]
-    blend: Field = None  # i32[B, L, 4]; where places show mixtures of media tokens: which, -1 for none
-    share: Field = None  # f32[B, L, 4]; and how much of each
+    mix_slot: Field = None  # i32[B, L, 3]; media tokens that the one at `slot` is mixed with, -1 for none
+    mix_share: Field = None  # f32[B, L, 4]; the shares of all four
 
 
 def axes(batch: Batch) -> Batch:
@@ -138,8 +138,8 @@ def empty(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAI
         frame_order=full((f,), -1) if f else None,
         frame_lo=full((f,)) if f else None,
         frame_hi=full((f,), -1) if f else None,
-        blend=full((length, 4), -1) if cfg.blend else None,
-        share=full((length, 4), 0, np.float32) if cfg.blend else None,
+        mix_slot=full((length, 3), -1) if cfg.mixes else None,
+        mix_share=full((length, 4), 0, np.float32) if cfg.mixes else None,
     )
 
 
@@ -223,9 +223,10 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
         batch.media_lo[r, t], batch.media_hi[r, t] = x.media_lo + media, x.media_hi + media
     batch.position[r, t] = x.position
     batch.slot[r, t] = np.where(x.slot < 0, -1, x.slot + np.where(x.modality == AUDIO, sounds, media))
+    if batch.mix_slot is not None:
+        batch.mix_slot[r, t] = np.where(x.mix_slot < 0, -1, x.mix_slot + media)
+        batch.mix_share[r, t] = x.mix_share
     batch.target[r, t], batch.weight[r, t] = x.target, x.weight
-    if batch.blend is not None:
-        batch.blend[r, t], batch.share[r, t] = np.where(x.blend < 0, -1, x.blend + media), x.share
     if patches:
         batch.patch_order[r, p] = np.arange(patch, patch + patches)
         batch.patch_lo[r, p], batch.patch_hi[r, p] = x.patch_lo + patch, x.patch_hi + patch

@@ -25,7 +25,7 @@ class Config:
     window: above 0, patches lie window by window, each of so many media tokens a side, and have a second interval,
       their window's (Qwen2.5-VL).
     frames: whether patches see all frames of their video.
-    blend: places may show mixtures of media tokens (LLaVA-OneVision), and the batch says which.
+    mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
     """
 
     see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
@@ -35,7 +35,7 @@ class Config:
     merge: int = 1
     window: int = 0
     frames: Literal["apart", "together"] = "apart"
-    blend: bool = False
+    mixes: bool = False
 
 
 PLAIN = Config()
@@ -69,8 +69,8 @@ class Example:
     grid: np.ndarray  # i32[images, 3]
     frame_lo: np.ndarray  # i32[f]
     frame_hi: np.ndarray  # i32[f]
-    blend: np.ndarray | None = None  # i32[n, 4]
-    share: np.ndarray | None = None  # f32[n, 4]
+    mix_slot: np.ndarray | None = None  # i32[n, 3]
+    mix_share: np.ndarray | None = None  # f32[n, 4]
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -91,7 +91,9 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     tokens, modality = np.empty(n, np.int32), np.full(n, EMPTY, np.int8)
     slot, train = np.full(n, -1, np.int32), np.zeros(n, bool)
     at = 0
-    blend, share = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
+    mix = {}
+    if cfg.mixes:
+        mix = {"mix_slot": np.full((n, 3), -1, np.int32), "mix_share": np.eye(1, 4, dtype=np.float32).repeat(n, 0)}
     made = {AUDIO: 0, None: 0}  # media tokens so far, of sound and of everything seen
     begins, spans, counts = [], [], []  # of everything seen: where text may look at it, its places, its media tokens
     for piece in layout.pieces:
@@ -109,8 +111,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _newline(piece, vocab))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
-            if cfg.blend and table is None:
-                _mix(piece, within, made[table], blend[span], share[span])
+            _mixed(piece, at, made[table], mix, layout.id, cfg)
             made[table] += piece.features
             if table is None:
                 begins.append(max(at - 1, 0))  # its marker sees it already
@@ -152,17 +153,19 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         **_patches(layout, cfg),
         frame_lo=frame_lo,
         frame_hi=frame_hi,
-        blend=blend if cfg.blend else None,
-        share=share if cfg.blend else None,
+        **mix,
     )
 
 
-def _mix(piece: Piece, slots: np.ndarray, first: int, blend: np.ndarray, share: np.ndarray) -> None:
-    """Writes what a medium's places show, its media tokens counted from `first`."""
-    if piece.blend is None:
-        blend[:, 0], share[:, 0] = np.where(slots >= 0, slots + first, -1), slots >= 0
-    else:
-        blend[:], share[:] = np.where(piece.blend.index >= 0, piece.blend.index + first, -1), piece.blend.share
+def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: str, cfg: Config) -> None:
+    """Enters what a medium's places from `at` on are mixed with; `before`: media tokens of the media before it."""
+    if piece.mixes is None:
+        return
+    if not cfg.mixes:
+        raise InputError(f"Document {id!r}: {piece.policy} mixes media tokens; set sequence.mixes to true for it.")
+    places = [n for n, found in enumerate(piece.mixes) if found is not None]
+    mix["mix_slot"][[at + n for n in places]] = [[before + i for i in piece.mixes[n].others] for n in places]
+    mix["mix_share"][[at + n for n in places]] = [piece.mixes[n].shares for n in places]
 
 
 def _no(token: int | None) -> int:
@@ -196,8 +199,6 @@ def _slots(piece: Piece, cfg: Config) -> np.ndarray:
                 f"a picture whose tokens are {piece.merge}×{piece.merge} patches in an order of its own needs "
                 f"sequence.merge {piece.merge} and no windows."
             )
-        if piece.blend is not None and not cfg.blend:
-            raise InputError("a picture or video is resized as a map of media tokens; set sequence.blend.")
         return np.asarray(piece.slots, np.int32)
     if reordered and piece.views and piece.length:
         # Patches lie square by square and window by window, the sequence shows their tokens row by row.
@@ -219,8 +220,7 @@ def _patches(layout: Layout, cfg: Config) -> dict[str, np.ndarray | None]:
             shown[:] = False
         elif piece.slots is not None and piece.merge:
             square = piece.merge**2
-            of = piece.slots if piece.blend is None else piece.blend.index
-            shown = np.isin(np.arange(len(shown) // square), of).repeat(square)  # as patches lie
+            shown = np.isin(np.arange(len(shown) // square), piece.slots).repeat(square)  # as patches lie
         for view in piece.views:
             patches, _, cut = windows.order(view, cfg.merge, cfg.window)
             n = len(patches)

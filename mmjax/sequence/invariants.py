@@ -107,7 +107,7 @@ class _Host:
         return out
 
 
-def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type, newline: bool) -> Any:
+def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type, newline: bool = False) -> Any:
     xp = of.xp
     if media is None:
         media = batch.patch_kind > 0
@@ -119,11 +119,7 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
     shows = (batch.slot >= 0) & ~sound
     slot = xp.clip(batch.slot, 0, media.shape[1] - 1)
     present = xp.take_along_axis(media, slot, axis=1) & (batch.slot < media.shape[1])
-    shown = of.marked(media.shape, slot, shows)
-    for i in range(0 if batch.blend is None else batch.blend.shape[-1]):
-        index, some = xp.clip(batch.blend[..., i], 0, media.shape[1] - 1), batch.blend[..., i] >= 0
-        inside = xp.take_along_axis(media, index, axis=1) & (batch.blend[..., i] < media.shape[1])
-        present, shown = present & (inside | ~some), shown | of.marked(media.shape, index, some)
+    present = present & _mixable(batch, media, xp)
     heard = _sounds(batch, sound, of)
     is_placeholder = batch.slot >= 0
     if placeholder is not None:
@@ -139,7 +135,7 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
         (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= vocab_size) | strange,
         (is_placeholder != (batch.slot >= 0)) | ((batch.slot >= 0) & ((batch.modality == TEXT) | ~filled)),
         (shows & ~present) | heard,
-        wanted & ~shown,
+        wanted & ~of.marked(media.shape, slot, shows),
         (filled != (batch.order >= 0)) | (filled & (batch.order <= previous)),
         (batch.weight != 0) & (~visible | ~filled | ~xp.isfinite(batch.weight)),
         filled & visible & ((batch.lo < first) | (batch.hi > last)),
@@ -179,6 +175,15 @@ def _past(run: Any, order: Any, sees: Sequence[tuple[Any, Any]], of: type) -> An
     for lo, hi in sees:
         out = out | ((order >= 0) & ((lo > hi) | (lo < first) | (hi > last)))
     return out
+
+
+def _mixable(batch: Batch, media: Any, xp: Any) -> Any:
+    """Places whose token is mixed with none that the row does not have."""
+    if batch.mix_slot is None:
+        return xp.ones(batch.slot.shape, bool)
+    others = batch.mix_slot.reshape(batch.slot.shape[0], -1)
+    there = xp.take_along_axis(media, xp.clip(others, 0, media.shape[1] - 1), axis=1) & (others < media.shape[1])
+    return (there | (others < 0)).reshape(batch.mix_slot.shape).all(-1)
 
 
 def _sounds(batch: Batch, sound: Any, of: type) -> Any:

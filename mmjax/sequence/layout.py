@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from mmjax.sequence import words
 from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.tokenizers.convention import Convention, Frames, views
 from mmjax.tokenizers.conventions import GENERIC
+from mmjax.tokenizers.mix import Mix
 from mmjax.tokenizers.parts import Medium, Part, Words, plain
 from mmjax.tokenizers.resolution import Picture
 from mmjax.tokenizers.vocab import Vocab
@@ -52,8 +53,8 @@ class Clips(Protocol):
 
     clip: the grid, and how many numbers of the time position its frames are apart. chosen: which pictures of the video
     its frames are made of, as many for each. times: when each of its frames is, in seconds. still: by which policy a
-    frame becomes patches. One whose places show mixtures of media tokens has `blend(grid)` as well
-    (tokenizers.blend.pooled).
+    frame becomes patches. places: which of its media tokens stands at each place of the sequence, and what it is mixed
+    with (as `Picture.slots` and `mixes`); None: all of them in order.
     """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
@@ -63,6 +64,8 @@ class Clips(Protocol):
     def times(self, frames: int, fps: float) -> tuple[float, ...]: ...
 
     def still(self, frames: int, height: int, width: int, fps: float) -> Resolution: ...
+
+    def places(self, grid: Grid) -> tuple[tuple[int, ...], tuple[Mix | None, ...]] | None: ...
 
 
 @runtime_checkable
@@ -92,9 +95,9 @@ class Piece:
     media: int | None = None  # media tokens its connector makes; None: as many as places
     span: int = -1  # of the document, -1 for what the convention adds
     fill: bool = False  # empty places for the model to fill
+    mixes: tuple[Mix | None, ...] | None = None  # at each of `slots`, what its media token is mixed with
     frames: tuple[int, ...] = ()  # of a video, which of its pictures are shown; several that follow make one frame
     times: tuple[float, ...] = ()  # of a video, when each frame of its grid is, in seconds
-    blend: Blend | None = None  # what its places show, where that is mixtures of media tokens; `slots` are its own
 
     @property
     def views(self) -> tuple[Grid, ...]:
@@ -154,7 +157,7 @@ def patches_of(grid: Grid) -> int:
 def layout(
     document: Document,
     tokenizer: Tokenizer,
-    resolution: Resolution,
+    resolution: Resolution | None,
     media_tokens: Callable[[Grid], int] = patches_of,
     answer: int = 0,
     *,
@@ -175,7 +178,7 @@ def layout(
     Args:
       document: its spans.
       tokenizer: turns text into ids.
-      resolution: gives a picture's grid from its size.
+      resolution: gives a picture's grid from its size; None where there is none.
       media_tokens: how many media tokens the connector makes of a grid.
       answer: where above 0, the document is a question: what opens an answer is followed by so many empty places
         (padding ids) for the model to fill.
@@ -196,9 +199,11 @@ def layout(
         span = document.spans[number]
         try:
             if isinstance(span, Image):
+                if resolution is None:
+                    raise InputError("there is no policy for pictures; give one (`resolution`).")
                 return _image(span, resolution, media_tokens, tokenizer.vocab, number)
             if isinstance(span, Video):
-                return _video(span, clips, media_tokens, number), 0
+                return _video(span, clips, media_tokens, tokenizer.vocab, number), 0
             return _audio(span, sounds, sound_tokens, number), 0
         except InputError as error:
             raise InputError(f"Document {document.id!r}, span {number}: {error}") from error
@@ -302,8 +307,7 @@ def _image(
             f"{resolution} orders {ordered} media tokens, but the connector makes {media} of "
             f"{sum(map(patches_of, grids))} patches; use one that makes as many, or another policy."
         )
-    if slots is not None and -1 in slots and vocab.image_newline is None:
-        raise InputError(f"{resolution} ends rows with newline tokens, but the tokenizer has none; give it one.")
+    _refuse_newlines(slots, resolution, vocab)
     piece = Piece(
         IMAGE,
         media if slots is None else len(slots),
@@ -314,29 +318,35 @@ def _image(
         media=media,
         span=number,
         merge=picture.merge,
+        mixes=picture.mixes,
         policy=resolution,
-        blend=picture.blend,
     )
     return piece, picture.rows
 
 
-def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int], number: int) -> Piece:
+def _refuse_newlines(slots: Sequence[int] | None, policy: object, vocab: Vocab) -> None:
+    if slots is not None and -1 in slots and vocab.image_newline is None:
+        raise InputError(f"{policy} ends rows with newline tokens, but the tokenizer has none; give it one.")
+
+
+def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int], vocab: Vocab, number: int) -> Piece:
     if clips is None:
         raise InputError("there is no policy for videos; give one (`clips`).")
     size = span.frames, span.height, span.width, span.fps
     grid, interval = clips.clip(*size)
     media = _counted(grid, media_tokens)
-    blend: Blend | None = clips.blend(grid) if hasattr(clips, "blend") else None
+    slots, mixes = clips.places(grid) or (None, None)
+    _refuse_newlines(slots, clips, vocab)
     return Piece(
         VIDEO,
-        media if blend is None else len(blend.index),
+        media if slots is None else len(slots),
         (),
         grid,
-        interval=interval,
-        slots=None if blend is None else blend.slots,
+        slots=slots,
+        mixes=mixes,
         media=media,
+        interval=interval,
         span=number,
-        blend=blend,
         policy=clips.still(*size),
         frames=clips.chosen(span.frames, span.fps),
         times=clips.times(span.frames, span.fps),
@@ -355,7 +365,7 @@ def _audio(span: Audio, sounds: Sounds | None, sound_tokens: Callable[[int], int
 
 def _aside(medium: Piece) -> Piece:
     """A medium that takes no place in the sequence."""
-    return replace(medium, length=0, slots=None, blend=None, media=medium.features)
+    return replace(medium, length=0, slots=None, media=medium.features)
 
 
 def _counted(grid: Grid, media_tokens: Callable[[Grid], int]) -> int:

@@ -14,7 +14,10 @@ RUN = 1_000_000  # characters without a change between space and no space; regul
 
 
 class Hub(Tokenizer):
-    """A tokenizer.json, run by the `tokenizers` package with the controls taken out of what text can match."""
+    """A tokenizer.json, run by the `tokenizers` package with the controls taken out of what text can match.
+
+    post_processor: that part of the file, which nothing here runs.
+    """
 
     longest = 5_000_000  # 2 GB and 40 s measured at worst, and twice the text takes twice that
 
@@ -32,6 +35,7 @@ class Hub(Tokenizer):
         """
         spec = strict_json.loads(model, name, max_bytes=MAX_BYTES, max_items=MAX_ITEMS)
         parts = rewrite(spec if isinstance(spec, dict) else {}, named or {}, name)
+        self.post_processor = spec.get("post_processor") if isinstance(spec, dict) else None
         self.model, self._name, self._named = model, name, dict(named or {})
         self._own_prefix = parts.prefix
         self.prefix = prefix or parts.prefix
@@ -46,7 +50,7 @@ class Hub(Tokenizer):
         for token in parts.spec["added_tokens"]:
             if self._plain.token_to_id(token["content"]) != token["id"]:
                 raise InputError(f"{name} holds an added token whose id the library changes; download it again")
-        self._spelling = parts.spelling
+        self._spelling, self.joins = parts.spelling, bool(parts.spelling)
         self._spelled = _spelled(parts)
         self._whole = self._indispensable(parts)
         self._space = []

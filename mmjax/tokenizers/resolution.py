@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.blend import Blend
+from mmjax.tokenizers.mix import Mix
 from mmjax.tokenizers.view import Color, Filter, Resize, View, Window
 
 
@@ -24,14 +24,14 @@ class Picture:
       of them in order.
     merge: merge × merge patches make one of the media tokens that `slots` counts.
     rows: of tiles, where there are several views.
-    blend: mixtures of media tokens, where a map of them is resized; `slots` are then its own.
+    mixes: at each place what its token is mixed with, None where it stands alone; None: all of them do.
     """
 
     views: tuple[tuple[int, int], ...]
     slots: tuple[int, ...] | None = None
     merge: int = 1
     rows: int = 1
-    blend: Blend | None = None
+    mixes: tuple[Mix | None, ...] | None = None
 
 
 class Policy(ABC):
@@ -261,6 +261,30 @@ class Pixtral(Whole):
             return Picture((view,))
         slots = [slot for row in range(rows) for slot in (*range(row * columns, (row + 1) * columns), -1)]
         return Picture((view,), tuple(slots[:-1]), self.merge)
+
+
+@dataclass(frozen=True)
+class Ended(Policy):
+    """A picture that is shown once, as a whole, with a newline token after its last row (LLaVA-OneVision)."""
+
+    whole: Whole
+
+    @property
+    def patch(self) -> int:
+        return self.whole.patch
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches; InputError as for `whole`."""
+        return self.whole.grid(height, width)
+
+    def views(self, height: int, width: int) -> tuple[View, ...]:
+        """What is done to the pixels; InputError as for `whole`."""
+        return self.whole.views(height, width)
+
+    def picture(self, height: int, width: int) -> Picture:
+        """Its one view, and the newline."""
+        rows, columns = self.grid(height, width)
+        return Picture(((rows, columns),), (*range(rows * columns), -1))
 
 
 def check(height: int, width: int) -> None:

@@ -8,10 +8,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
-
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.blend import joined, resized
+from mmjax.tokenizers.mix import Mix, shrunk
 from mmjax.tokenizers.resolution import Picture, Policy, check, whole_patches
 from mmjax.tokenizers.view import Color, Filter, Resize, Step, View, Window
 
@@ -58,21 +56,21 @@ class AnyRes(Tiled):
     that keeps the picture's shape is taken off again in whole patches; with `newline`, a newline token ends every row
     of patches of the tiled picture. OneVision has a tile of 384 and all `sizes` up to (6, 6).
 
-    most: the tiled picture's patches that are kept are resized, where they are more than 1.1² times those of so many
-      tiles, to about as many (`anyres_max_9` of OneVision: Li et al. 2024, section 3.2); 0 leaves them all.
     once: a picture for which one tile is best is shown once. With `sizes` (1, 1) and (2, 2) that is LLaVA-1.5-HD's
       choice of one view or 2 × 2 (Liu et al. 2024, "Improved baselines with visual instruction tuning", appendix).
     drop: as of `resolution.Fixed`, of every tile.
+    most: above 0, the tokens of a tiled picture that are more than 1.21 times those of so many tiles are made about as
+      many as those, each a mix of four neighbours (LLaVA-OneVision: "anyres_max_9").
     """
 
     patch: int = 14
     tile: int = 336
     sizes: tuple[tuple[int, int], ...] = OPENAI_SIZES
     newline: bool = True
-    most: int = 0
     once: bool = False
     filter: Filter = "bicubic"
     drop: bool = False
+    most: int = 0
 
     def __post_init__(self):
         self.check_tile(*(side for size in self.sizes or [(0, 0)] for side in size), drop=self.drop)
@@ -127,23 +125,27 @@ class AnyRes(Tiled):
         side = self.tile // self.patch
         tiles = self.best(height, width)
         rows, columns = self.kept(height, width)
-        views = ((side, side),) * (1 + tiles[0] * tiles[1])
         slots = list(range(side * side))
         if self.once and tiles == (1, 1):
-            return Picture(views[:1], tuple(slots))
-        ratio = math.sqrt(len(rows) * len(columns) / (self.most * side**2)) if self.most else 0.0
-        if ratio > 1.1:
-            row, column = np.array(rows)[:, None], np.array(columns)[None]
-            token = (1 + row // side * tiles[1] + column // side) * side**2 + row % side * side + column % side
-            small = resized(token, int(len(rows) // ratio), int(len(columns) // ratio), self.newline)
-            blend = joined(tuple(slots), small)
-            return Picture(views, blend.slots, blend=blend)
-        for row in rows:
-            for column in columns:
-                tile = 1 + row // side * tiles[1] + column // side
-                slots.append(tile * side * side + row % side * side + column % side)
-            slots += [-1] if self.newline else []
-        return Picture(views, tuple(slots))
+            return Picture(((side, side),), tuple(slots))
+        where = tuple(tuple(self._token(row, column, tiles[1]) for column in columns) for row in rows)
+        views = ((side, side),) * (1 + tiles[0] * tiles[1])
+        ratio = math.sqrt(len(rows) * len(columns) / (self.most * side * side)) if self.most else 0.0
+        if ratio <= 1.1:
+            for row in where:
+                slots += [*row, -1] if self.newline else row
+            return Picture(views, tuple(slots))
+        mixes: list[Mix | None] = [None] * len(slots)
+        for row, mixed in zip(*shrunk(where, int(len(rows) // ratio), int(len(columns) // ratio)), strict=True):
+            slots += [*row, -1] if self.newline else row
+            mixes += [*mixed, None] if self.newline else mixed
+        return Picture(views, tuple(slots), mixes=tuple(mixes))
+
+    def _token(self, row: int, column: int, across: int) -> int:
+        """Which media token a patch of the tiled picture is, of so many tiles across."""
+        side = self.tile // self.patch
+        tile = 1 + row // side * across + column // side
+        return tile * side * side + row % side * side + column % side
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from mmjax.core.errors import InputError
+from mmjax.tokenizers.mix import Mix, shrunk
 from mmjax.tokenizers.resolution import Fixed, Native, Policy
 from mmjax.tokenizers.view import Filter
 
@@ -52,6 +53,59 @@ class Sampled:
     def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
         """By which policy a frame becomes patches."""
         return self.resolution
+
+    def places(self, grid: Grid) -> None:
+        """All media tokens stand in order."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Pictures of a clip whose tokens are pooled to half as many a side, and a newline token at the end.
+
+    LLaVA-OneVision (Li et al. 2024, section 3.2; transformers 5.23, models/llava_onevision). All pictures are shown, or
+    `number` of them, or `fps` a second.
+    """
+
+    resolution: Policy
+    number: int | None = None
+    fps: float | None = None
+
+    def __post_init__(self):
+        if (self.number is not None and self.number < 1) or (self.fps is not None and not self.fps > 0):
+            raise InputError(f"{self} shows nothing; give a number or fps above 0, or neither.")
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
+        """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
+        return (len(self.chosen(frames, fps)), *self.resolution.grid(height, width)), 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown."""
+        _check(frames, fps)
+        n = frames if self.fps is None else max(1, int(frames / fps * self.fps))
+        n = n if self.number is None else self.number
+        if n > frames:
+            raise InputError(f"a video of {frames} frames does not give the {n} that are to be shown; leave it out.")
+        return tuple(place * frames // n for place in range(n))
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """When they are, in seconds."""
+        return tuple(n / fps for n in self.chosen(frames, fps))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        return self.resolution
+
+    def places(self, grid: Grid) -> tuple[tuple[int, ...], tuple[Mix | None, ...]]:
+        """The media token at each place, what it is mixed with, and the newline (-1)."""
+        frames, rows, columns = grid
+        slots: list[int] = []
+        mixes: list[Mix | None] = []
+        for first in range(0, frames * rows * columns, rows * columns):
+            tokens = tuple(tuple(range(first + y * columns, first + (y + 1) * columns)) for y in range(rows))
+            own, mixed = shrunk(tokens, -(-rows // 2), -(-columns // 2))
+            slots += [token for row in own for token in row]
+            mixes += [mix for row in mixed for mix in row]
+        return (*slots, -1), (*mixes, None)
 
 
 @dataclass(frozen=True)
@@ -125,6 +179,9 @@ class Grouped:
         else:
             tall, wide = self._shared(len(self._chosen(frames, fps)), height, width)
         return Fixed(self.patch, tall, wide, filter=self.filter)
+
+    def places(self, grid: Grid) -> None:
+        """All media tokens stand in order."""
 
     def _chosen(self, frames: int, fps: float) -> list[int]:
         _check(frames, fps)

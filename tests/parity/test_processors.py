@@ -4,9 +4,14 @@ Token ids, pixels as the encoder gets them, grids and positions of conversations
 several of any size, asked for an answer or not. The ones that compute with Pillow are the reference.
 """
 
+import functools
 import json
+import os
 import random
+import shutil
+import tempfile
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +30,7 @@ from transformers import (
     image_processing_backends,  # noqa: F401  (the *Pil classes ask for it)
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
@@ -38,7 +44,7 @@ from mmjax.nn import patch_embed
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
 
-COUNT = 12
+COUNT = 8
 NATIVE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 ITEMS = "{% if content['type'] == 'image' %}{{ 'IMAGE' }}"
@@ -52,6 +58,7 @@ QWEN = (
 LLAVA = LLAVA_HF.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+NINE = [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_token": "<|video_pad|>"}
 COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
@@ -80,6 +87,22 @@ DIRECTORIES = {
         {**CLIP, "image_grid_pinpoints": PINPOINTS},
         COUNTED | {"processor_class": "LlavaNextProcessor"},
         {"model_type": "clip_vision_model", "patch_size": 14, "image_size": 28},
+    ),
+    "llava_onevision": (
+        "qwen",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"),
+        {"eos_token": "<|im_end|>", "image_token": "<image>", "video_token": "<video>"},
+        "",
+        QWEN.replace("SYSTEM", "").replace(QWEN_IMAGE, "<image>").replace(VIDEO, "<video>"),
+        "LlavaOnevisionImageProcessor",
+        {"size": square(60), "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_grid_pinpoints": NINE},
+        {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 16,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_2",
+        },
+        {"model_type": "siglip_vision_model", "patch_size": 14, "image_size": 60},
     ),
     "qwen2_vl": (
         "qwen",
@@ -120,7 +143,12 @@ DIRECTORIES = {
         {"patch_size": 16, "spatial_merge_size": 2},
     ),
 }
-PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+PROCESSORS = {
+    "llava_onevision": LlavaOnevisionProcessor,
+    "qwen2_vl": Qwen2VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
+}
 MODELS = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 
 
@@ -130,22 +158,32 @@ def _any_part(monkeypatch):
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
 
 
+@functools.cache
+def tokenizer(name):
+    """A directory with the family's tokenizer alone, as version 5 saves it, and the ids of its tokens for media."""
+    vocabulary, symbols, names, begin, *_ = DIRECTORIES[name]
+    folder = tempfile.TemporaryDirectory(prefix="mmjax-parity-")
+    _folders.append(folder)
+    path, made = vocabularies.pair(Path(folder.name), vocabulary, symbols, begin, **names)
+    out = Path(folder.name) / "saved"
+    made.save_pretrained(out)
+    path.replace(out / "tokenizer.json")
+    media = {k: names[f"{k}_token"] for k in ("image", "video") if f"{k}_token" in names}
+    return out, {f"{k}_token_id": made.convert_tokens_to_ids(v) for k, v in media.items()}, len(made)
+
+
+_folders = []
+
+
 def directory(folder, name, layout):
     """A directory of the layout, as files are on the Hub or as version 5 writes them."""
-    vocabulary, symbols, names, begin, template, kind, settings, counted, vision = DIRECTORIES[name]
-    path, tokenizer = vocabularies.pair(folder, vocabulary, symbols, begin, **names)
+    _, _, _, _, template, kind, settings, counted, vision = DIRECTORIES[name]
     out = folder / f"{name}-{layout}"
-    out.mkdir()
-    if layout == "hub":
-        tokenizer.chat_template = None
-    tokenizer.save_pretrained(out)
-    path.replace(out / "tokenizer.json")
-    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(names[f"{k}_token"]) for k in ("image",)}
+    saved, ids, size = tokenizer(name)
+    shutil.copytree(saved, out, copy_function=os.link)
     pinpoints = {k: v for k, v in settings.items() if k == "image_grid_pinpoints"}
-    size = max(tokenizer.get_vocab().values()) + 1
-    inside = (
-        {"vocab_size": size} if name.startswith("qwen") and layout == "hub" else {"text_config": {"vocab_size": size}}
-    )
+    flat = name.startswith("qwen") and layout == "hub"
+    inside = {"vocab_size": size} if flat else {"text_config": {"vocab_size": size}}
     write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **ids, **pinpoints})
     write(out, "generation_config.json", {"eos_token_id": [3, 5]})
     images = {"image_processor_type": kind, **settings}
@@ -169,7 +207,8 @@ def reference(path, name):
         return AutoProcessor.from_pretrained(path)
     # The part for videos needs torchvision.
     parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    return PROCESSORS[name](*parts, video_processor=None, chat_template=DIRECTORIES[name][4])
+    counted = DIRECTORIES[name][7] if name == "llava_onevision" else {}
+    return PROCESSORS[name](*parts, video_processor=None, chat_template=DIRECTORIES[name][4], **counted)
 
 
 def conversation(rng, pictures, first):
@@ -233,7 +272,9 @@ def expected_patches(name, ours, output):
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
         if "image_sizes" in output:  # every picture has as many tiles as the one that has most
             sides = np.asarray(output["image_sizes"]).tolist()
-            counts = [image_size_to_num_patches(size, PINPOINTS, 28) for size in sides]
+            alone = name == "llava_next" or len(sides) == 1
+            grids, tile = (PINPOINTS, 28) if name == "llava_next" else (NINE, 60)
+            counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sides]
             views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
         views = np.concatenate(views)
         n, _, height, width = views.shape
@@ -258,7 +299,7 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
     ours, theirs = processor.load(path), reference(path, name)
     assert ours.stops == (3, 5)
     rng = random.Random(name)
-    made = [conversation(rng, n % 4 if n % 4 < 3 else 3, "llava" in name) for n in range(COUNT)]
+    made = [conversation(rng, n % 4 if n % 4 < 3 else 3, name in ("llava", "llava_next")) for n in range(COUNT)]
     batch = ours.batch([document for _, document in made])
     examples = [ours.example(document)[0] for _, document in made]
     for row, (messages, _) in enumerate(made):

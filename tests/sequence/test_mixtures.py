@@ -14,56 +14,48 @@ from mmjax.sequence import invariants
 from mmjax.sequence.batch import Bucket, build
 from mmjax.sequence.interleave import Config, interleave
 from mmjax.sequence.layout import IMAGE, TEXT, VIDEO, Layout, Piece
-from mmjax.tokenizers import blend as blends
+from mmjax.tokenizers.mix import shrunk
+from mmjax.tokenizers.resolution import Fixed
 from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.video import Pooled
 from mmjax.tokenizers.vocab import Vocab
 
 PICTURE, FILM = 6, 9
 VOCAB = Vocab(0, 1, 2, image=PICTURE, video=FILM, image_newline=PICTURE, size=30)
-CFG = Config(position="sequential", blend=True)
+CFG = Config(position="sequential", mixes=True)
 VALUES = 4 * 4 * 3
 
 
 def test_a_map_halved_is_means_of_pairs():
-    blend = blends.resized(np.arange(16).reshape(4, 4), 2, 2, newline=True)
-    assert blend.slots == (0, 2, -1, 8, 10, -1)
-    np.testing.assert_array_equal(blend.index[0], [0, 1, 4, 5])
-    np.testing.assert_array_equal(blend.share[[0, 1, 3, 4]], np.full((4, 4), 0.25))
-    np.testing.assert_array_equal(blend.share[2], np.zeros(4))
+    slots, mixes = shrunk(tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2, 2)
+    assert slots == [[0, 2], [8, 10]]
+    assert mixes[0][0] == ((1, 4, 5), (0.25,) * 4)
 
 
 def test_a_map_of_its_own_size_is_itself():
-    blend = blends.resized(np.arange(6).reshape(2, 3), 2, 3)
-    assert blend.slots == tuple(range(6))
-    np.testing.assert_array_equal(blend.index[:, 1:], np.full((6, 3), -1))
-    np.testing.assert_array_equal(blend.share, np.eye(4)[[0] * 6])
-
-
-def test_a_clip_ends_with_one_newline():
-    blend = blends.pooled((2, 3, 3))
-    assert blend.slots == (0, 1, 3, 4, 9, 10, 12, 13, -1)
-    np.testing.assert_allclose(blend.share.sum(1), [1] * 8 + [0])
+    slots, mixes = shrunk(((0, 1, 2), (3, 4, 5)), 2, 3)
+    assert slots == [[0, 1, 2], [3, 4, 5]]
+    assert {mix.shares for row in mixes for mix in row} == {(1.0, 0.0, 0.0, 0.0)}
 
 
 def test_any_res_resizes_what_is_larger_than_so_many_tiles():
     policy = AnyRes(4, 12, ((1, 1), (2, 2), (3, 3)), most=4)
     small, large = policy.picture(24, 24), policy.picture(36, 36)
-    assert small.blend is None
+    assert small.mixes is None
     # 9 × 9 patches of 9 tiles, of which 4 tiles have 36: 9 // 1.5 rows.
-    assert len(large.slots) == 9 + 6 * 7
-    assert large.slots == large.blend.slots
-    assert max(large.blend.index.reshape(-1)) == 10 * 9 - 1
+    assert len(large.slots) == len(large.mixes) == 9 + 6 * 7
+    assert [n for n, mix in enumerate(large.mixes) if mix is None] == [*range(9), *range(15, 51, 7)]
+    assert max(i for mix in large.mixes if mix for i in mix.others) == 10 * 9 - 1
 
 
-def picture(rows: int, columns: int, slots: tuple[int, ...] | None = None, blend=None) -> Piece:
+def picture(rows: int, columns: int, slots: tuple[int, ...] | None = None) -> Piece:
     length = rows * columns if slots is None else len(slots)
-    return Piece(IMAGE, length, (), (1, rows, columns), slots=slots, blend=blend, media=rows * columns)
+    return Piece(IMAGE, length, (), (1, rows, columns), slots=slots, media=rows * columns)
 
 
-def film(frames: int, rows: int, columns: int) -> Piece:
-    blend = blends.pooled((frames, rows, columns))
-    grid = (frames, rows, columns)
-    return Piece(VIDEO, len(blend.slots), (), grid, slots=blend.slots, blend=blend, media=frames * rows * columns)
+def film(*grid: int) -> Piece:
+    slots, mixes = Pooled(Fixed(4, 12, 12)).places(grid)
+    return Piece(VIDEO, len(slots), (), grid, slots=slots, mixes=mixes, media=grid[0] * grid[1] * grid[2])
 
 
 def example(name: str, *pieces: Piece, cfg: Config = CFG):
@@ -75,14 +67,14 @@ def test_the_ends_of_rows_carry_the_mediums_own_id():
     x = example("d", picture(2, 2, (0, 1, -1, 2, 3, -1)), film(2, 2, 2))
     np.testing.assert_array_equal(x.tokens[2:-2], [PICTURE] * 6 + [FILM] * 3)
     np.testing.assert_array_equal(x.slot[2:-2], [0, 1, -1, 2, 3, -1, 4, 8, -1])
-    np.testing.assert_array_equal(x.blend[2:8, 0], [0, 1, -1, 2, 3, -1])
-    np.testing.assert_array_equal(x.blend[8], [4, 5, 6, 7])
+    np.testing.assert_array_equal(x.mix_slot[8], [5, 6, 7])
+    np.testing.assert_array_equal(x.mix_share[[2, 8]], [[1, 0, 0, 0], [0.25] * 4])
     own = interleave(Layout.of("d", (film(1, 2, 2),)), dataclasses.replace(VOCAB, image_newline=10), CFG)
     np.testing.assert_array_equal(own.tokens, [FILM, 10])
 
 
 def test_mixtures_without_the_setting_are_refused():
-    with pytest.raises(InputError, match=r"set sequence\.blend"):
+    with pytest.raises(InputError, match=r"set sequence\.mixes"):
         example("d", film(1, 2, 2), cfg=Config(position="sequential"))
 
 
@@ -123,9 +115,10 @@ def test_packed_equals_alone_and_rows_end_with_the_learnt_vector():
 
 def test_a_mixture_of_tokens_that_do_not_exist_is_counted():
     batch = build([documents()], Bucket(1, 40, 40, 4), VALUES, VOCAB, CFG)
-    wrong = batch.blend.copy()
-    wrong[0, np.flatnonzero(batch.blend[0, :, 3] >= 0)[0], 3] = 39
-    found = np.asarray(invariants.violations(batch.replace(blend=jnp.asarray(wrong)), 30, (PICTURE, FILM), None, True))
+    wrong = batch.mix_slot.copy()
+    wrong[0, np.flatnonzero(batch.mix_slot[0, :, 2] >= 0)[0], 2] = 39
+    broken = batch.replace(mix_slot=jnp.asarray(wrong))
+    found = np.asarray(invariants.violations(broken, 30, (PICTURE, FILM), None, True))
     assert found[0, invariants.KINDS.index("places of media tokens that do not exist")] == 1
     # And without the model's own vector, an end of a row is a placeholder that shows nothing.
     found = np.asarray(invariants.violations(batch, 30, (PICTURE, FILM)))

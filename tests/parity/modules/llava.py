@@ -116,7 +116,7 @@ def tiled(sizes: list[tuple[int, int]], most: int = 0) -> tuple[list[documents.P
     for i, (height, width) in enumerate(sizes):
         shown = policy.picture(height, width)
         own = [documents.random_view(SIDE, SIDE, 100 * i + n) for n in range(len(shown.views))]
-        parts.append(documents.picture(own, PATCH, shown.slots, blend=shown.blend))
+        parts.append(documents.picture(own, PATCH, shown.slots, mixes=shown.mixes))
         views.append(own)
     return parts, views
 
@@ -155,7 +155,7 @@ def llava_onevision(c: Compare) -> None:
     twin = model("LlavaOnevision", SIGLIP, text, **more)
     sizes = [(40, 70), (47, 46)]
     (wide, square), views = tiled(sizes, most=1)
-    assert all(part[0].blend is not None for part in (wide, square))
+    assert all(part[0].mixes is not None for part in (wide, square))
     flat = [one_view(7), one_view(8)]
     several = [documents.picture(v, PATCH, (*range(9), -1)) for v in flat]
     film = [documents.random_view(SIDE, SIDE, 30 + i) for i in range(3)]
@@ -166,7 +166,7 @@ def llava_onevision(c: Compare) -> None:
         [square, words(2, 7)],
         [words(6, 4)],
     ]
-    given = documents.given(rows, PATCH**2 * 3, interleave.Config(position="sequential", blend=True))
+    given = documents.given(rows, PATCH**2 * 3, interleave.Config(position="sequential", mixes=True))
     order, counts = [views[0], *flat, views[1]], [1, 2, 1]
 
     def call(m: torch.nn.Module) -> torch.Tensor:
