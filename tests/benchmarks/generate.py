@@ -47,7 +47,7 @@ class Ours:
     def __init__(self, folder: Path, dtype: str | None = None):
         model = huggingface.load(folder, dtype=dtype)
         self.cfg = model.cfg
-        self.params = engine.unstacked(model.params, self.cfg)
+        self.params = engine.unstacked(model.params, self.cfg, consume=True)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(self.params))
         self.ends = np.zeros(0, np.int32)
 
