@@ -132,7 +132,10 @@ def measure(contestants: dict[str, Ours | Theirs], rows: int) -> dict[str, dict[
         prefill, decode = (statistics.median(column) for column in zip(*found, strict=True))
         steps = NEW if isinstance(contestants[name], Ours) else NEW - 1
         out[name] = {"prefill": rows * PROMPT / prefill, "decode": rows * steps / decode, "step": decode / steps}
-        print(f"batch {rows}, {name}: {out[name]['prefill']:.0f} tokens/s prefilled, {out[name]['decode']:.1f} decoded")
+        print(
+            f"batch {rows}, {name}: {out[name]['prefill']:.0f} tokens/s prefilled, {out[name]['decode']:.1f} decoded",
+            flush=True,
+        )
     return out
 
 
