@@ -40,7 +40,7 @@ def model() -> vlm.Config:
         remat="full",
     )
     vision = dataclasses.replace(tower.vision, blocks=dataclasses.replace(tower.vision.blocks, remat="full"))
-    return vlm.Config(vision, tower.merger, decoder.Config(152064, language, tied=False), placeholder=151655)
+    return vlm.Config(vision, tower.merger, decoder.Config(152064, language, tied=False), placeholder=(151655, 151656))
 
 
 def config() -> Config:

@@ -74,7 +74,7 @@ def read(config: dict, keys: frozenset[str]) -> Found:
             tower,
             projector,
             decoder.configure(text, tied),
-            placeholder=placeholder(config, 151_646 if kind == "llava_onevision" else 32_000),
+            placeholder=placeholders(config),
             newline=kind != "llava",
         )
         table = prefixed("vision", vision_table)
@@ -94,10 +94,16 @@ def text_config(config: dict) -> dict:
     return {"model_type": kind} | raw.part(config, "text_config", {})
 
 
-def placeholder(config: dict, default: int) -> int:
-    """The id where pictures go, which version 5 calls `image_token_id`."""
-    key = "image_token_index" if "image_token_index" in config else "image_token_id"
-    return raw.size(config, key, default)
+def placeholders(config: dict) -> int | tuple[int, int]:
+    """The id where pictures go, and in OneVision the one of videos: `…_token_index`, or in some files `…_token_id`."""
+
+    def one(name: str, default: int) -> int:
+        key = f"{name}_token_index" if f"{name}_token_index" in config else f"{name}_token_id"
+        return raw.size(config, key, default)
+
+    if config["model_type"] == "llava_onevision":
+        return one("image", 151_646), one("video", 151_647)
+    return one("image", 32_000)
 
 
 def vision(config: dict, keys: frozenset[str], prefix: str) -> tuple[vit.Config, list[Rule], dict[str, str]]:

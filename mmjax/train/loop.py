@@ -41,8 +41,8 @@ class Programs:
     """Everything compiled, ahead of time."""
 
     steps: list[jax.stages.Compiled]  # by bucket
-    shapes: list[tuple[batches.Batch, ...]]  # of a batch, all rows, cut into parts, and of what is known of it
-    placed: list[tuple[batches.Batch, ...]]  # their shardings
+    shapes: list[tuple[Any, ...]]  # of a batch, all rows, cut into parts, and of what is known of it (train.features)
+    placed: list[tuple[Any, ...]]  # their shardings
     asking: jax.sharding.NamedSharding  # of what every process is asked to do
     compiles: int  # of train steps
     seconds: float  # of all
@@ -171,13 +171,13 @@ class Loop:
         if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
         asking = {status: self._asking(status) for status in (0, *stop.STATUSES)}
+        source = self.programs.feed(self.data.training, now.params)
         self.counter, self.late_before = Compiles(), self.late
         self.loop_began, self.trained_before = time.monotonic(), self.trained
         self.metrics = report.Metrics(cfg.out, start) if processes.index() == 0 else report.Silence()
         self.progress = report.Progress(cfg.steps, start) if processes.index() == 0 else report.Silence()
         step = saved = start
         with self.metrics, self.progress:
-            source = self.programs.feed(self.data.training, now.params)
             fed = self._timed(read(source, start, threads=cfg.threads))
             unread = None
             for step, batch in enumerate(fed, start + 1):

@@ -44,7 +44,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
         be read.
     """
-    tokenizer = _tokenizer(cfg.data)
+    tokenizer = _tokenizer(cfg.data, cfg.model.newline)
     _refuse(cfg, tokenizer, of)
     plain = lay = functools.partial(
         layout,
@@ -106,10 +106,14 @@ def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
     return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
 
 
-def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
+def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:
+    """`newline`: the model has a vector for the ends of a picture's rows, which any id may mark: the picture's does."""
     if isinstance(data, drawings.Config):
         return text.load(drawings.tokenizer_model(), exact=True)
-    return Chat(text.load(data.tokenizer), conventions.find(data.convention))
+    chat = Chat(text.load(data.tokenizer), conventions.find(data.convention))
+    if newline:
+        chat.vocab = dataclasses.replace(chat.vocab, image_newline=chat.vocab.image)
+    return chat
 
 
 def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:

@@ -14,7 +14,9 @@ from mmjax.convert import huggingface
 from mmjax.models import vlm
 from mmjax.sequence import interleave, invariants
 from mmjax.sequence.batch import Batch, Bucket, build
-from mmjax.sequence.layout import IMAGE, TEXT, Layout, Piece
+from mmjax.sequence.layout import IMAGE, TEXT, VIDEO, Layout, Piece
+from mmjax.tokenizers.resolution import Fixed
+from mmjax.tokenizers.video import Pooled
 from mmjax.tokenizers.vocab import Vocab
 
 VOCAB = Vocab(pad=0, begin=1, end=2, image=56, video=57, image_newline=56, size=60)
@@ -52,6 +54,14 @@ def picture(views: Sequence[np.ndarray], patch: int, slots: tuple[int, ...] | No
         **more,
     )
     return piece, np.concatenate([patchify(v, patch) for v in views])
+
+
+def clip(frames: Sequence[np.ndarray], patch: int) -> Part:
+    """A video whose frames are pooled (LLaVA-OneVision)."""
+    grid = (len(frames), frames[0].shape[0] // patch, frames[0].shape[1] // patch)
+    slots, mixes = Pooled(Fixed(patch, *frames[0].shape[:2])).places(grid)
+    shows = {"slots": slots, "mixes": mixes, "media": grid[0] * grid[1] * grid[2]}
+    return Piece(VIDEO, len(slots), (), grid, **shows), np.concatenate([patchify(f, patch) for f in frames])
 
 
 def pixels(views: Sequence[np.ndarray], colours: Any) -> np.ndarray:

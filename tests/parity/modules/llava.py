@@ -109,14 +109,14 @@ def llava_qwen3(c: Compare) -> None:
     llava(c, SIGLIP, text, inner, multimodal_projector_bias=False, **more)
 
 
-def tiled(sizes: list[tuple[int, int]], newline: bool = True) -> tuple[list[documents.Part], list[list[np.ndarray]]]:
+def tiled(sizes: list[tuple[int, int]], most: int = 0) -> tuple[list[documents.Part], list[list[np.ndarray]]]:
     """Pictures of these heights and widths in tiles: for us, and their views for the reference."""
-    policy = AnyRes(PATCH, SIDE, PINPOINTS, newline)
+    policy = AnyRes(PATCH, SIDE, PINPOINTS, most=most)
     parts, views = [], []
     for i, (height, width) in enumerate(sizes):
         shown = policy.picture(height, width)
         own = [documents.random_view(SIDE, SIDE, 100 * i + n) for n in range(len(shown.views))]
-        parts.append(documents.picture(own, PATCH, shown.slots))
+        parts.append(documents.picture(own, PATCH, shown.slots, mixes=shown.mixes))
         views.append(own)
     return parts, views
 
@@ -144,3 +144,35 @@ def llava_next(c: Compare) -> None:
         return m(**inputs(given), **pictures, use_cache=False).logits
 
     documents.compare(c, twin, given, call, shard="20KB")
+
+
+@system("LLaVA-OneVision")
+def llava_onevision(c: Compare) -> None:
+    """A picture alone is tiled and, where large, resized; of several each is one view; a video is pooled."""
+    text = TEXT | {"model_type": "qwen2", "tie_word_embeddings": True}
+    points = [[h * SIDE, w * SIDE] for h, w in PINPOINTS]
+    more = {"image_grid_pinpoints": points, "vision_aspect_ratio": "anyres_max_1", "video_token_index": VOCAB.video}
+    twin = model("LlavaOnevision", SIGLIP, text, **more)
+    sizes = [(40, 70), (47, 46)]
+    (wide, square), views = tiled(sizes, most=1)
+    assert all(part[0].mixes is not None for part in (wide, square))
+    flat = [one_view(7), one_view(8)]
+    several = [documents.picture(v, PATCH, (*range(9), -1)) for v in flat]
+    film = [documents.random_view(SIDE, SIDE, 30 + i) for i in range(3)]
+    rows = [
+        [words(3, 0), wide, words(4, 1)],
+        [words(2, 5), documents.clip(film, PATCH), words(3, 6)],
+        [several[0], words(2, 2), several[1], words(1, 3)],
+        [square, words(2, 7)],
+        [words(6, 4)],
+    ]
+    given = documents.given(rows, PATCH**2 * 3, interleave.Config(position="sequential", mixes=True))
+    order, counts = [views[0], *flat, views[1]], [1, 2, 1]
+
+    def call(m: torch.nn.Module) -> torch.Tensor:
+        pictures = {"pixel_values": stacked(order, HALF, m), "batch_num_images": torch.tensor(counts)}
+        pictures["image_sizes"] = torch.tensor([sizes[0], (SIDE, SIDE), (SIDE, SIDE), sizes[1]])
+        pictures["pixel_values_videos"] = tensor(film, HALF, m)[None]
+        return m(**inputs(given), **pictures, use_cache=False).logits
+
+    documents.compare(c, twin, given, call)
