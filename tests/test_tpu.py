@@ -238,4 +238,4 @@ def test_generation_compiles_for_v5e(tensor):
     """A prompt and the loop, bfloat16, over all devices' heads: both write into the one cache they are given."""
     for row in compiled(GENERATE, str(tensor)):
         assert row["alias"] > row["cache"], row
-        assert row["temp"] < 0.3 * row["cache"], row
+        assert row["temp"] < 0.5 * row["cache"], row
