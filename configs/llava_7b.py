@@ -6,7 +6,7 @@
 CLIP ViT-L/14 at 336 pixels, whose second to last block's features are used; an MLP of two layers; Vicuna-7B. The
 defaults are for 256 chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
 
-`--model.decoder.vocab` must then be what the tokenizer has (32,001 ids with `<image>`; a wrong number is refused with
+`--model.decoder.vocab` must be at least what the tokenizer has (32,001 ids with `<image>`; fewer are refused with
 the right one); 32,064 is that of Hugging Face's weights, padded.
 """
 

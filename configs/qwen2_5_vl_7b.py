@@ -6,7 +6,7 @@
 Its window-attention tower over pictures of native resolution, a merger of 2 × 2 patches, Qwen2.5-7B with M-RoPE. The
 defaults are for 256 chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
 
-`--model.decoder.vocab` must then be what the tokenizer has (a wrong number is refused with the right one); 152,064 is
+`--model.decoder.vocab` must be at least what the tokenizer has (fewer are refused with the right number); 152,064 is
 that of the published weights, padded.
 """
 
@@ -40,7 +40,7 @@ def model() -> vlm.Config:
         remat="full",
     )
     vision = dataclasses.replace(tower.vision, blocks=dataclasses.replace(tower.vision.blocks, remat="full"))
-    return vlm.Config(vision, tower.merger, decoder.Config(152064, language, tied=False), placeholder=151655)
+    return vlm.Config(vision, tower.merger, decoder.Config(152064, language, tied=False), placeholder=(151655, 151656))
 
 
 def config() -> Config:

@@ -182,10 +182,13 @@ class Step:
 
 
 def _short(cfg: Any, steps: int) -> Any:
-    """A run of so many steps; of a dataset that is read a number of times, the beginning."""
+    """A run of so many steps; of a dataset that is read a number of times, the beginning.
+
+    No features of pictures are kept, so that every step does the work that is counted.
+    """
     if getattr(cfg.data, "epochs", 0):
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, epochs=0))
-    return dataclasses.replace(cfg, steps=steps)
+    return dataclasses.replace(cfg, steps=steps, features=type(cfg.features)())
 
 
 def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:

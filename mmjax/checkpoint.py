@@ -224,7 +224,15 @@ class Checkpoints:
             self._saving = None
             atexit.unregister(self._at_exit)
 
-    def restore(self, like: Any, step: int | None = None, *, fallback: bool = True, verify: bool = True) -> Restored:
+    def restore(
+        self,
+        like: Any,
+        step: int | None = None,
+        *,
+        fallback: bool = True,
+        verify: bool = True,
+        partial: bool = False,
+    ) -> Restored:
         """Loads a step into the structure of `like`: the newest that is whole, or the one that is asked for.
 
         The bits are those that were saved, on any number of devices. A leaf of `like` says where its array goes: a
@@ -239,6 +247,7 @@ class Checkpoints:
           step: None for the newest.
           fallback: whether the newest step being damaged is a warning, and not an error.
           verify: whether to compare the CRC-32 of every file before loading, and the checksum of every leaf after.
+          partial: whether the step may hold leaves that `like` has not; they are not loaded.
 
         Raises:
           InputError: no such step; a leaf is missing, surplus, or of another shape or dtype; the step is damaged and
@@ -246,11 +255,11 @@ class Checkpoints:
         """
         self.wait()
         if step is not None:
-            return self._restore(like, step, verify)
+            return self._restore(like, step, verify, partial)
         damaged: dict[int, str] = {}
         for candidate in reversed(processes.from_first(lambda: listed_steps(self.directory))):
             try:
-                restored = self._restore(like, candidate, verify)
+                restored = self._restore(like, candidate, verify, partial)
             except InputError as error:
                 if self._deleted(candidate):  # meanwhile, by the process that saves here
                     continue
@@ -265,10 +274,11 @@ class Checkpoints:
         found = "; ".join(f"step {step}: {what}" for step, what in damaged.items())
         raise InputError(f"no step in {self.directory} is whole ({found}); put copies back, or use another directory")
 
-    def _restore(self, like: Any, step: int, verify: bool) -> Restored:
+    def _restore(self, like: Any, step: int, verify: bool, partial: bool) -> Restored:
         manifest = processes.from_first(lambda: read_manifest(self.directory, step))
         wanted = flatten(like)
-        match_leaves(wanted, manifest, self.directory)
+        leaves = {name: text for name, text in manifest["leaves"].items() if name in wanted or not partial}
+        match_leaves(wanted, manifest | {"leaves": leaves}, self.directory)
         if verify:
             # Before Orbax sees them: one process may fail on its files where the others go on, and wait for it.
             mine = manifest["files"][processes.index() :: processes.count()]
@@ -287,7 +297,7 @@ class Checkpoints:
             arrays = {name: v if isinstance(v, jax.Array) else loaded[name] for name, v in values.items()}
             found = checksums(unflatten(arrays))
             try:
-                compare_leaves(found, manifest, self.directory)
+                compare_leaves(found, manifest | {"leaves": leaves}, self.directory)
             except Damaged as raised:
                 error = raised
             processes.together(error)

@@ -118,6 +118,22 @@ def test_host_values_keep_their_types(tmp_path):
     assert restored["wide"].dtype == abstract_restored["wide"].dtype == np.int64
 
 
+def test_a_part_of_a_step(tmp_path):
+    state = example()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, wait=True)
+        wanted = {"params": abstract(state.params)}
+        assert_same(checkpoints.restore(wanted, partial=True).tree, {"params": state.params})
+        with pytest.raises(InputError, match="which the tree to restore has not"):
+            checkpoints.restore(wanted)
+        with pytest.raises(InputError, match="has no 'more'"):
+            checkpoints.restore(wanted | {"more": 1}, partial=True)
+        # What is compared is all of the files, and of the arrays those that were loaded.
+        flip(data_files(tmp_path, 7)[0], 99)
+        with pytest.raises(InputError, match="has changed since it was written"):
+            checkpoints.restore(wanted, partial=True)
+
+
 def test_only_empty_arrays(tmp_path):
     tree = {"e": jnp.zeros((0, 2), jnp.bfloat16)}
     with Checkpoints(tmp_path) as checkpoints:

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
+import tiny_llava
+from PIL import Image
 from tiny import randomised
 
 from mmjax.convert import huggingface, siglip
@@ -59,8 +62,18 @@ def test_weights_in_and_out(capsys, tmp_path, monkeypatch):
         assert Path("elsewhere", name).read_bytes() == Path("siglip-so400m-patch14-384", name).read_bytes()
 
 
+def test_whole_models_talk(capsys, tmp_path, monkeypatch):
+    """A tiny directory under the name the README has."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llava.write(tmp_path / "llava-1.5-7b-hf")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)).save("cat.jpg")
+    *said, reasons = run(EXAMPLES[3], capsys).splitlines()
+    assert said
+    assert re.fullmatch(r"\[\('(length|stop|end)', \d+\), \('(length|stop|end)', \d+\)\]", reasons)
+
+
 def test_a_module_inside_somebodys_model(capsys):
-    assert run(EXAMPLES[3], capsys) == re.search(r"# (\(.*\))$", EXAMPLES[3].strip())[1]
+    assert run(EXAMPLES[4], capsys) == re.search(r"# (\(.*\))$", EXAMPLES[4].strip())[1]
 
 
 def test_every_folder_it_names_exists_and_every_folder_is_named():
@@ -71,7 +84,7 @@ def test_every_folder_it_names_exists_and_every_folder_is_named():
 
 
 def test_a_conversation_in_a_familys_own_words(capsys):
-    said = run(EXAMPLES[4], capsys)
+    said = run(EXAMPLES[5], capsys)
     assert "'Is <|im_end|> a token?'" in said  # as text, between two control tokens, which decode to nothing
     assert "(1, 4, 6)" in said
     assert said.endswith("True, True, False]")  # the answer and the end of its turn, not the line end behind it

@@ -186,3 +186,53 @@ def test_published_modules_compile_for_v5e():
     assert set(figures) == set(names)
     for name, of in figures.items():
         assert of.get("bytes", math.inf) < 15.75 * 2**30, (name, of)
+
+
+GENERATE = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+import numpy as np
+from mmjax.core import spec as specs
+from mmjax.core.sharding import MESH_AXES, Rules, named
+from mmjax.generate import engine, sample
+from mmjax.models import decoder
+from mmjax.nn import rope, transformer
+
+tensor = int(sys.argv[1])
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:tensor]
+mesh = Mesh(np.array(devices).reshape(1, 1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+blocks = transformer.Config(1024, 4, 16, 8, 128, 4096, rope=rope.Config(128, (64,)))
+cfg = decoder.Config(32_000, blocks)
+rows, length, places = 8, 512, 4096
+half = lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=p.sharding)
+params = jax.tree.map(half, specs.abstract(decoder.spec(cfg), mesh, Rules()))
+
+def here(x, axes=None):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(mesh, axes or (None,) * len(x.shape), Rules()))
+
+state = jax.eval_shape(lambda: engine.empty(cfg, rows, places, jnp.bfloat16))
+state = jax.tree.map(lambda x: here(x, (None, "batch", "heads", None, None) if x.ndim == 5 else None), state)
+_, values = sample.prepare([sample.GREEDY] * rows)
+switches = sample.Switches(draw=True, top_k=True, top_p=True, penalty=True)
+words = np.zeros((rows, length), np.int32)
+batch = engine.text_batch(words, words, words, np.zeros((rows, length, 3), np.int32))
+batch, values, ends, n = jax.tree.map(here, (batch, values, np.zeros(1, np.int32), np.zeros((), np.int32)))
+cache = 2 * state.cache.k.size * 2
+with jax.set_mesh(mesh):
+    prefill = engine.run_prefill.lower(params, batch, cfg=cfg, state=state)
+    decode = engine.run_decode.lower(params, state, n, ends, values, cfg=cfg, switches=switches)
+    for lowered in (prefill, decode):
+        memory = lowered.compile().memory_analysis()
+        names = ("temp", "alias", "argument")
+        print(json.dumps({"cache": cache // tensor} | {k: getattr(memory, f"{k}_size_in_bytes") for k in names}))
+"""
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_generation_compiles_for_v5e(tensor):
+    """A prompt and the loop, bfloat16, over all devices' heads: both write into the one cache they are given."""
+    for row in compiled(GENERATE, str(tensor)):
+        assert row["alias"] > row["cache"], row
+        assert row["temp"] < 0.5 * row["cache"], row

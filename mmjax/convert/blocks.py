@@ -29,6 +29,8 @@ class Names:
     k_norm: str = ""
     attention_scale: str = ""
     mlp_scale: str = ""
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
 
 
 CLIP = Names(  # also SigLIP's
@@ -87,4 +89,7 @@ def blocks(cfg: transformer.Config, ours: str, theirs: str, names: Names) -> lis
     out += dense(f"{ours}/mlp/down", theirs + names.down, cfg.bias)
     if cfg.layer_scale is not None:
         out += [Rule(f"{ours}/{name}", theirs + getattr(names, name)) for name in ("attention_scale", "mlp_scale")]
+    if names.attention_post_norm:
+        for name in ("attention_post_norm", "mlp_post_norm"):
+            out += norm(f"{ours}/{name}", theirs + getattr(names, name), cfg.norm_kind)
     return out

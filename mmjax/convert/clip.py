@@ -80,6 +80,8 @@ def vision_rules(cfg: vit.Config, prefix: str, project: str) -> list[Rule]:
     ]
     out += blocks.norm("pre_norm", f"{prefix}pre_layrnorm")  # so spelt in every file
     out += blocks.blocks(cfg.blocks, "blocks", f"{prefix}encoder.layers.{{}}.", blocks.CLIP)
+    if cfg.head is None:
+        return out
     out += blocks.norm("head/norm", f"{prefix}post_layernorm")
     if cfg.head.outputs is not None:
         out.append(Rule("head/project/kernel", f"{project}.weight", linear()))

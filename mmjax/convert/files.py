@@ -98,7 +98,7 @@ class Directory:
     """The tensors of a directory of weights: a Source (`convert.rules`) that has read headers and no data yet.
 
     config: what config.json says, config_bytes as it says it. index: the bytes of the index, None where there is one
-    file. headers: by file name, all of whose tensors are in exactly one file.
+    file. headers: by file name, all of whose tensors are in exactly one file. names: of everything in the directory.
 
     Args:
       path: the directory. Links to files are followed: the cache of huggingface_hub is made of them. Where there is a
@@ -111,7 +111,7 @@ class Directory:
     def __init__(self, path: PathLike):
         self.path = Path(path)
         self.where = str(self.path)
-        names = _names(self.path)
+        self.names = names = _names(self.path)
         self.config_bytes = read_small(self.path / CONFIG, MAX_CONFIG)
         self.config = _object(self.config_bytes, self.path / CONFIG, MAX_CONFIG)
         self.index: bytes | None = None
@@ -139,7 +139,7 @@ class Directory:
             placed = _object(self.index, path, MAX_INDEX).get("weight_map")
             if not isinstance(placed, dict) or not placed:
                 raise InputError(f"{path} has no weight_map from tensors to files; download it again")
-            return sorted({_plain(name, path) for name in placed.values()}), placed
+            return sorted({plain_name(name, path) for name in placed.values()}), placed
         some = [name for name in names if name.endswith(".safetensors")]
         if len(some) == 1:
             return some, None
@@ -213,8 +213,12 @@ def _names(path: Path) -> list[str]:
         ) from None
 
 
-def _plain(name: Any, path: Path) -> str:
-    """The name, where it is that of a file in the same directory and nothing else."""
+def plain_name(name: Any, path: Path) -> str:
+    """The name, where it is that of a safetensors file in the same directory and nothing else.
+
+    Raises:
+      InputError: it is not; `path` names it.
+    """
     plain = isinstance(name, str) and name.isprintable() and len(name.encode()) <= 255
     if not plain or not name.endswith(".safetensors") or name.startswith(".") or set(name) & set("/\\"):
         raise InputError(
@@ -248,11 +252,12 @@ def new_directory(path: PathLike) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             mode = temporary.stat().st_mode & 0o666  # as the umask has it: safetensors makes files of their owner only
-            for name in os.listdir(temporary):
-                with open(temporary / name, "rb") as file:
-                    os.fchmod(file.fileno(), mode)
-                    os.fsync(file.fileno())
-            sync_directory(temporary)
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        os.fchmod(file.fileno(), mode)
+                        os.fsync(file.fileno())
+                sync_directory(folder)
             try:
                 os.rename(temporary, path)
             except OSError as error:

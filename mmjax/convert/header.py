@@ -8,6 +8,7 @@ https://github.com/huggingface/safetensors, "Format". Nothing here runs code, an
 own size does not justify.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ FORMATS = {
     "F8_E5M2FNUZ": np.dtype(jnp.float8_e5m2fnuz),
     "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
 }
+# In the order in which the library writes tensors: the widest first, so that each lies at a multiple of its width.
+_WRITTEN = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ I8 U8 BOOL"
+_NAMES = {FORMATS[name]: name for name in _WRITTEN.split()}
 # How files begin that are not safetensors but are sometimes called so.
 _OTHERS = {
     b"PK\x03\x04": "a zip archive, as torch.save writes it",
@@ -124,6 +128,28 @@ def parse(raw: bytes, size: int, where: str) -> Header:
             f"The tensors in {where} end at byte {at:,} and the file at byte {size:,}; download the file again"
         )
     return Header(raw, size, metadata, tensors)
+
+
+def build(formats: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str], where: str) -> Header:
+    """The header of a file of these tensors, as the library writes it.
+
+    Raises:
+      InputError: safetensors has no such number format, or what `parse` refuses.
+    """
+    for name, (dtype, _) in formats.items():
+        if dtype not in _NAMES:
+            raise InputError(f"{where} cannot be written: {name} is {dtype}, which safetensors does not have")
+    widest = list(_NAMES)
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    stop = 0
+    for name in sorted(formats, key=lambda name: (widest.index(formats[name][0]), name)):
+        dtype, shape = formats[name]
+        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    raw = len(text).to_bytes(8, "little") + text
+    return parse(raw, len(raw) + stop, where)
 
 
 class _Wrong(ValueError):

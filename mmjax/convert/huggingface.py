@@ -4,16 +4,19 @@
     y = model.of.apply(model.params, x, model.cfg)
     huggingface.save("path/to/new", dataclasses.replace(model, params=trained))
 
-config.json and safetensors are read, and nothing else: no pickle, and none of the code that `auto_map` names. What was
-loaded and not changed is saved as the same bytes, file by file.
+config.json and safetensors are read, the small files beside them are carried along (`convert.side`), and nothing else:
+no pickle, and none of the code that `auto_map` names. What was loaded and not changed is saved as the same bytes, file
+by file.
 """
 
 import difflib
+import functools
+import hashlib
 import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from mmjax.convert import header, lazily, side
 from mmjax.convert import rules as tables
 from mmjax.convert.files import CONFIG, INDEX, SINGLE, Directory, new_directory
 from mmjax.convert.found import Found
@@ -32,7 +34,7 @@ from mmjax.convert.header import FORMATS, Header
 from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.files import PathLike, disk_errors, require_space
+from mmjax.core.files import PathLike, require_space
 from mmjax.core.sharding import Rules
 from mmjax.core.strict_json import shown
 
@@ -63,11 +65,26 @@ FAMILIES: dict[str, str] = {
     "perceiver": "perceiver",
     "blip_2_qformer": "qformer",
     "instructblip_qformer": "qformer",
+    "llama": "decoder",
+    "mistral": "decoder",
+    "qwen2": "decoder",
+    "qwen3": "decoder",
+    "gemma": "decoder",
+    "gemma2": "decoder",
+    "gemma3_text": "decoder",
+    "llava": "llava",
+    "llava_next": "llava",
+    "llava_onevision": "llava",
+    "qwen2_vl": "qwen_vl",
+    "qwen2_5_vl": "qwen_vl",
+    "qwen3_vl": "qwen_vl",
 }
 # Tensors that are no parameters (positions 0, 1, 2 …) are kept to be written again: so large each, and all together.
+# Those that are somebody's, but not this model's (`Found.rest`), are kept however large.
 MAX_KEPT, MAX_KEPT_ALL = 1 << 20, 64 << 20
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000
+SHARD_BYTES = 5_000_000_000  # of a file of a model that came from none
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
 
@@ -76,8 +93,9 @@ class Origin:
     """What a directory holds besides parameters: enough to write it again.
 
     config: the bytes of config.json. raw: what they say. found: what the family's reader made of it. headers, index:
-    the layout of the files; none where the model came from no file. kept: small tensors that are no parameters.
-    lost: the names of the large ones, which are not written again.
+    the layout of the files; none where the model came from no file. kept: small tensors that are no parameters,
+    and parameters that the model does not compute with (`found.rest`). lost: the names of the large tensors that are
+    no parameters, which are not written again. files: the small files beside the weights.
     """
 
     config: bytes
@@ -85,8 +103,9 @@ class Origin:
     found: Found
     headers: Mapping[str, Header] = field(default_factory=dict)
     index: bytes | None = None
-    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: dict) -> "Origin":
@@ -97,7 +116,7 @@ class Origin:
         """
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         raw = json.loads(text)
-        return cls(text.encode(), raw, _found(raw, frozenset(), "The config"))
+        return cls(text.encode(), raw, understand(raw, frozenset(), "The config"))
 
 
 @dataclass(frozen=True)
@@ -126,33 +145,92 @@ def load(
       InputError: the family is unknown; a file is missing, damaged or unsafe; or a tensor is missing, surplus, of
         another shape than config.json says, or in a format that is none of parameters.
     """
-    source = Directory(path)
-    keys = source.shapes().keys()
-    found = _found(source.config, frozenset(keys), f"{source.path / CONFIG}")
-    spec = found.of.spec(found.cfg)
-    _refuse_layers(spec, found, len(keys), source.where)
+    source, found, spec = _understood(path)
     params = tables.load(
         spec,
         found.rules,
         source,
-        drop=found.dropped,
+        drop={**found.dropped, **found.rest},
         shardings=None if mesh is None else specs.shardings(spec, mesh, rules or Rules()),
         dtype=dtype,
     )
-    kept, lost = _dropped(source, tables.plan(spec, found.rules))
-    origin = Origin(source.config_bytes, source.config, found, source.headers, source.index, kept, lost)
-    return Model(found.of, found.cfg, params, origin)
+    kept, lost = _dropped(source, tables.plan(spec, found.rules), found)
+    kept = {key: np.asarray(x) for key, x in in_format(kept, found, dtype).items()}
+    return Model(found.of, found.cfg, params, _origin(source, found, kept, lost))
 
 
-def _found(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Found:
-    """What the family that config.json names makes of it."""
+def opened(path: PathLike, *, dtype: Any = None) -> Model:
+    """The same model with nothing read but headers and small files: its leaves are read when `save` asks for them.
+
+    So a model of any size is copied in the memory of one tensor; all tensors that are no parameters are kept.
+
+    Args:
+      path: the directory; it must not change meanwhile.
+      dtype: of the parameters; that of the files if left out.
+
+    Raises:
+      InputError: what `load` refuses.
+    """
+    source, found, spec = _understood(path)
+    params = lazily.load(spec, found.rules, source, drop={**found.dropped, **found.rest}, dtype=dtype)
+    ours, shapes, dtypes = tables.plan(spec, found.rules).tensors, source.shapes(), source.dtypes()
+    kept = {
+        key: lazily.Whole(shapes[key], dtypes[key], functools.partial(source.read, key))
+        for key in shapes
+        if key not in ours and key not in found.copies
+    }
+    kept = in_format(kept, found, dtype)
+    return Model(found.of, found.cfg, params, _origin(source, found, kept))
+
+
+def in_format(kept: Mapping[str, Any], found: Found, dtype: Any) -> dict[str, Any]:
+    """What is kept, parameters that the model does not compute with in another number format; all as it is for None."""
+    rest = {} if dtype is None else tables.dropped(kept, found.rest)
+    return {
+        key: lazily.Cast(x, np.dtype(dtype), f"The tensor {key}")
+        if key in rest and jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+        for key, x in kept.items()
+    }
+
+
+def _understood(path: PathLike) -> tuple[Directory, Found, specs.Spec]:
+    """A directory, what its config says, and the spec of its parameters."""
+    source = Directory(path)
+    keys = source.shapes().keys()
+    found = understand(source.config, frozenset(keys), f"{source.path / CONFIG}")
+    if found.otherwise is not None and not all(_equal(source, *pair) for pair in found.copies.items()):
+        found = found.otherwise
+    spec = found.of.spec(found.cfg)
+    _refuse_layers(spec, found, len(keys), source.where)
+    return source, found, spec
+
+
+def _origin(source: Directory, found: Found, kept: Mapping[str, Any], lost: tuple[str, ...] = ()) -> Origin:
+    files = side.read(source.path, source.names)
+    return Origin(source.config_bytes, source.config, found, source.headers, source.index, kept, lost, files)
+
+
+def understand(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Found:
+    """What the family that config.json names makes of it.
+
+    Args:
+      raw: what it says.
+      keys: the names of the tensors beside it.
+      where: names it in errors.
+
+    Raises:
+      InputError: the family is unknown, or the config is not one of its.
+    """
     name = raw.get("model_type")
     if not isinstance(name, str):
         raise InputError(f"{where} has no model_type; it must name one of {', '.join(FAMILIES)}")
     if name not in FAMILIES:
         near = difflib.get_close_matches(name[:100], FAMILIES, 1, 0.6)
         hint = f"did you mean {near[0]}? M" if near else "m"
-        raise InputError(f"{where} has the model_type {shown(name)}: {hint}mjax.convert knows {', '.join(FAMILIES)}")
+        code = "; the code that its auto_map names is never run" if "auto_map" in raw else ""
+        known = f"mjax.convert knows {', '.join(FAMILIES)}{code}"
+        raise InputError(f"{where} has the model_type {shown(name)}: {hint}{known}")
     _refuse_depths(raw, where)
     family = importlib.import_module(f"mmjax.convert.{FAMILIES[name]}")
     try:
@@ -191,14 +269,25 @@ def _refuse_layers(spec: specs.Spec, found: Found, tensors: int, where: str) -> 
             )
 
 
-def _dropped(source: Directory, made: tables.Plan) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _equal(source: Directory, key: str, other: str) -> bool:
+    """Whether two tensors of a directory hold the same numbers; the host holds one at a time."""
+    if source.shapes()[key] != source.shapes()[other] or source.dtypes()[key] != source.dtypes()[other]:
+        return False
+    one, two = (hashlib.sha256(np.ascontiguousarray(source.read(k)).view(np.uint8)).digest() for k in (key, other))
+    return one == two
+
+
+def _dropped(source: Directory, made: tables.Plan, found: Found) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     kept, lost, room = {}, [], MAX_KEPT_ALL
+    rest = tables.dropped(source.shapes(), found.rest)
     for h in source.headers.values():
         for key, entry in h.tensors.items():
-            if key in made.tensors:
+            if key in made.tensors or key in found.copies:
                 continue
             size = entry.stop - entry.start
-            if size > min(MAX_KEPT, room):
+            if key in rest:
+                kept[key] = source.read(key)
+            elif size > min(MAX_KEPT, room):
                 lost.append(key)
             else:
                 kept[key] = source.read(key)
@@ -206,11 +295,12 @@ def _dropped(source: Directory, made: tables.Plan) -> tuple[dict[str, np.ndarray
     return kept, tuple(lost)
 
 
-def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> None:
+def save(path: PathLike, model: Model, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a model as a directory that `load` and transformers read: whole, or not at all.
 
-    A model from a directory gets the same files again, with the new numbers in them: config.json, the index and the
-    safetensors files, not tokenizers and the like. One that has been given another number format gets new headers.
+    A model from a directory gets the same files again, with the new numbers in them: config.json, the index, the
+    safetensors files, and the small files beside them. One that has been given another number format gets new headers.
+    Of leaves that are read when asked for (`opened`), one tensor is in memory at a time; of arrays, one leaf.
 
     Args:
       path: a directory that is not there yet, or is empty.
@@ -230,37 +320,48 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = 5_000_000_000) -> N
             "The config of this model is not that of its origin; give it origin=Origin.of(config) with the new one."
         )
     spec, rules = model.of.spec(model.cfg), origin.found.rules
+    copies = {k: v for k, v in origin.found.copies.items() if origin.headers}
     formats = _formats(tables.plan(spec, rules), model.params) | {k: (x.dtype, x.shape) for k, x in origin.kept.items()}
+    formats |= {key: formats[of] for key, of in copies.items()}
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape) in formats.items()}
     homes = {name: [k for k in h.tensors if k in formats] for name, h in origin.headers.items()}
     same = {name: h for name, h in origin.headers.items() if _same(h, formats)}
+    if not origin.headers:
+        homes = split(sizes, shard_bytes)
+    headers = dict(same)
+    for name in (name for name, keys in homes.items() if keys and name not in same):
+        metadata = origin.headers[name].metadata if origin.headers else {"format": "pt"}
+        headers[name] = header.build({key: formats[key] for key in homes[name]}, metadata, f"{Path(path) / name}")
+    at = {key: (name, entry.start) for name, h in headers.items() for key, entry in h.tensors.items()}
+    unchanged = bool(origin.headers) and len(same) == len(origin.headers)
+    small = {CONFIG: origin.config if unchanged else _with_format(origin, formats), **origin.files}
+    index = origin.index if unchanged else _index(origin, homes, sizes, formats)
     with new_directory(path) as folder:
-        require_space(folder, sum(sizes.values()), "save a model")
-        if not origin.headers:
-            homes = split(sizes, shard_bytes)
-        for name, h in same.items():
+        require_space(folder, sum(sizes.values()) + sum(map(len, small.values())), "save a model")
+        for name, h in headers.items():
             _write_at(folder / name, 0, h.raw)
-            for key in origin.kept.keys() & h.tensors.keys():
-                _write_at(folder / name, h.tensors[key].start, origin.kept[key])
-        at = {key: (name, entry.start) for name, h in same.items() for key, entry in h.tensors.items()}
-        for key, tensor in tables.stream(spec, rules, model.params, at.keys()) if at else ():
+        for key, (name, start) in at.items():
+            if key in origin.kept:
+                _write_at(folder / name, start, np.asarray(origin.kept[key]))
+        for key, tensor in _stream(spec, rules, model.params, at.keys(), copies):
             name, start = at[key]
             _write_at(folder / name, start, tensor)
-        for name in (name for name, keys in homes.items() if keys and name not in same):
-            tensors = tables.save(spec, rules, model.params, homes[name])
-            tensors |= {key: origin.kept[key] for key in homes[name] if key in origin.kept}
-            metadata = dict(origin.headers[name].metadata) if origin.headers else {"format": "pt"}
-            try:
-                with disk_errors("save", path):
-                    save_file(tensors, folder / name, metadata=metadata or None)
-            except SafetensorError as error:
-                raise InputError(f"{name} cannot be written: {error}") from error
-        unchanged = bool(origin.headers) and len(same) == len(origin.headers)
-        config = origin.config if unchanged else _with_format(origin, formats)
-        index = origin.index if unchanged else _index(origin, homes, sizes, formats)
-        (folder / CONFIG).write_bytes(config)
-        if index is not None:
-            (folder / INDEX).write_bytes(index)
+            del tensor  # before the next
+        for name, data in (small if index is None else small | {INDEX: index}).items():
+            _write_at(folder / name, 0, data)
+
+
+def _stream(
+    spec: specs.Spec, rules: Iterable[tables.Rule], params: dict, keys: Iterable[str], copies: Mapping[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """rules.stream of the wanted tensors, with those that are copies of others."""
+    wanted = set(keys)
+    originals = {of for key, of in copies.items() if key in wanted}
+    for key, tensor in tables.stream(spec, rules, params, wanted | originals):
+        for name in (key, *(k for k, of in copies.items() if of == key)):
+            if name in wanted:
+                yield name, tensor
+        del tensor  # before the next
 
 
 def _formats(made: tables.Plan, params: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -33,7 +33,7 @@ class Family:
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
     refined: the policy of pictures with what the image processor's settings do not say.
-    newline: whether rows of a picture's tokens end with a vector of the model's own, the row behind the token table.
+    newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
     processors: tuple[str, ...]

@@ -127,7 +127,6 @@ def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
     inner = found.config.part("text_config")
     size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
-    newline = size if family is not None and family.newline else None
-    return dataclasses.replace(
-        chat.vocab, image_newline=newline, size=size + 1 if newline is not None else max(size, 1)
-    )
+    # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
+    newline = chat.vocab.image if family is not None and family.newline else None
+    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))

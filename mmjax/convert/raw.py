@@ -46,6 +46,49 @@ def size(raw: dict, key: str, default: int | None = None) -> int:
     return value
 
 
+def number(raw: dict, key: str, default: float | None = None) -> float:
+    """A positive real number.
+
+    Raises:
+      InputError: it is something else.
+    """
+    value = get(raw, key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"config.json says {key!r} is {value!r}, which must be a positive number.")
+    return float(value)
+
+
+def flag(raw: dict, key: str, default: bool) -> bool:
+    """True or false; null is false.
+
+    Raises:
+      InputError: it is something else.
+    """
+    value = raw.get(key, default)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"config.json says {key!r} is {value!r}, which must be true or false.")
+    return bool(value)
+
+
+def part(raw: dict, key: str, default: dict | None = None) -> dict:
+    """The config of a part of the model.
+
+    Raises:
+      InputError: it is none.
+    """
+    value = get(raw, key, default)
+    if not isinstance(value, dict):
+        raise InputError(f"config.json says {key!r} is {value!r}, which must be an object.")
+    return value
+
+
+def refuse(raw: dict, key: str, *fine: Any) -> None:
+    """Raises InputError where raw[key] is there and is none of the values with which a model is what we compute."""
+    if key in raw and raw[key] is not None and raw[key] not in fine:
+        only = f"; mmjax computes {' and '.join(map(repr, fine))} alone" if fine else ", which mmjax does not compute"
+        raise InputError(f"config.json says {key!r} is {str(raw[key])[:100]!r}{only}.")
+
+
 def square(raw: dict, key: str, default: int) -> int:
     """A size given as one number or as two equal ones.
 

@@ -7,7 +7,6 @@ in which every number keeps its bits.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core import tree
+from mmjax.core.cast import cast
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ParamSpec, Spec
 
@@ -228,15 +228,19 @@ def load(
     refuse(made, source, drop)
     refuse_formats(made, source, dtype)
     flat = {} if shardings is None else tree.flatten(shardings)
-    formats = source.dtypes()
+    formats = kinds(made, source, dtype)
+    return tree.unflatten({path: _leaf(made, path, source, flat.get(path), formats[path]) for path in made.leaves})
 
-    def one(path: str, of: ParamSpec) -> jax.Array:
+
+def kinds(made: Plan, source: Source, dtype: Any) -> dict[str, np.dtype]:
+    """The number format that every leaf gets."""
+    formats, out = source.dtypes(), {}
+    for path, of in made.leaves.items():
         kind = formats[made.pieces[path][0].key] if made.pieces[path] else of.dtype  # a stack may have no layers
         if dtype is not None and jnp.issubdtype(of.dtype, jnp.floating):
             kind = dtype
-        return _leaf(made, path, source, flat.get(path), kind)
-
-    return tree.unflatten({path: one(path, of) for path, of in made.leaves.items()})
+        out[path] = np.dtype(kind)
+    return out
 
 
 def refuse(made: Plan, source: Source, drop: Mapping[str, str]) -> None:
@@ -301,7 +305,7 @@ def _leaf(made: Plan, path: str, source: Source, sharding: Any, dtype: Any) -> j
     parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in wanted}
     for i, piece in enumerate(pieces):
         takers = [b for b in wanted if not stacked or b[0][0] <= i < b[0][1]]
-        tensor = piece.load(source.read(piece.key), inner) if takers else None
+        tensor = cast(piece.load(source.read(piece.key), inner), dtype, f"The tensor {piece.key}") if takers else None
         for b in takers:
             if stacked:
                 parts[b][i - b[0][0]] = tensor[tuple(slice(*edge) for edge in b[1:])]
@@ -321,7 +325,8 @@ def stream(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors with their names, of all parameters, or of those whose names are in `keys`.
 
-    In the order of our leaves, of which the host holds one at a time.
+    In the order of our leaves. Of arrays on devices the host holds one leaf at a time (all of those that share
+    tensors); of leaves that are read when asked for (`core.parts.Lazy`), one tensor.
 
     Raises:
       InputError: the parameters are not those of the spec, or not all on this process's devices.
@@ -336,33 +341,56 @@ def stream(
             f"These parameters are not those of the config: {wrong} differ; give the tree that its spec describes."
         )
     wanted = set(made.tensors) if keys is None else set(keys)
-    left = Counter(piece.key for pieces in made.pieces.values() for piece in pieces)
-    joined: dict[str, np.ndarray] = {}
+    for group in _groups(made):
+        takers: dict[str, list[tuple[str, int, Piece]]] = {}
+        for path in group:
+            for i, piece in enumerate(made.pieces[path]):
+                if piece.key in wanted:
+                    takers.setdefault(piece.key, []).append((path, i, piece))
+        leaves = {path: _readable(path, flat[path]) for path in group} if takers else {}
+        for key, parts in takers.items():
+            yield key, _tensor(key, made, leaves, parts)
+        del leaves  # before the next
+
+
+def _groups(made: Plan) -> list[list[str]]:
+    """The leaves, those that share tensors together."""
+    groups: list[tuple[list[str], set[str]]] = []
     for path, pieces in made.pieces.items():
-        if not wanted.intersection(piece.key for piece in pieces):
-            continue
-        if not getattr(flat[path], "is_fully_addressable", True):
-            raise InputError(f"The parameter {path} is spread over several processes; gather it on one before saving.")
-        # A copy, because an array keeps what NumPy was once given of it, and the host would hold all of them.
-        leaf = np.asarray(jnp.copy(flat[path]) if isinstance(flat[path], jax.Array) else flat[path])
-        for i, piece in enumerate(pieces):
-            if piece.key not in wanted:
-                continue
-            theirs = piece.save(np.asarray(leaf[i]) if path in made.stacked else leaf)
-            left[piece.key] -= 1
-            if piece.axis is None:
-                yield piece.key, np.ascontiguousarray(theirs).reshape(piece.shape)
-                continue
-            whole = joined.setdefault(piece.key, np.empty(made.tensors[piece.key], leaf.dtype))
-            if whole.dtype != leaf.dtype:
-                raise InputError(
-                    f"The tensor {piece.key} is made of {whole.dtype} and {leaf.dtype} ({path}); give both one format."
-                )
-            stop = piece.start + piece.shape[piece.axis]
-            whole[(slice(None),) * piece.axis + (slice(piece.start, stop),)] = theirs
-            if not left[piece.key]:
-                yield piece.key, joined.pop(piece.key)
-        del leaf, theirs  # before the next
+        paths, keys = [path], {piece.key for piece in pieces}
+        for other in [group for group in groups if not keys.isdisjoint(group[1])]:
+            groups.remove(other)
+            paths, keys = other[0] + paths, other[1] | keys
+        groups.append((paths, keys))
+    return [paths for paths, _ in groups]
+
+
+def _readable(path: str, leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if not leaf.is_fully_addressable:
+        raise InputError(f"The parameter {path} is spread over several processes; gather it on one before saving.")
+    # A copy, because an array keeps what NumPy was once given of it, and the host would hold all of them.
+    return np.asarray(jnp.copy(leaf))
+
+
+def _tensor(key: str, made: Plan, leaves: dict[str, Any], parts: list[tuple[str, int, Piece]]) -> np.ndarray:
+    """Their tensor, made of layers of our leaves."""
+    whole = None
+    for path, i, piece in parts:
+        leaf = leaves[path]
+        theirs = piece.save(np.asarray(leaf[i] if path in made.stacked else leaf))
+        if piece.axis is None:
+            return np.ascontiguousarray(theirs).reshape(piece.shape)
+        if whole is None:
+            whole = np.empty(made.tensors[key], leaf.dtype)
+        if whole.dtype != leaf.dtype:
+            raise InputError(
+                f"The tensor {key} is made of {whole.dtype} and {leaf.dtype} ({path}); give both one format."
+            )
+        stop = piece.start + piece.shape[piece.axis]
+        whole[(slice(None),) * piece.axis + (slice(piece.start, stop),)] = theirs
+    return whole
 
 
 def save(spec: Spec, rules: Iterable[Rule], params: dict, keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:

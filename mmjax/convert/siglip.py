@@ -56,7 +56,8 @@ def vision_rules(cfg: vit.Config, prefix: str, kind: str) -> list[Rule]:
         Rule("table", f"{at}position_embedding.weight", blocks.table()),
     ]
     out += blocks.blocks(cfg.blocks, "blocks", f"{prefix}encoder.layers.{{}}.", blocks.CLIP)
-    out += blocks.norm("norm", f"{prefix}post_layernorm")
+    if cfg.final_norm:
+        out += blocks.norm("norm", f"{prefix}post_layernorm")
     return out if cfg.head is None else out + _pool_rules("head/attention", f"{prefix}head")
 
 

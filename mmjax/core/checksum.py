@@ -69,7 +69,7 @@ def start_checksums(tree: Any) -> Callable[[], dict[str, str]]:
 
     def finish() -> dict[str, str]:
         sums = jax.device_get(started)
-        return {name: _text(described[name], *sums[name]) if name in sums else found[name] for name in names}
+        return {name: text(described[name], *sums[name]) if name in sums else found[name] for name in names}
 
     return finish
 
@@ -85,15 +85,25 @@ def checksums_numpy(flat: Mapping[str, Any]) -> dict[str, str]:
         array = np.asarray(leaf)
         if not is_numeric(array.dtype):
             raise InputError(f"{name!r} is of type {type(leaf).__name__}, not an array of numbers; leave it out")
-        words = _words_numpy(array)
-        plain = mixed = 0
-        for start in range(0, words.size, _CHUNK):
-            chunk = words[start : start + _CHUNK].astype(np.uint32)
-            index = np.arange(start, start + chunk.size, dtype=np.uint64).astype(np.uint32)
-            plain += int(chunk.sum(dtype=np.uint32))
-            mixed += int(_mix(chunk + index * np.uint32(_PHI), np.uint32).sum(dtype=np.uint32))
-        found[name] = _text(describe(array), plain % 2**32, mixed % 2**32)
+        plain, mixed = sums_numpy(array)
+        found[name] = text(describe(array), plain, mixed)
     return found
+
+
+def sums_numpy(part: np.ndarray, start: int = 0) -> tuple[int, int]:
+    """Both sums of a part of an array, which begins at its element number `start` (row-major).
+
+    The sums of an array are those of its parts, added modulo 2³².
+    """
+    words = _words_numpy(part)
+    start *= words.size // max(part.size, 1)
+    plain = mixed = 0
+    for at in range(0, words.size, _CHUNK):
+        chunk = words[at : at + _CHUNK].astype(np.uint32)
+        index = np.arange(start + at, start + at + chunk.size, dtype=np.uint64).astype(np.uint32)
+        plain += int(chunk.sum(dtype=np.uint32))
+        mixed += int(_mix(chunk + index * np.uint32(_PHI), np.uint32).sum(dtype=np.uint32))
+    return plain % 2**32, mixed % 2**32
 
 
 def describe(leaf: Any) -> str:
@@ -121,7 +131,8 @@ def is_numeric(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 
-def _text(description: str, plain: Any, mixed: Any) -> str:
+def text(description: str, plain: Any, mixed: Any) -> str:
+    """A checksum as text, from `describe`'s text and both sums."""
     return f"{description}:{int(plain):08x}:{int(mixed):08x}"
 
 

@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Piece
 from mmjax.sequence.media import film, load, refuse_shape, refuse_sizes, still, views_of
 from mmjax.tokenizers import image as images
-from mmjax.tokenizers.patches import Deferred, Pixels
+from mmjax.tokenizers.patches import Deferred
 from mmjax.tokenizers.view import needed, size
 from mmjax.tokenizers.vocab import Vocab
 
@@ -57,6 +58,37 @@ class Holes:
         raise error
 
 
+@runtime_checkable
+class Features(Protocol):
+    """Knows what the vision tower makes of pictures it has seen (train.features)."""
+
+    def look(
+        self, content: bytes | np.ndarray, medium: Image | Video, piece: Piece
+    ) -> tuple[str, dict[str, np.ndarray] | None]:
+        """A medium's key, from its file's bytes or its pixels, and its features where they are known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Named(Deferred):
+    """A picture or clip with the key of its features; its patches are not made where these are known."""
+
+    key: str  # "" for what could not be read
+    views: int
+    size: tuple[int, int]  # patches, and values of each
+    features: dict[str, np.ndarray] | None = None
+    patches: Deferred | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def write(self, out: np.ndarray, merge: int = 1, window: int = 0) -> None:
+        """Writes the patches into `out`, where they were made."""
+        if self.patches is not None:
+            self.patches.write(out, merge, window)
+
+
 @dataclass(frozen=True)
 class Source:
     """The batches of a plan; `source[step]` is a Batch of NumPy arrays, the same on every call.
@@ -83,6 +115,7 @@ class Source:
     parts: tuple[int, ...] = (0,)
     of: int = 1
     checks: bool = True  # of every batch, before it leaves (0.1 ms; the train step counts again)
+    features: Features | None = None  # pictures whose features it knows are not decoded: see `named`
 
     @property
     def values(self) -> Values:
@@ -92,6 +125,13 @@ class Source:
         return len(self.plan.steps)
 
     def __getitem__(self, step: int) -> Batch:
+        return self.named(step)[0]
+
+    def named(self, step: int) -> tuple[Batch, list[list[Named]]]:
+        """The batch, and with `features` the pictures and clips of every row, with what is known of them.
+
+        The patches of those whose features are known are zeros.
+        """
         planned = self.plan.steps[step]
         whole = self.plan.buckets[planned.bucket]
         share = whole.rows // self.of
@@ -100,7 +140,8 @@ class Source:
         mine = [planned.rows[r] if r < len(planned.rows) else () for p in self.parts for r in _range(p, share)]
         ids: list[list[str]] = []
         parts: list[tuple[int, int, device.OnDevice]] = []
-        rows = [self._row(r, row, ids, parts) for r, row in enumerate(mine)]
+        named: list[list[Named]] = []
+        rows = [self._row(r, row, ids, parts, named) for r, row in enumerate(mine)]
         bucket = dataclasses.replace(whole, rows=len(rows))
         batch = batches.build(rows, bucket, self.values, self.vocab, self.cfg)
         if self.checks:
@@ -111,23 +152,32 @@ class Source:
             invariants.check(batch, self.vocab, ids, media)
         if self.canvases:
             batch = batch.replace(patches=device.finish(batch.patches, parts, self.cfg.merge, self.cfg.window))
-        return batch
+        return batch, named
 
     def _row(
-        self, row: int, numbers: Sequence[int], ids: list[list[str]], parts: list[tuple[int, int, device.OnDevice]]
+        self,
+        row: int,
+        numbers: Sequence[int],
+        ids: list[list[str]],
+        parts: list[tuple[int, int, device.OnDevice]],
+        named: list[list[Named]],
     ) -> Iterator[tuple[Example, list[Medium]]]:
         """A row's documents, each read when it is asked for and cut into the batch before the next is read.
 
-        Fills `ids` with their names, and `parts` with what is on device already and its place.
+        Fills `ids` with their names, `parts` with what is on device already and its place, and `named` with what has
+        a key.
         """
         ids.append([])
+        named.append([])
         at = 0
         for number in numbers:
             x, media = self.example(self.plan.document(self.documents, number))
             ids[-1].append(x.id)
             for medium in media:
-                if isinstance(medium, device.OnDevice):
-                    parts.append((row, at, medium))
+                named[-1] += [medium] if isinstance(medium, Named) else []
+                made = medium.patches if isinstance(medium, Named) else medium
+                if isinstance(made, device.OnDevice):
+                    parts.append((row, at, made))
                 at += len(medium) if medium.dtype == np.uint8 else 0
             yield x, media
 
@@ -147,10 +197,24 @@ class Source:
         blank = [self._blank(p) for p in media]
         return dataclasses.replace(x, weight=np.zeros_like(x.weight)), blank
 
-    def _blank(self, piece: Piece) -> np.ndarray:
+    def _blank(self, piece: Piece) -> Medium:
         if not piece.views:
             return np.zeros((piece.grid[0], self.sound), np.float32)
-        return np.zeros((sum(int(np.prod(v)) for v in piece.views), self.values.patch), np.uint8)
+        return (
+            Named("", len(piece.views), self._shape(piece)) if self.features else np.zeros(self._shape(piece), np.uint8)
+        )
+
+    def _shape(self, piece: Piece) -> tuple[int, int]:
+        return sum(math.prod(view) for view in piece.views), self.values.patch
+
+    def _known(
+        self, content: bytes | Path | np.ndarray, medium: Image | Video, piece: Piece, make: Callable[[], Deferred]
+    ) -> Deferred:
+        """What `make` makes of a medium; with `features`, under its key, and only where it is not known."""
+        if self.features is None:
+            return make()
+        key, features = self.features.look(content, medium, piece)
+        return Named(key, len(piece.views), self._shape(piece), features, make() if features is None else None)
 
     def _read(self, document: Document, piece: Piece) -> Medium:
         medium = document.spans[piece.span]
@@ -165,28 +229,34 @@ class Source:
             raise InputError(f"{where}: could not be read ({type(error).__name__}: {error}).") from error
 
     def _picture(self, picture: Image, piece: Piece) -> Deferred:
-        views = views_of(piece, picture)
         source = picture.source.read() if isinstance(picture.source, Encoded) else picture.source
+        if isinstance(source, Path) and self.features:  # read once: its key is that of the bytes which are decoded
+            source = images.read_bytes(source, self.limits)
         if isinstance(source, bytes | Path | np.ndarray):
-            found = images.find(source, self.limits)
-            refuse_shape((*found.size, 3), (picture.height, picture.width))
-            canvas = self.canvases and self.canvases.of(found.size)
-            if canvas and self.stack == 1 and device.possible(views):
-                refuse_sizes([size(view, *found.size) for view in views], piece, self.patch)
-                with self.memory.hold(found.memory + 3 * math.prod(canvas)):
-                    return device.cut(found, views, self.patch, self.canvases)
-            least = needed(views) if self.reduced else None
-            with self.memory.hold(found.memory):
-                return still(found.load(least=least), picture, piece, self.patch, self.stack)
+            return self._known(source, picture, piece, lambda: self._decoded(source, picture, piece))
         with self.memory.hold(images.ARRAY_BYTES * picture.height * picture.width):
             pixels = source()
             refuse_shape(pixels.shape, (picture.height, picture.width))
-            return still(pixels, picture, piece, self.patch, self.stack)
+            return self._known(pixels, picture, piece, lambda: still(pixels, picture, piece, self.patch, self.stack))
 
-    def _frames(self, video: Video, piece: Piece) -> Pixels:
+    def _decoded(self, source: bytes | Path | np.ndarray, picture: Image, piece: Piece) -> Deferred:
+        views = views_of(piece, picture)
+        found = images.find(source, self.limits)
+        refuse_shape((*found.size, 3), (picture.height, picture.width))
+        canvas = self.canvases and self.canvases.of(found.size)
+        if canvas and self.stack == 1 and device.possible(views):
+            refuse_sizes([size(view, *found.size) for view in views], piece, self.patch)
+            with self.memory.hold(found.memory + 3 * math.prod(canvas)):
+                return device.cut(found, views, self.patch, self.canvases)
+        least = needed(views) if self.reduced else None
+        with self.memory.hold(found.memory):
+            return still(found.load(least=least), picture, piece, self.patch, self.stack)
+
+    def _frames(self, video: Video, piece: Piece) -> Deferred:
         # The clip, and one frame on its way.
         with self.memory.hold((3 * video.frames + images.ARRAY_BYTES) * video.height * video.width):
-            return film(load(video), video, piece, self.patch, self.stack)
+            frames = load(video)
+            return self._known(frames, video, piece, lambda: film(frames, video, piece, self.patch, self.stack))
 
     def _sound(self, clip: Audio, frames: int) -> np.ndarray:
         samples = clip.source if isinstance(clip.source, np.ndarray) else clip.source()
@@ -210,8 +280,11 @@ def _range(part: int, share: int) -> range:
     return range(part * share, (part + 1) * share)
 
 
-def read(source: Source, start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[Batch]:
-    """The batches from step `start` on, read by Grain in threads, `ahead` of them at most before they are asked for."""
+def read(source: Source | Sequence, start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[Any]:
+    """The batches (what `source` has for each step) from step `start` on, read by Grain in threads.
+
+    `ahead` of them are read at most before they are asked for.
+    """
     import grain  # 3 seconds: not for those who only ask for --help
 
     return iter(

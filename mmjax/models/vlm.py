@@ -18,28 +18,32 @@ from mmjax.models import decoder
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
-from mmjax.sequence import budget, interleave
+from mmjax.sequence import budget, interleave, positions
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
-from mmjax.sequence.layout import NAMES
+from mmjax.sequence.layout import IMAGE, NAMES, VIDEO
 
 
 @dataclass(frozen=True)
 class Config:
     """Where media enter is the decoder's choice: `decoder.cross`, or else in the sequence.
 
-    placeholder: the token id that stands where media tokens go; given, the train step checks that they do.
+    placeholder: the token id (or ids: of pictures, of videos) that stands where media tokens go; given, the train step
+      checks that they do.
     deepstack, deep: blocks of the encoder whose outputs go to the first blocks of the decoder, each through a merger of
       its own, all like `deep` (Meng et al. 2024, DeepStack; Qwen3-VL).
     segments: whether a learnt vector of its modality is added to every token (the segment or token-type embedding of
       Devlin et al. 2019, BERT, section 3.2, as Li et al. 2019, VisualBERT, section 3.2, uses it).
+    newline: whether a learnt vector stands at those places of a picture that show none of its media tokens (the ends of
+      its rows: `image_newline` of LLaVA-NeXT and LLaVA-OneVision), whatever token id they carry.
     """
 
     vision: vit.Config
     connector: Connector
     decoder: decoder.Config
-    placeholder: int | None = None
+    placeholder: int | tuple[int, ...] | None = None
     segments: bool = False
+    newline: bool = False
     deepstack: tuple[int, ...] = ()
     deep: merger.Config | None = None
 
@@ -88,6 +92,9 @@ def spec(cfg: Config) -> Spec:
         out["deep"] = stack(merger.spec(cfg.deep), len(cfg.deepstack))
     if cfg.segments:
         out["segments"] = ParamSpec((len(NAMES), cfg.decoder.blocks.width), (None, "embed"), Normal(0.02))
+    if cfg.newline:
+        width = cfg.decoder.blocks.width
+        out["newline"] = ParamSpec((width,), (None,), Normal(width**-0.5))
     return out
 
 
@@ -100,12 +107,10 @@ def costs(cfg: Config) -> budget.Costs:
     return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
 
 
-def media(params: dict, batch: Batch, cfg: Config) -> Media:
-    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such."""
-    windowed = bool(cfg.vision.blocks.windowed)
-    at = {"image": batch.patch_image, "grid": batch.grid}
+def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
+    """What the vision encoder sees of the row's pictures: its features, and its blocks' for DeepStack."""
     with jax.named_scope("vision"):
-        seen = vit.encode(
+        return vit.encode(
             params["vision"],
             batch.patches,
             cfg.vision,
@@ -113,12 +118,22 @@ def media(params: dict, batch: Batch, cfg: Config) -> Media:
             lo=batch.patch_lo,
             hi=batch.patch_hi,
             position=batch.patch_position,
-            window=(batch.window_lo, batch.window_hi) if windowed else None,
+            window=(batch.window_lo, batch.window_hi) if cfg.vision.blocks.windowed else None,
             taps=cfg.deepstack,
-            **at,
+            image=batch.patch_image,
+            grid=batch.grid,
         )
+
+
+def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None = None) -> Media:
+    """The row's media tokens [B, M, D], picture after picture, and DeepStack's [T, B, M, D] where there are such.
+
+    `seen` is what `see` makes, where that is known already (its patches and taps).
+    """
+    seen = see(params, batch, cfg) if seen is None else seen
+    at = {"image": batch.patch_image, "grid": batch.grid, "order": batch.patch_order}
     with jax.named_scope("connector"):
-        tokens = connect(params["connector"], seen.patches, cfg.connector, order=batch.patch_order, **at)
+        tokens = connect(params["connector"], seen.patches, cfg.connector, **at)
         if cfg.deep is None:
             return Media(tokens)
         # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.
@@ -165,6 +180,8 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     if batch.frames is not None:
         raise InputError("This model has no encoder for sound; leave audio out of the documents.")
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
+    if (rope := cfg.decoder.blocks.rope) is not None and rope.needs_length:
+        see["length"] = positions.lengths(batch.document, batch.position)
     with jax.named_scope("decoder"):
         x = decoder.embed(params["decoder"], batch.tokens, cfg.decoder)
     if known is None and batch.patches.shape[1] == 0 and cfg.decoder.cross is None:
@@ -178,6 +195,9 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     else:
         at = _mixed(found.tokens, batch)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
+        if cfg.newline:
+            ends = (batch.slot < 0) & ((batch.modality == IMAGE) | (batch.modality == VIDEO))
+            x = jnp.where(ends[:, :, None], params["newline"].astype(x.dtype)[None, None], x)
     if cfg.deep is not None:
         # Zeros where there is no media token.
         see["added"] = sharding.take_rows(found.deep.transpose(1, 2, 0, 3), batch.slot)

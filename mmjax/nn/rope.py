@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from mmjax.core.errors import InputError
-from mmjax.nn.rope_scaling import ONE, Scaling, powers
+from mmjax.nn.rope_scaling import ONE, Dynamic, LongRope, Scaling, powers
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Config:
     def rotated(self) -> int:
         """Values of a head that turn."""
         return 2 * sum(self.sections)
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the frequencies depend on how long the document is."""
+        return isinstance(self.scaling, Dynamic | LongRope)
 
 
 def axes(cfg: Config) -> Int[np.ndarray, "pairs"]:

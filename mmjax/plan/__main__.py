@@ -1,4 +1,6 @@
-"""python -m mmjax.plan CONFIG --topology v5e:16x16 [--all] [--documents N] [--memory GIB] [--json] [--field value …]"""
+"""python -m mmjax.plan CONFIG --topology v5e:16x16 [--all] [--documents N] [--memory GIB] [--decode ROWS PLACES]
+[--json] [--field value …]
+"""
 
 import argparse
 import json
@@ -10,14 +12,15 @@ from mmjax.core import config
 from mmjax.core.errors import InputError
 from mmjax.plan import set_environment
 
-WHAT = """Compiles the train step of the largest bucket for chips that are not here, and says what it needs.
-Programs that evaluate or decode are not planned.
+WHAT = """Compiles the train step of the largest bucket for chips that are not here, and says what it needs; or, with
+--decode, the step that writes one more token. Programs that evaluate are not planned.
 
 planner's options:
   --topology T    TPUs and their torus (v5e:16x16, v5p:8x8x4, v4:4x4x4, v6e:8x8), or GPUs (a100:8, h100:64, h200, b200)
   --all           every bucket, not the largest alone
   --documents N   tokens of each document of a row (all of the row is one), for the work of attention
   --memory GIB    of a chip that the step may use (all that the compiler allows)
+  --decode R P    instead: one more token of each of R rows, with a cache of P tokens
   --json          one JSON object, last"""
 
 
@@ -28,6 +31,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--documents", type=int, default=0)
     parser.add_argument("--memory", type=float, default=0.0)
+    parser.add_argument("--decode", type=int, nargs=2, metavar=("ROWS", "PLACES"))
     parser.add_argument("--json", action="store_true")
     try:
         mine, rest = parser.parse_known_args(list(arguments))
@@ -37,6 +41,8 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise InputError(f"--documents is {mine.documents}; give tokens, or 0: all of the row is one document.")
     if not 0 <= mine.memory < math.inf:  # nor nan
         raise InputError(f"--memory is {mine.memory}; give GiB, or 0: all that the compiler allows.")
+    if mine.decode and min(mine.decode) < 1:
+        raise InputError(f"--decode is {mine.decode[0]} {mine.decode[1]}; give rows and tokens, at least 1 of both.")
     return mine, rest
 
 
@@ -50,11 +56,14 @@ def run(arguments: Sequence[str]) -> int:
     from mmjax.plan import planner
 
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    result, text = planner.plan(cfg, mine.topology, mine.all, mine.documents, mine.memory, say)
+    if mine.decode:
+        result, text = planner.decoding(cfg, mine.topology, *mine.decode, mine.memory, say)
+    else:
+        result, text = planner.plan(cfg, mine.topology, mine.all, mine.documents, mine.memory, say)
     print(text)
     if mine.json:
         print(json.dumps(result, allow_nan=False))
-    return 0 if all(b["fits"] for b in result["buckets"]) else 1
+    return 0 if all(b["fits"] for b in result.get("buckets", [result.get("decode")])) else 1
 
 
 if __name__ == "__main__":

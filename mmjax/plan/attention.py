@@ -34,8 +34,11 @@ class Seen:
     hi: np.ndarray
 
 
-def sequence(row: Row, see: str, media: int) -> Seen:
-    """The decoder's: causal within documents. Pictures that see both ways are taken to lie evenly through the row."""
+def sequence(row: Row, see: str, media: int, window: int = 0) -> Seen:
+    """The decoder's: causal within documents, and where there is a window no further back than that.
+
+    Pictures that see both ways are taken to lie evenly through the row.
+    """
     n = row.tokens
     at = np.arange(n)
     begin = np.repeat(np.cumsum((0, *row.documents[:-1])), row.documents)
@@ -45,7 +48,7 @@ def sequence(row: Row, see: str, media: int) -> Seen:
         for i in range(len(row.pictures)):
             start = i * n // len(row.pictures)
             hi[start : start + each] = min(start + each, n) - 1
-    return Seen(at, begin, hi)
+    return Seen(at, np.maximum(begin, at - window + 1) if window else begin, hi)
 
 
 def patches(row: Row, prefix: int, windowed: bool = False) -> Seen:
@@ -178,7 +181,10 @@ def hints(
         inputs = _inputs(blocks, whole // length, whole // length if ring else whole, heads, compute)
         return Part(devices, inputs, rows * _held(blocks, heads)[0] * blocks.head)
 
-    parts = {"decoder": part(cfg.decoder.blocks, (1.0, sequence(row, see, media)))}
+    language = cfg.decoder.blocks
+    near = len(language.windowed) / language.layers
+    everything, window = (sequence(row, see, media, n) for n in (0, cfg.decoder.window))
+    parts = {"decoder": part(language, (1 - near, everything), (near, window))}
     if row.pictures:
         inside, prefix = len(cfg.vision.blocks.windowed) / cfg.vision.blocks.layers, cfg.vision.prefix
         whole, windows = patches(row, prefix), patches(row, 0, True)

@@ -5,10 +5,50 @@ from typing import Any
 
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import make_mesh
-from mmjax.plan import advice, chips, program, report
-from mmjax.plan.chips import GIB
+from mmjax.plan import advice, chips, decode, program, report
+from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, TooLarge
 from mmjax.train.config import Config
+
+
+def chosen(topology: str, memory: float) -> tuple[Topology, float]:
+    """The chips, and the bytes of each that may be used.
+
+    Raises:
+      InputError: there are no such chips, or not that much memory.
+    """
+    of = chips.topology(topology)
+    if memory * GIB > of.most:
+        raise InputError(
+            f"--memory is {memory:g}, but {of.chip.name} has {of.most / GIB:.2f} GiB; give no more than that."
+        )
+    return of, memory * GIB or of.chip.memory
+
+
+def decoding(
+    cfg: Config,
+    topology: str,
+    rows: int,
+    places: int,
+    memory: float = 0.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], str]:
+    """The plan of the step that writes a token of each of `rows` rows, with a cache of `places` tokens.
+
+    Args and errors as of `plan`.
+    """
+    of, limit = chosen(topology, memory)
+    mesh = make_mesh(cfg.mesh, chips.devices(of))
+    say(f"compiling the next token of {rows} rows, {places} places, for {topology}")
+    state = decode.held(cfg, rows, places, mesh)
+    made = decode.compiled(cfg, rows, places, mesh)
+    if isinstance(made, Program) and made.memory.total > limit:
+        made = TooLarge(made.memory.total, limit)
+    if isinstance(made, TooLarge):
+        found = {"rows": rows, "places": places, "fits": False, "needed": made.needed, "available": made.available}
+    else:
+        found = decode.figures(cfg, made, places, of, mesh)
+    return report.decode_as_json(of, mesh, state, limit, found), report.decode_words(of, mesh, state, limit, found)
 
 
 def plan(
@@ -32,16 +72,11 @@ def plan(
     Raises:
       InputError: for everything the user can mend.
     """
-    of = chips.topology(topology)
-    if memory * GIB > of.most:
-        raise InputError(
-            f"--memory is {memory:g}, but {of.chip.name} has {of.most / GIB:.2f} GiB; give no more than that."
-        )
+    of, limit = chosen(topology, memory)
     found = program.buckets(cfg)
     devices = chips.devices(of)
     mesh = make_mesh(cfg.mesh, devices)
     state = program.state_bytes(program.abstract(cfg, mesh)[0])
-    limit = memory * GIB or of.chip.memory
 
     def attempt(cfg: Config, bucket=None) -> Program | TooLarge:
         # No advice changes what buckets documents ask for, which takes reading them.

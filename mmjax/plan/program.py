@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,9 +128,17 @@ def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | 
     refuse_model(cfg)
     refuse_rows(cfg, parts_of("batch", mesh, Rules()))
     shape, tx = abstract(cfg, mesh)
+    return attempted(
+        lambda: compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update),
+        bucket,
+    )
+
+
+def attempted(compile: Callable[[], jax.stages.Compiled], bucket: Bucket) -> Program | TooLarge:
+    """What becomes of compiling a step of so many rows and tokens; InputError for what a compiler refuses."""
     began = time.monotonic()
     try:
-        made = compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
+        made = compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
             return too_large(str(error))

@@ -50,6 +50,56 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     return Figures(bucket, program, row, model, counted, time, best / time.step, by_cycles, tips(cfg, counted, mesh))
 
 
+def decode_as_json(
+    topology: Topology, mesh: jax.sharding.Mesh, held: State, limit: float, found: dict[str, Any]
+) -> dict[str, Any]:
+    """The step that writes a token, as numbers."""
+    return {
+        "topology": topology.text,
+        "chip": asdict(topology.chip),
+        "chips": mesh.size,
+        "mesh": axes(mesh),
+        "memory_limit": limit,
+        "parameters": held.count,
+        "parameter_bytes": held.parameters,
+        "cache_bytes": held.optimizer,
+        "decode": found,
+    }
+
+
+def decode_words(topology: Topology, mesh: jax.sharding.Mesh, held: State, limit: float, found: dict[str, Any]) -> str:
+    """The same in words."""
+    sizes, rows = " × ".join(f"{name} {n}" for name, n in axes(mesh).items()), found["rows"]
+    out = [
+        f"{topology.text}: {mesh.size} × {topology.chip.name}, mesh {sizes}",
+        f"each chip holds {_gib(held.parameters)} of the decoder's {held.count:,} parameters and "
+        f"{_gib(held.optimizer)} of the cache of {rows} rows × {found['places']:,} tokens; it has {_gib(limit)}",
+    ]
+    if not found["fits"]:
+        needs = f"it needs {_gib(found['needed'])} of {_gib(found['available'] or limit)}" if found["needed"] else ""
+        return "\n".join([*out, f"the next token of {rows} rows: DOES NOT FIT, {needs or 'memory runs out'}"])
+    chip = topology.chip
+    out += [
+        f"the next token of {rows} rows: compiled in {found['compile_seconds']:.0f} s; {_gib(found['memory'])} in all, "
+        f"of them {_gib(found['temporaries'])} temporaries: fits",
+        f"  products   {_tera(found['flops'])} FLOP / {_tera(chip.flops)} per second = {_ms(found['products'])}",
+        f"  memory     {found['bytes'] / 1e9:,.2f} GB / {chip.bandwidth / 1e9:,.0f} GB per second = "
+        f"{_ms(found['read'])}",
+    ]
+    for kind, of in found["collectives"].items():
+        out.append(f"  {kind:<19}{of['count']:>7,.0f} times {of['bytes'] / 1e9:>9,.3f} GB sent")
+    out.append(
+        f"step: {_ms(found['seconds'])} estimated ({_ms(found['sent'])} of collectives); "
+        f"{found['tokens_per_second']:,.0f} tokens per second of all rows"
+    )
+    if axes(mesh)["fsdp"] > 1:
+        out.append(
+            "faster: every step gathers parameters that fsdp splits; split them over heads and vocabulary instead "
+            "(--mesh.fsdp 1 --mesh.tensor N)"
+        )
+    return "\n".join([*out, *(f"not known: {name}" for name in found["unknown"])])
+
+
 def as_json(
     cfg: Config, topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float, found: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -173,13 +223,13 @@ def _sizes(of: tuple[int, ...]) -> str:
     return " and ".join(f"{n}" for n in sorted(set(of), reverse=True)) or "0"
 
 
-def _gib(n: float) -> str:
+def _gib(n: int | float) -> str:
     return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.1f} MiB"
 
 
-def _tera(n: float) -> str:
+def _tera(n: int | float) -> str:
     return f"{n / 1e12:,.1f} T" if n >= 1e11 else f"{n / 1e9:,.3g} G"
 
 
-def _ms(s: float) -> str:
+def _ms(s: int | float) -> str:
     return f"{1e3 * s:,.1f} ms" if s >= 1e-3 or not s else f"{1e6 * s:.3g} µs"

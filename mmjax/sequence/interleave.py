@@ -108,7 +108,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             except InputError as error:
                 raise InputError(f"Document {layout.id!r}: {error}") from error
             written = within == -2
-            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _no(vocab.image_newline))
+            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _newline(piece, vocab))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
             _mixed(piece, at, made[table], mix, layout.id, cfg)
@@ -176,6 +176,12 @@ def _placeholder(piece: Piece, vocab: Vocab) -> int:
     """What stands where a medium's tokens go; -1, which is refused, where the family has nothing for it."""
     own = {VIDEO: vocab.video, AUDIO: vocab.audio}.get(piece.modality)
     return _no(vocab.image if own is None else own)
+
+
+def _newline(piece: Piece, vocab: Vocab) -> int:
+    """What stands where a row of its tokens ends: a token of its own, or the medium's placeholder again."""
+    own = vocab.image_newline is None or vocab.image_newline != vocab.image
+    return _no(vocab.image_newline) if own else _placeholder(piece, vocab)
 
 
 def _unbroken(at: int, written: np.ndarray) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
-from mmjax.sequence.layout import AUDIO, EMPTY, NAMES, TEXT
+from mmjax.sequence.layout import AUDIO, EMPTY, IMAGE, NAMES, TEXT, VIDEO
 from mmjax.tokenizers.vocab import Vocab
 
 # In the order of the counts.
@@ -34,7 +34,9 @@ KINDS = (
 Placeholder = int | tuple[int, ...] | None
 
 
-def violations(batch: Batch, vocab_size: int, placeholder: Placeholder = None, media: Any = None) -> jax.Array:
+def violations(
+    batch: Batch, vocab_size: int, placeholder: Placeholder = None, media: Any = None, newline: bool = False
+) -> jax.Array:
     """How often every row breaks each of KINDS: i32[B, len(KINDS)], zeros in a sound batch; for the jitted step.
 
     Args:
@@ -42,10 +44,11 @@ def violations(batch: Batch, vocab_size: int, placeholder: Placeholder = None, m
       vocab_size: ids must lie below it.
       placeholder: the ids that stand where media tokens go (vocab.placeholders); None leaves them unchecked.
       media: bool[B, M], which media tokens the connector makes; None for one per patch.
+      newline: whether the ends of a picture's rows may carry a placeholder (see `Vocab.image_newline`).
     """
     # What is counted runs along the row, and is a few numbers per token: every device counts whole rows.
     batch, media = sharding.unsplit((batch, media))
-    return _count(batch, vocab_size, placeholder, media, _Device)
+    return _count(batch, vocab_size, placeholder, media, _Device, newline)
 
 
 def check(batch: Batch, vocab: Vocab, ids: Sequence[Sequence[str]] = (), media: np.ndarray | None = None) -> None:
@@ -54,7 +57,7 @@ def check(batch: Batch, vocab: Vocab, ids: Sequence[Sequence[str]] = (), media: 
     Raises:
       InputError: what is broken, in which row, and which documents (`ids`, by row) it holds.
     """
-    found = _count(batch, vocab.size, vocab.placeholders, media, _Host)
+    found = _count(batch, vocab.size, vocab.placeholders, media, _Host, vocab.image_newline in vocab.placeholders)
     if found.any():
         raise InputError(describe(found, ids))
 
@@ -104,7 +107,7 @@ class _Host:
         return out
 
 
-def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type) -> Any:
+def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type, newline: bool = False) -> Any:
     xp = of.xp
     if media is None:
         media = batch.patch_kind > 0
@@ -122,6 +125,8 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
     if placeholder is not None:
         ids = (placeholder,) if isinstance(placeholder, int) else placeholder
         is_placeholder = sum((batch.tokens == i for i in ids), xp.zeros_like(filled))
+    if newline:
+        is_placeholder = is_placeholder & ((batch.slot >= 0) | ((batch.modality != IMAGE) & (batch.modality != VIDEO)))
     strange = (batch.modality < 0) | (batch.modality >= len(NAMES))
     visible = batch.lo <= batch.hi
     first, last = _ends(batch.document, batch.order, of)

@@ -37,6 +37,8 @@ class Tokenizer(ABC):
     prefix: whether text gets a space in front that it does not have: "always", "first" (where it begins a sequence) or
       "never".
     exact: `decode(encode(x)) == x` for every text.
+    joins: what `decode` gives is what each id stands for, one after the other: more ids at the end change nothing but
+      the U+FFFD of a last character that is not whole yet.
     longest: characters of the longest text that is encoded; more may take more memory than there is.
     """
 
@@ -45,6 +47,7 @@ class Tokenizer(ABC):
     size: int
     prefix: Prefix
     exact: bool
+    joins: bool
     longest: int
 
     _own_prefix: Prefix  # as the file has it

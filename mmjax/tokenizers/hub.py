@@ -50,7 +50,7 @@ class Hub(Tokenizer):
         for token in parts.spec["added_tokens"]:
             if self._plain.token_to_id(token["content"]) != token["id"]:
                 raise InputError(f"{name} holds an added token whose id the library changes; download it again")
-        self._spelling = parts.spelling
+        self._spelling, self.joins = parts.spelling, bool(parts.spelling)
         self._spelled = _spelled(parts)
         self._whole = self._indispensable(parts)
         self._space = []

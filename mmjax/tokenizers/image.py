@@ -143,6 +143,12 @@ def read_size(source: Source, limits: Limits = LIMITS) -> tuple[int, int]:
     return find(source, limits).size
 
 
+def read_bytes(path: str | os.PathLike, limits: Limits = LIMITS) -> bytes:
+    """An image file's bytes, whatever they are. ImageError if it cannot be read, is no file, or is too long."""
+    with _errors(path), _opened(path, limits) as file:
+        return file.read(limits.max_bytes)
+
+
 def decode(
     source: Source, limits: Limits = LIMITS, *, background: Color = (255, 255, 255)
 ) -> UInt8[np.ndarray, "height width 3"]:

@@ -60,7 +60,7 @@ class Text(Tokenizer):
         same = parts.identity and complete and not parts.suffix
         # SentencePiece would give a literal U+2581 back as a space, so it is spelled in bytes.
         self._space = [bytes_[BYTE_NAMES[byte]] for byte in SPACE.encode()] if same else []
-        self._bytewise = same
+        self._bytewise = self.joins = same
         self._ids_of = {text: i for i, text in reversed(list(enumerate(texts)))}
         self.exact = same and self._is_exact()
 

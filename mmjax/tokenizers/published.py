@@ -3,6 +3,7 @@
 Each equals the named image processor of `transformers` 5.23 to the pixel (tests/parity/test_images.py), where there is
 one. Mean and deviation are `nn.patch_embed`'s to subtract and divide by, on device. Where a processor's defaults and a
 published repository differ (Qwen2-VL's allows 12,845,056 pixels), these are the defaults: `dataclasses.replace` them.
+LLaVA-OneVision's is that of its pixels; its model resizes maps of media tokens too (`most` 9, with sequence.mixes).
 """
 
 from dataclasses import dataclass

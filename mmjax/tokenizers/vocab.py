@@ -36,7 +36,8 @@ class Vocab:
     """Ids of the control tokens and the number of ids: all that the sequence code needs of a tokenizer.
 
     Ids lie in [0, size). Roles may share an id with others (many published models pad with `end`), but placeholders may
-    not: a media slot must be told from every other slot. None: the family has no such token. InputError names the field
+    not, for a media slot must be told from every other slot; but with that of the ends of a picture's rows, where a
+    vector of the model stands (models.vlm: `newline`). None: the family has no such token. InputError names the field
     that breaks a rule.
     """
 
@@ -70,7 +71,7 @@ class Vocab:
                     "ids and the size from the same tokenizer"
                 )
             media = ("image", "video", "audio")
-            if token in self.placeholders and field.name not in media:
+            if token in self.placeholders and field.name not in (*media, "image_newline"):
                 name = next(m for m in media if getattr(self, m) == token)
                 raise InputError(
                     f"vocabulary: {name!r} and {field.name!r} share the id {token}; give the placeholder its own id"

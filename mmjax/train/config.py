@@ -89,6 +89,36 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Where the visual tokens of pictures are kept, for runs whose vision tower is frozen: `--features.folder PATH`.
+
+    What is frozen is not computed again: the connector's tokens where update.frozen has "connector" (and "deep") too,
+    else the tower's features. Pictures go by the bytes of their file, or by their pixels where a dataset draws them; so
+    where each is drawn anew, as the built-in drawings are, all are computed, and keeping them is of no use. Losses are
+    those of a run without it but for rounding, for a picture is encoded in the batch that shows it first. One process.
+
+    folder: None: in memory alone. disk, memory: MiB; without a folder and with 0 of memory, nothing is kept.
+    age: days after which features are made again.
+    """
+
+    folder: Path | None = None
+    disk: int = 16 * 1024
+    memory: int = 0
+    age: float = 30.0
+
+    def __post_init__(self):
+        if self.disk < 1 or self.memory < 0 or not self.age > 0:
+            raise InputError(
+                f"features.disk is {self.disk}, features.memory {self.memory} and features.age {self.age}; give MiB "
+                f"and days above 0 (0 of memory for none)."
+            )
+
+    @property
+    def on(self) -> bool:
+        return self.folder is not None or self.memory > 0
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
 
@@ -103,6 +133,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     objective: Objective = field(default_factory=Objective)
     update: Update = field(default_factory=Update)
+    features: Features = field(default_factory=Features)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     cluster: Cluster = field(default_factory=Cluster)
     seed: int = 0

@@ -24,10 +24,11 @@ from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
 from mmjax.train import cluster, report, state
 from mmjax.train.config import Config
+from mmjax.train.features import Towers, compile_towers, without_patches
 from mmjax.train.prepare import Data, prepare_data
 from mmjax.train.resume import refuse_another_run
 from mmjax.train.state import TrainState
-from mmjax.train.step import batch_shardings, compile_step, cut, of_devices
+from mmjax.train.step import batch_shardings, by_rows, compile_step, cut, known_shardings, of_devices
 from mmjax.train.watch import Compiles, StopRequest
 
 CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
@@ -40,18 +41,24 @@ class Programs:
     """Everything compiled, ahead of time."""
 
     steps: list[jax.stages.Compiled]  # by bucket
-    shapes: list[batches.Batch]  # of each bucket's batches, all rows, cut into parts
-    placed: list[batches.Batch]  # their shardings
+    shapes: list[tuple[Any, ...]]  # of a batch, all rows, cut into parts, and of what is known of it (train.features)
+    placed: list[tuple[Any, ...]]  # their shardings
     asking: jax.sharding.NamedSharding  # of what every process is asked to do
     compiles: int  # of train steps
     seconds: float  # of all
+    towers: Towers | None = None  # where what a frozen tower makes is kept
 
     def run(
-        self, bucket: int, now: TrainState, batch: batches.Batch, asking: jax.Array, parts: int
+        self, bucket: int, now: TrainState, fed: Any, asking: jax.Array, parts: int
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """A step on this process' rows of a batch, cut into so many parts."""
-        batch = cluster.place(cut(batch, parts), self.placed[bucket], self.shapes[bucket])
-        return self.steps[bucket](now, batch, asking)
+        """A step on this process' rows of a batch (`fed`: what the source gives), cut into so many parts."""
+        fed = self.towers(bucket, now.params, *fed) if self.towers else (fed,)
+        batch, *known = cluster.place(cut(fed, parts), self.placed[bucket], self.shapes[bucket])
+        return self.steps[bucket](now, batch, asking, *known)
+
+    def feed(self, source: Source, params: dict) -> Any:
+        """What `run` is to be fed with, by step, once the parameters are there."""
+        return self.towers.start(params, source) if self.towers else source
 
 
 def run(cfg: Config) -> int:
@@ -119,15 +126,19 @@ def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.M
 
 def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
     """The train step of every bucket, compiled."""
-    counter, rules = Compiles(), Rules()
-    tx = state.optimizer(cfg.optimizer, cfg.steps)
+    towers, rules, parts = compile_towers(cfg, source, shape.params, mesh), Rules(), cfg.update.accumulate
+    counter, tx = Compiles(), state.optimizer(cfg.optimizer, cfg.steps)
     steps, shapes, placed = [], [], []
-    for bucket in source.plan.buckets:
-        batch = batches.abstract(bucket, source.values, source.vocab, source.cfg)
-        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective, cfg.update))
-        shapes.append(cut(batch, cfg.update.accumulate))
-        placed.append(batch_shardings(shapes[-1], mesh, rules, cfg.update.accumulate))
-    return Programs(steps, shapes, placed, of_devices(mesh), counter.count, counter.seconds)
+    for number, bucket in enumerate(source.plan.buckets):
+        batch, kept = batches.abstract(bucket, source.values, source.vocab, source.cfg), {}
+        if towers:
+            batch = without_patches(batch)
+            kept = {"known": by_rows(towers.shapes[number]), "after": towers.after}
+        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective, cfg.update, **kept))
+        shapes.append(cut((batch, kept["known"]) if kept else (batch,), parts))
+        lay = (batch_shardings, known_shardings)[: len(shapes[-1])]
+        placed.append(tuple(of(x, mesh, rules, parts) for of, x in zip(lay, shapes[-1], strict=True)))
+    return Programs(steps, shapes, placed, of_devices(mesh), counter.count, counter.seconds, towers)
 
 
 @dataclasses.dataclass
@@ -160,13 +171,14 @@ class Loop:
         if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
         asking = {status: self._asking(status) for status in (0, *stop.STATUSES)}
+        source = self.programs.feed(self.data.training, now.params)
         self.counter, self.late_before = Compiles(), self.late
         self.loop_began, self.trained_before = time.monotonic(), self.trained
         self.metrics = report.Metrics(cfg.out, start) if processes.index() == 0 else report.Silence()
         self.progress = report.Progress(cfg.steps, start) if processes.index() == 0 else report.Silence()
         step = saved = start
         with self.metrics, self.progress:
-            fed = self._timed(read(self.data.training, start, threads=cfg.threads))
+            fed = self._timed(read(source, start, threads=cfg.threads))
             unread = None
             for step, batch in enumerate(fed, start + 1):
                 now, seen = self._step(step, now, batch, asking[stop.status or 0])
@@ -188,9 +200,9 @@ class Loop:
         self.checkpoints.wait()
         return now
 
-    def _step(self, step: int, now: TrainState, batch: batches.Batch, asking: jax.Array) -> tuple[TrainState, dict]:
+    def _step(self, step: int, now: TrainState, fed: Any, asking: jax.Array) -> tuple[TrainState, dict]:
         bucket = self.data.training.plan.steps[step - 1].bucket
-        return self.programs.run(bucket, now, batch, asking, self.cfg.update.accumulate)
+        return self.programs.run(bucket, now, fed, asking, self.cfg.update.accumulate)
 
     def _asking(self, status: int) -> jax.Array:
         return cluster.whole(np.full(self.programs.asking.mesh.size, status, np.int32), self.programs.asking)
@@ -232,7 +244,7 @@ class Loop:
                 f"with a lower optimizer.learning_rate."
             )
 
-    def _timed(self, of: Iterator[batches.Batch]) -> Iterator[batches.Batch]:
+    def _timed(self, of: Iterator[Any]) -> Iterator[Any]:
         """The same, and how long it is waited for."""
         while True:
             asked = time.monotonic()
@@ -296,5 +308,7 @@ class Loop:
             "processes": jax.process_count(),
             "jax": jax.__version__,
         }
+        if self.programs.towers:
+            result["tower_steps"] = self.programs.towers.runs
         report.write_json(cfg.out / RESULT, result | shown)
         print(f"{self.data.evaluation.said(judged)} in {result['seconds']:.0f} s; see {cfg.out / RESULT}")

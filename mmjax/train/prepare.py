@@ -44,7 +44,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
         be read.
     """
-    tokenizer = _tokenizer(cfg.data)
+    tokenizer = _tokenizer(cfg.data, cfg.model.newline)
     _refuse(cfg, tokenizer, of)
     plain = lay = functools.partial(
         layout,
@@ -106,24 +106,29 @@ def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
     return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
 
 
-def _tokenizer(data: drawings.Config | sets.Mixed) -> Any:
+def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:
+    """`newline`: the model has a vector for the ends of a picture's rows, which any id may mark: the picture's does."""
     if isinstance(data, drawings.Config):
         return text.load(drawings.tokenizer_model(), exact=True)
-    return Chat(text.load(data.tokenizer), conventions.find(data.convention))
+    chat = Chat(text.load(data.tokenizer), conventions.find(data.convention))
+    if newline:
+        chat.vocab = dataclasses.replace(chat.vocab, image_newline=chat.vocab.image)
+    return chat
 
 
 def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
-    if tokenizer.vocab.size != cfg.model.decoder.vocab:
+    # Published models have more: their tables are padded to a round number.
+    if tokenizer.vocab.size > cfg.model.decoder.vocab:
         raise InputError(
             f"model.decoder.vocab is {cfg.model.decoder.vocab} but the tokenizer has {tokenizer.vocab.size} ids; "
-            f"set it to {tokenizer.vocab.size}."
+            f"set it to {tokenizer.vocab.size}, or more."
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
-    if cfg.model.placeholder not in (None, tokenizer.vocab.image):
+    given = cfg.model.placeholder
+    if given is not None and tokenizer.vocab.image not in ((given,) if isinstance(given, int) else given):
         raise InputError(
-            f"model.placeholder is {cfg.model.placeholder} but the tokenizer's image token is {tokenizer.vocab.image}; "
-            f"set it to that."
+            f"model.placeholder is {given} but the tokenizer's image token is {tokenizer.vocab.image}; set it to that."
         )
 
 

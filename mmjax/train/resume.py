@@ -13,7 +13,7 @@ from mmjax.train.prepare import Data
 
 # Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
 MAY_CHANGE = re.compile(
-    r"out|(mesh|cluster)\..*|threads|keep|keep_every|save_every|fallback|update\.patience|"
+    r"out|(mesh|cluster|features)\..*|threads|keep|keep_every|save_every|fallback|update\.patience|"
     r"data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
 )
 

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.core import sharding, tree
 from mmjax.core.sharding import Rules
+from mmjax.generate import features
 from mmjax.models import decoder, vlm
+from mmjax.models.tower import Media
 from mmjax.objectives import next_token
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
@@ -25,13 +27,20 @@ SETTLED = 20  # updates after which the mean of the gradients' norms says what i
 
 
 def loss_fn(
-    params: dict, batch: Batch, cfg: vlm.Config, objective: Objective = PLAIN, *, per: jax.Array | None = None
+    params: dict,
+    batch: Batch,
+    cfg: vlm.Config,
+    objective: Objective = PLAIN,
+    *,
+    per: jax.Array | None = None,
+    media: Media | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean next-token loss over the trained tokens, with z-loss if asked for, and its parts as sums, to add up.
 
     `per`: what the sum is divided by, where the batch is a part of another; else the sum of its own weights.
+    `media`: the batch's media tokens, where they are known.
     """
-    hidden = vlm.hidden(params, batch, cfg)
+    hidden = vlm.hidden(params, batch, cfg, media=media)
     head = functools.partial(decoder.logits, cfg=cfg.decoder)
     name = decoder.head(cfg.decoder)
     own = {name: params["decoder"][name]}
@@ -60,15 +69,19 @@ def cast(params: dict, compute: str) -> dict:
 def train_step(
     state: TrainState,
     batch: Batch,
+    known: Media | None = None,
     *,
     cfg: vlm.Config,
     tx: optax.GradientTransformation,
     objective: Objective = PLAIN,
     update: Update = AT_ONCE,
+    after: features.After = "connector",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
     Where `update.accumulate` is A > 1, the batch's fields are [A, B, ...]: A parts, whose gradients are added.
+    `known`: what the frozen tower (`after`: and connector) makes of the batch (generate.features.made), as `by_rows`
+    has it, in parts like the batch.
 
     Returns the new state and metrics: `loss`, `weight`, `correct` (sums over trained tokens), `tokens` (not padding),
     `grad_norm`, `skipped` (1 where the update was left out: see train.config.Update), `in_a_row` (how many were by now)
@@ -77,18 +90,19 @@ def train_step(
     """
     fixed, trained = tree.choose(state.params, update.frozen)
     per = jnp.maximum(batch.weight.sum(), 1.0)
-    part = functools.partial(_part, fixed=fixed, per=per, cfg=cfg, objective=objective, compute=update.compute)
+    how = {"cfg": cfg, "objective": objective, "compute": update.compute, "after": after}
+    part = functools.partial(_part, fixed=fixed, per=per, **how)
     if update.accumulate == 1:
-        (grads, sums), violations = part(trained, batch)
+        (grads, sums), violations = part(trained, (batch, known))
     else:
-        shape = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], batch))[0][1]
+        shape = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], (batch, known)))[0][1]
         start = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
 
-        def add(so_far: Any, piece: Batch) -> tuple[Any, jax.Array]:
+        def add(so_far: Any, piece: tuple[Batch, Media | None]) -> tuple[Any, jax.Array]:
             found, violations = part(trained, piece)
             return jax.tree.map(jnp.add, so_far, found), violations
 
-        (grads, sums), violations = jax.lax.scan(add, start, batch)
+        (grads, sums), violations = jax.lax.scan(add, start, (batch, known))
     norm = optax.tree.norm(grads)
     sound = violations.sum() == 0
     usable = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & ~_spike(norm, state.guard, update)
@@ -109,18 +123,22 @@ def train_step(
 
 def _part(
     trained: dict,
-    batch: Batch,
+    piece: tuple[Batch, Media | None],
     fixed: dict,
     per: jax.Array,
     cfg: vlm.Config,
     objective: Objective,
     compute: str,
+    after: features.After,
 ) -> tuple[tuple[dict, dict[str, jax.Array]], jax.Array]:
     """What one part of a batch adds to the gradient and to the sums, and the invariants it breaks."""
-    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg))
+    batch, known = piece
+    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline)
 
     def mean(trained: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss_fn(cast(tree.merge(trained, fixed), compute), batch, cfg, objective, per=per)
+        params = cast(tree.merge(trained, fixed), compute)
+        media = None if known is None else features.media_of(params, batch, cfg, by_rows(known), after)
+        return loss_fn(params, batch, cfg, objective, per=per, media=media)
 
     (_, sums), grads = jax.value_and_grad(mean, has_aux=True)(trained)
     return (grads, sums | {"tokens": (batch.modality != EMPTY).sum()}), violations
@@ -169,6 +187,24 @@ def cut(batch: Any, parts: int) -> Any:
     return jax.tree.map(one, batch)
 
 
+def by_rows(known: Media) -> Media:
+    """Features with DeepStack's as [B, T, M, D], so that all of them are cut and placed by rows; and back again."""
+
+    def swapped(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((x.shape[1], x.shape[0], *x.shape[2:]), x.dtype)
+        return x.swapaxes(0, 1)
+
+    return known if known.deep is None else known.replace(deep=swapped(known.deep))
+
+
+def known_shardings(known: Media, mesh: Mesh, rules: Rules, parts: int = 1) -> Media:
+    """As batch_shardings, of features by rows."""
+    front = () if parts == 1 else (None,)
+    axes = {len(front) + 3: ("batch", "length", None), len(front) + 4: ("batch", None, "length", None)}
+    return jax.tree.map(lambda x: sharding.named(mesh, front + axes[x.ndim], rules, x.shape), known)
+
+
 def compile_step(
     state: TrainState,
     batch: Batch,
@@ -178,29 +214,37 @@ def compile_step(
     rules: Rules,
     objective: Objective = PLAIN,
     update: Update = AT_ONCE,
+    *,
+    known: Media | None = None,
+    after: features.After = "connector",
 ) -> jax.stages.Compiled:
-    """The compiled step for one bucket: (state, batch, asked) → (state, metrics).
+    """The compiled step for one bucket: (state, batch, asked) → (state, metrics), and with `known` a fourth argument.
 
-    `state` and `batch` (all rows, not cut into parts) are abstract; the state's buffers are reused (donated). `asked`
-    i32[devices], a number of every process (see `of_devices`), comes back as its greatest: what one process is asked to
-    do, all know at the same step, without a message of its own.
+    `state`, `batch` and `known` (all rows, not cut into parts) are abstract; the state's buffers are reused (donated).
+    `asked` i32[devices], a number of every process (see `of_devices`), comes back as its greatest: what one process is
+    asked to do, all know at the same step, without a message of its own. `known` and `after` are those of `train_step`.
     """
 
-    def step(state: TrainState, batch: Batch, asked: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = train_step(state, batch, cfg=cfg, tx=tx, objective=objective, update=update)
+    def step(
+        state: TrainState, batch: Batch, asked: jax.Array, known: Media | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        how = {"cfg": cfg, "tx": tx, "objective": objective, "update": update, "after": after}
+        state, metrics = train_step(state, batch, known, **how)
         return state, metrics | {"asked": asked.max()}
 
-    batch = cut(batch, update.accumulate)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        batch,
-        batch_shardings(batch, mesh, rules, update.accumulate),
-    )
-    asked = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=of_devices(mesh))
+    def placed(x: Any, laid: Any) -> Any:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), x, laid)
+
+    parts = update.accumulate
+    batch, known = cut(batch, parts), cut(known, parts)
+    fed = [placed(batch, batch_shardings(batch, mesh, rules, parts))]
+    fed.append(jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=of_devices(mesh)))
+    if known is not None:
+        fed.append(placed(known, known_shardings(known, mesh, rules, parts)))
     # Metrics are whole everywhere, so that every process can read them.
     results = (shardings(state), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh), sharding.use_rules(rules):
-        return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, placed, asked).compile()
+        return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, *fed).compile()
 
 
 def of_devices(mesh: Mesh) -> NamedSharding:

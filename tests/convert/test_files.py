@@ -393,6 +393,21 @@ def test_formats_are_those_of_the_library(tmp_path):
         assert f'"dtype":"{name}"'.encode() in (tmp_path / "a.safetensors").read_bytes()
 
 
+def test_headers_are_written_as_the_library_does(tmp_path, rng):
+    for metadata in ({"format": "pt"}, {}):
+        for seed in range(3):
+            dice = np.random.default_rng(seed)
+            given = {
+                f"{'é' * (i % 2)}{dice.integers(99)}.{name}": np.zeros(dice.integers(0, 3, dice.integers(0, 4)), name)
+                for i, name in enumerate(dice.permutation(FORMATS))
+            }
+            save_file(given, tmp_path / "a.safetensors", metadata=metadata or None)
+            made = header.build({k: (x.dtype, x.shape) for k, x in given.items()}, metadata, "a")
+            assert (tmp_path / "a.safetensors").read_bytes() == made.raw + bytes(made.size - len(made.raw))
+    with pytest.raises(InputError, match="a cannot be written: x is complex128, which safetensors does not have"):
+        header.build({"x": (np.dtype(complex), (1,))}, {}, "a")
+
+
 # The index
 
 

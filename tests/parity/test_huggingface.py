@@ -33,6 +33,12 @@ QWEN3 |= {"deepstack_visual_indexes": [0]}
 STAGES = {"num_encoder_blocks": 2, "depths": [1, 2], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2]}
 STAGES |= {"sr_ratios": [2, 1], "mlp_ratios": [2, 2], "patch_sizes": [4, 2], "strides": [4, 2]}
 QFORMER = TOWER | {"vocab_size": 50, "encoder_hidden_size": 12, "max_position_embeddings": 8}
+LANGUAGE = TOWER | {"vocab_size": 50, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
+IDS = {"image_token_id": 48, "video_token_id": 49}
+SEES = {k: v for k, v in VISION.items() if "layers" not in k}
+SEES |= {"model_type": "clip_vision_model", "num_hidden_layers": 4}
 
 # model_type, class, its config.
 SYSTEMS = [
@@ -63,6 +69,61 @@ SYSTEMS = [
     ("pvt_v2", "PvtV2Model", STAGES | {"image_size": 16, "patch_sizes": [7, 3]}),
     ("blip_2_qformer", "Blip2QFormerModel", QFORMER),
     ("instructblip_qformer", "InstructBlipQFormerModel", QFORMER),
+    ("llama", "LlamaForCausalLM", LANGUAGE | {"attention_bias": True, "mlp_bias": True}),
+    ("mistral", "MistralForCausalLM", LANGUAGE),
+    ("qwen2", "Qwen2ForCausalLM", LANGUAGE | {"tie_word_embeddings": True}),
+    ("qwen3", "Qwen3ForCausalLM", LANGUAGE | {"head_dim": 4}),
+    ("gemma", "GemmaForCausalLM", LANGUAGE | {"head_dim": 8}),
+    ("gemma2", "Gemma2ForCausalLM", LANGUAGE | SLIDING | {"head_dim": 8}),
+    ("gemma3_text", "Gemma3ForCausalLM", LANGUAGE | SLIDING | {"head_dim": 8, "tie_word_embeddings": False}),
+    (
+        "llava",
+        "LlavaForConditionalGeneration",
+        {"vision_config": SEES, "text_config": LANGUAGE | {"model_type": "llama"}, "image_token_index": 48},
+    ),
+    (
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        {"vision_config": SEES, "text_config": LANGUAGE | {"model_type": "qwen2"}, "image_token_index": 48},
+    ),
+    (
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        {
+            "vision_config": VISION | {"model_type": "siglip_vision_model"},
+            "text_config": LANGUAGE | {"model_type": "qwen2", "tie_word_embeddings": True},
+            "image_token_index": 48,
+            "video_token_index": 49,
+        },
+    ),
+    (
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        IDS
+        | {
+            "vision_config": QWEN | {"embed_dim": 16, "hidden_size": 16},
+            "text_config": LANGUAGE | {"rope_parameters": MROPE},
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        IDS
+        | {
+            "vision_config": QWEN3 | {"out_hidden_size": 16, "fullatt_block_indexes": [1]},
+            "text_config": LANGUAGE | {"rope_parameters": MROPE},
+        },
+    ),
+    (
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        IDS
+        | {
+            "vision_config": QWEN3 | {"out_hidden_size": 16},
+            "text_config": LANGUAGE | {"rope_parameters": MROPE, "head_dim": 8},
+        },
+    ),
 ]
 HERE = [s for s in SYSTEMS if importlib.util.find_spec(f"mmjax.convert.{FAMILIES[s[0]]}")]
 
@@ -100,7 +161,9 @@ def theirs(system):
 
 
 def contents(path) -> dict[str, bytes]:
-    return {name: (path / name).read_bytes() for name in sorted(os.listdir(path))}
+    """Of config.json and the weights: tokenizers and the like are not this module's."""
+    names = sorted(set(os.listdir(path)) - {"generation_config.json"})
+    return {name: (path / name).read_bytes() for name in names}
 
 
 def mixed(model):
@@ -155,8 +218,12 @@ def test_onto_a_mesh_and_changed_and_back_into_transformers(system, tmp_path):
     save(tmp_path / "out", halved)
     again, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    before = dict(model.named_parameters())
     for name, p in again.named_parameters():
-        torch.testing.assert_close(p, 0.5 * dict(model.named_parameters())[name], rtol=0, atol=0)
+        # What our model does not compute with is as it was.
+        unused = any(name.endswith(key) for key in ours.origin.kept)
+        torch.testing.assert_close(p, before[name] if unused else 0.5 * before[name], rtol=0, atol=0)
+    assert bool(ours.origin.kept) == (system[0].startswith("llava"))
     assert load(tmp_path / "out").cfg == ours.cfg
 
 
@@ -198,3 +265,20 @@ def test_wrong_tensors_are_refused(system, tmp_path):
     save_file(given, path, metadata={"format": "pt"})
     load(tmp_path)
     assert files.Directory(tmp_path).shapes().keys() == given.keys()
+
+
+@pytest.mark.parametrize("change", ["without a head", "without a table", "both, equal", "both, unequal"])
+def test_a_tied_head_is_what_transformers_takes_it_for(change, tmp_path):
+    theirs(("llama", "LlamaForCausalLM", LANGUAGE | {"tie_word_embeddings": True})).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    given = load_file(path)
+    table = given.pop("model.embed_tokens.weight")
+    if change != "without a table":
+        given["model.embed_tokens.weight"] = table
+    if change != "without a head":
+        given["lm_head.weight"] = table + (change == "both, unequal")
+    save_file(given, path, metadata={"format": "pt"})
+    ours, again = load(tmp_path), transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(ours.params["embed"], again.model.embed_tokens.weight.detach())
+    np.testing.assert_array_equal(ours.params["embed" if ours.cfg.tied else "head"], again.lm_head.weight.detach())
+    assert ours.cfg.tied == (again.lm_head.weight is again.model.embed_tokens.weight)

@@ -151,3 +151,11 @@ def test_what_goes_round_is_what_the_model_sends_round(kv, monkeypatch):
 def test_parts_are_whole_words_of_a_scope():
     assert attention.part_of("jit(step)/transpose(jvp(decoder))/while/body/mlp/dot") == "decoder"
     assert attention.part_of("jit(step)/dynamic_update_slice") == "other"
+
+
+def test_a_sliding_window_reaches_no_further():
+    row = Row((700, 324), ())
+    seen = attention.sequence(row, "causal", 0, 128)
+    at, start = np.arange(1024), np.repeat([0, 700], [700, 324])
+    assert (seen.lo == np.maximum(start, at - 127)).all()
+    assert attention.turns(seen) < attention.turns(attention.sequence(row, "causal", 0))

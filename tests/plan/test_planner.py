@@ -1,6 +1,7 @@
 """What the planner says and refuses, without a compiler."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -36,7 +37,7 @@ def test_help_says_what_is_not_planned(capsys, monkeypatch):
     monkeypatch.setattr(command, "set_environment", lambda: None)
     with pytest.raises(SystemExit):
         command.run([])
-    assert "evaluate or decode are not planned" in capsys.readouterr().out
+    assert "evaluate are not planned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["nan", "inf", "-1"])
@@ -135,3 +136,28 @@ def test_documents_are_read_once(no_chips, monkeypatch):
     tried.clear()
     planner.plan(dataclasses.replace(run(), packing=dataclasses.replace(SHAPES, tokens=512)), "v5e:2x2")
     assert {b.tokens for b in tried} == {512, 256}
+
+
+def test_the_next_token_reads_parameters_and_cache_once(no_chips, capsys, monkeypatch):
+    """Compiled for the CPU's devices; and said in words, as JSON, and where it does not fit."""
+    monkeypatch.setattr(command, "set_environment", lambda: None)
+    monkeypatch.setattr(config, "load", lambda _: dataclasses.replace(run(), mesh=MeshConfig(data=2, fsdp=1, tensor=2)))
+    monkeypatch.setattr(chips, "coordinates", lambda topology, devices: [(i, 0) for i in range(len(devices))])
+    assert command.run(["any", "--topology", "v5e:2x2", "--decode", "4", "96", "--json"]) == 0
+    *said, numbers = capsys.readouterr().out.strip().splitlines()
+    found, blocks = json.loads(numbers), run().model.decoder.blocks
+    keys = blocks.layers * (4 // 2) * (blocks.kv_heads // 2) * 96 * blocks.head  # of two rows and one head
+    assert found["cache_bytes"] == 4 * (2 * keys + 2 * 96 + 1)  # and values, labels, the next place
+    decoded = found["decode"]
+    # XLA for CPUs copies; but no loop is unknown, and nothing is read as often as there are tokens.
+    assert decoded["fits"]
+    assert not decoded["unknown"]
+    assert decoded["bytes"] > found["parameter_bytes"] + found["cache_bytes"]
+    assert decoded["flops"] == pytest.approx(decoded["model_flops"], rel=0.3)
+    assert any("tokens per second of all rows" in line for line in said)
+    assert command.run(["any", "--topology", "v5e:2x2", "--decode", "4", "96", "--memory", "0.00001"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--decode is 3 rows, which 2 devices"):
+        command.run(["any", "--topology", "v5e:2x2", "--decode", "3", "96"])
+    with pytest.raises(InputError, match="--decode is 0 96; give rows"):
+        command.run(["any", "--topology", "v5e:2x2", "--decode", "0", "96"])

@@ -126,7 +126,7 @@ def prepared_size(cfg):
     """The vocabulary that a config's tokenizer has, as the refusal says it."""
     with pytest.raises(InputError, match=r"model\.decoder\.vocab is \d+ but the tokenizer has \d+ ids") as error:
         prepare_data(cfg)
-    return int(str(error.value).split("set it to ")[1].rstrip("."))
+    return int(str(error.value).split("set it to ")[1].split(",")[0])
 
 
 def test_what_does_not_fit_is_refused_by_name(cfg):
@@ -134,8 +134,11 @@ def test_what_does_not_fit_is_refused_by_name(cfg):
         prepare_data(changed(cfg, convention="chatlm"))
     # <|text_start|>, <|text_end|>, and a pair and a placeholder of video and of audio are added at the end.
     assert prepared_size(changed(cfg, convention="markers")) == VOCAB + 8
-    with pytest.raises(InputError, match=r"model\.decoder\.vocab is 401 but the tokenizer has 400 ids; set it to 400"):
-        prepare_data(dataclasses.replace(cfg, model=tiny_model(VOCAB + 1, 8)))
+    with pytest.raises(InputError, match=r"model\.decoder\.vocab is 399 but the tokenizer has 400 ids; set it to 400"):
+        prepare_data(dataclasses.replace(cfg, model=tiny_model(VOCAB - 1, 8)))
+    # A table that is padded to a round number has rows that no id names.
+    padded = prepare_data(dataclasses.replace(cfg, model=tiny_model(VOCAB + 16, 8)))
+    assert padded.tokenizer.vocab.size == VOCAB
     with pytest.raises(InputError, match=r"nowhere\.model"):
         prepare_data(changed(cfg, tokenizer=cfg.data.tokenizer.parent / "nowhere.model"))
     with pytest.raises(InputError, match=r"^Source 'cats' has 40 documents, and data\.held_out is 40"):

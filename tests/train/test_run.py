@@ -15,6 +15,7 @@ from mmjax.core.files import lock_directory
 from mmjax.core.sharding import MeshConfig
 from mmjax.data import source
 from mmjax.sequence import batch as batches
+from mmjax.sequence import media
 from mmjax.train import evaluate, loop, report
 
 
@@ -163,7 +164,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_unreadable_picture_is_refused_by_name(tmp_path, monkeypatch):
-    real = source.render
+    real = media.render
 
     def broken(picture, views):
         if broken.left == 0:
@@ -174,7 +175,7 @@ def test_an_unreadable_picture_is_refused_by_name(tmp_path, monkeypatch):
         return real(picture, views)
 
     broken.left = 30
-    monkeypatch.setattr(source, "render", broken)
+    monkeypatch.setattr(media, "render", broken)
     with pytest.raises(InputError, match=r"Document 'drawings/0/\d+', span \d"):
         loop.run(tiny_run(tmp_path))
     assert not (tmp_path / loop.RESULT).exists()

@@ -1,0 +1,1 @@
+"""Answers: sampling, chat, and what is kept between turns."""

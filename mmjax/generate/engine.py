@@ -1,0 +1,279 @@
+"""Tokens out of a model with a key-value cache of static shape: prompts are prefilled, answers come from one loop.
+
+    state = engine.empty(cfg, rows=2, places=512)
+    state = engine.prefill(params, batch, cfg, state)                   # as often as there is more to read
+    state = engine.decode(params, state, 16, ends, values, cfg, switches)     # up to 16 more tokens per row
+
+Pure functions; `run_prefill` and `run_decode` are the compiled ones, which take the state's memory over. How many
+tokens `decode` makes is data: one program serves streams and long runs. Rows of different length go together, and each
+says what it says alone: padding takes places that nothing sees (nn.cache), and positions and labels go on from each
+row's own.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mmjax.core import sharding
+from mmjax.core.errors import InputError
+from mmjax.generate import sample
+from mmjax.generate.sample import Switches, Values
+from mmjax.models import decoder, vlm
+from mmjax.models.tower import Media
+from mmjax.nn import transformer
+from mmjax.nn.cache import KVCache
+from mmjax.sequence import batch as batches
+from mmjax.sequence.batch import Batch
+from mmjax.sequence.layout import EMPTY, TEXT
+
+Config = vlm.Config | decoder.Config
+Field = Any  # an array; under tree.map whatever takes its place
+
+
+@flax.struct.dataclass
+class State:
+    """What rows have read and said. Places are those of the cache, the same for all rows."""
+
+    cache: KVCache
+    tokens: Field  # i32[B, S], the id in each place, -1 where there is none
+    logits: Field  # f32[B, V], of the token that comes next
+    label: Field  # i32[B], its label
+    position: Field  # i32[B], its position: one past the largest so far, whatever axis that is on
+    lo: Field  # i32[B], the first label that it sees
+    done: Field  # bool[B], rows that say nothing more
+
+
+def language(cfg: Config) -> decoder.Config:
+    """The decoder of a model."""
+    return cfg if isinstance(cfg, decoder.Config) else cfg.decoder
+
+
+def unstacked(params: dict, cfg: Config) -> dict:
+    """The same parameters, of every block of the decoder by itself.
+
+    For decoding, which reads every parameter once a token: a scan over stacked ones copies them first, and XLA on CPUs
+    takes twice as long. Compile time grows with the number of blocks.
+    """
+    if isinstance(cfg, vlm.Config):
+        return params | {"decoder": unstacked(params["decoder"], cfg.decoder)}
+    stacked = isinstance(params["blocks"], dict)
+    return params | {"blocks": transformer.unstack(params["blocks"])} if stacked else params
+
+
+def empty(cfg: Config, rows: int, places: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> State:
+    """A state that has read nothing.
+
+    Args:
+      cfg: the model's.
+      rows, places: B and S: so many tokens, the longest row's padding among them, may be read and said.
+      dtype: of keys and values; the parameters' is the right one.
+      stacked: whether the parameters of the blocks are, or `unstacked`.
+
+    Raises:
+      InputError: a decoder that looks at media by cross-attention.
+    """
+    of = language(cfg)
+    if of.cross is not None:
+        raise InputError("Text cannot be generated yet by a decoder that looks at media by cross-attention.")
+
+    def full(value: Any, dtype: Any, *shape: int) -> jax.Array:
+        return jnp.full((rows, *shape), value, dtype)
+
+    return _laid(
+        State(
+            cache=decoder.empty_cache(of, rows, places, dtype, stacked=stacked),
+            tokens=full(-1, jnp.int32, places),
+            logits=full(0.0, jnp.float32, of.vocab),
+            label=full(0, jnp.int32),
+            position=full(0, jnp.int32),
+            lo=full(0, jnp.int32),
+            done=full(True, jnp.bool_),
+        )
+    )
+
+
+def text_batch(
+    tokens: Int[Array | np.ndarray, "b l"],
+    order: Int[Array | np.ndarray, "b l"],
+    lo: Int[Array | np.ndarray, "b l"],
+    position: Int[Array | np.ndarray, "b l 3"],
+) -> Batch:
+    """A batch of words alone, each of which sees what lies between `lo` and itself; places with label -1 are empty."""
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
+    rows, there = tokens.shape[0], order >= 0
+    return Batch(
+        **nothing
+        | {
+            "tokens": tokens,
+            "modality": jnp.where(there, TEXT, EMPTY).astype(jnp.int8),
+            "order": order,
+            "lo": lo,
+            "hi": order,
+            "position": position,
+            "patches": jnp.zeros((rows, 0, 1), jnp.uint8),
+            "grid": jnp.zeros((rows, 0, 3), jnp.int32),
+        }
+    )
+
+
+def rewound(state: State, n: int, position: int) -> State:
+    """A state of one row that has read its first n tokens alone; its next position is `position`.
+
+    Of one row, for there a place is a label; it must read more before it says anything.
+    """
+    keep = jnp.arange(state.cache.places)[None] < n
+    cache = state.cache.replace(order=jnp.where(keep, state.cache.order, -1), at=jnp.int32(n))
+    at = jnp.full_like(state.label, n), jnp.full_like(state.position, position)
+    return state.replace(cache=cache, tokens=jnp.where(keep, state.tokens, -1), label=at[0], position=at[1])
+
+
+def grown(state: State, places: int) -> State:
+    """The state with room for more."""
+    more = places - state.cache.places
+
+    def wider(x: jax.Array, axis: int, fill: int) -> jax.Array:
+        return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=fill)
+
+    k, v = jax.tree.map(lambda x: wider(x, -2, 0), (state.cache.k, state.cache.v))
+    cache = state.cache.replace(k=k, v=v, order=wider(state.cache.order, 1, -1))
+    return state.replace(cache=cache, tokens=wider(state.tokens, 1, -1))
+
+
+def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Media | None = None) -> State:
+    """The state after the tokens of a batch, one document (or the next part of one) at the beginning of each row.
+
+    A row goes on where its labels do: those of the batch must be larger than all before. The cache needs room for all
+    columns of the batch; those after its longest row are free again afterwards. Rows with no tokens stay as they are.
+
+    Args:
+      params: the model's; those of the blocks may be a tuple (`unstacked`).
+      batch: B rows.
+      cfg: the model.
+      state: B rows as well.
+      media: the batch's media tokens, where they are known (models.vlm.media).
+    """
+    with sharding.whole("length"):
+        batch, at = _placed(batch), state.cache.at
+        hidden, cache = _run(params, batch, cfg, state.cache, media)
+        there = batch.order >= 0
+        column = jnp.arange(batch.order.shape[1], dtype=jnp.int32)[None]
+        last = jnp.where(there, column, -1).max(-1)
+        some, safe = last >= 0, jnp.maximum(last, 0)[:, None]
+        logits = _logits(params, jnp.take_along_axis(hidden, safe[:, :, None], axis=1), cfg)
+        position = jnp.where(there[:, :, None], batch.position, -1).max((1, 2)).astype(jnp.int32) + 1
+        words = jnp.where(there, batch.tokens, -1)
+        return _laid(
+            State(
+                cache=cache.replace(at=at + last.max() + 1),
+                tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, words, at, 1),
+                logits=jnp.where(some[:, None], logits, state.logits),
+                label=jnp.where(some, batch.order.max(-1) + 1, state.label),
+                position=jnp.maximum(state.position, position),
+                lo=jnp.where(some, jnp.take_along_axis(batch.lo, safe, axis=1)[:, 0], state.lo),
+                done=state.done & ~some,
+            )
+        )
+
+
+def media(params: dict, batch: Batch, cfg: vlm.Config) -> Media:
+    """The media tokens of a batch, which is laid out as parameters are (models.vlm.media)."""
+    with sharding.whole("length"):
+        return vlm.media(params, _placed(batch), cfg)
+
+
+def read(params: dict, state: State, token: Int[Array, "b"], cfg: Config) -> State:
+    """The state after one more token of every row that is not done; the others stay as they are."""
+    label = jnp.where(state.done, -1, state.label)[:, None]
+    position = jnp.broadcast_to(state.position[:, None, None], (*label.shape, 3))
+    batch = text_batch(jnp.where(state.done, 0, token)[:, None], label, state.lo[:, None], position)
+    with sharding.whole("length"):
+        hidden, cache = _run(params, batch, cfg, state.cache, None)
+        word = jnp.where(state.done, -1, token)[:, None]
+        more = 1 - state.done.astype(jnp.int32)
+        return _laid(
+            State(
+                cache=cache,
+                tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, word, state.cache.at, 1),
+                logits=_logits(params, hidden, cfg),
+                label=state.label + more,
+                position=state.position + more,
+                lo=state.lo,
+                done=state.done,
+            )
+        )
+
+
+def decode(
+    params: dict,
+    state: State,
+    n: Int[Array, ""] | int,
+    ends: Int[Array, "ends"],
+    values: Values,
+    cfg: Config,
+    switches: Switches,
+) -> State:
+    """The state after up to n more tokens of every row, in one loop: chosen, written down and read.
+
+    It ends when all rows are done, or the cache is full. What was said is in `tokens`, from the old cache.at to the new
+    one: a row's own tokens, the one that ended it among them, and -1 after that.
+
+    Args:
+      params, cfg: the model.
+      state: after the prompts.
+      n: how many.
+      ends: i32[K], ids after which a row is done.
+      values, switches: how tokens are chosen (generate.sample.prepare).
+    """
+
+    values = jax.tree.map(lambda x: sharding.constrain(jnp.asarray(x), ("batch",)), values)
+
+    def more(carry: tuple[jax.Array, State]) -> jax.Array:
+        i, state = carry
+        return (i < n) & ~state.done.all() & (state.cache.at < state.cache.places)
+
+    def turn(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        i, state = carry
+        token = sample.choose(state.logits, state.tokens, state.label, values, switches)
+        after = read(params, state, token, cfg)
+        return i + 1, after.replace(done=after.done | (token[:, None] == ends[None]).any(-1))
+
+    return jax.lax.while_loop(more, turn, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _run(params: dict, batch: Batch, cfg: Config, cache: KVCache, media: Media | None) -> tuple[jax.Array, KVCache]:
+    if isinstance(cfg, vlm.Config):
+        return vlm.prefill(params, batch, cfg, cache, media=media)
+    see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
+    with jax.named_scope("decoder"):
+        return decoder.cached(params, decoder.embed(params, batch.tokens, cfg), cfg, cache, **see)
+
+
+def _logits(params: dict, hidden: jax.Array, cfg: Config) -> jax.Array:
+    """f32[B, V] of one hidden state per row."""
+    inner = params["decoder"] if isinstance(cfg, vlm.Config) else params
+    with jax.named_scope("head"):
+        return decoder.logits(inner, hidden, language(cfg))[:, 0]
+
+
+def _placed(batch: Batch) -> Batch:
+    """Rows split over devices, whatever lay where."""
+    return jax.tree.map(lambda x, axes: sharding.constrain(jnp.asarray(x), axes), batch, batches.axes(batch))
+
+
+def _laid(state: State) -> State:
+    """Rows split as those of a batch, everything else whole: also the logits, which are looked through as a whole."""
+    rows = {name: getattr(state, name) for name in ("tokens", "logits", "label", "position", "lo", "done")}
+    cache = state.cache.replace(order=sharding.constrain(state.cache.order, ("batch", None)))
+    return State(cache, **{k: sharding.constrain(x, ("batch",) + (None,) * (x.ndim - 1)) for k, x in rows.items()})
+
+
+run_prefill = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(prefill)
+run_decode = functools.partial(jax.jit, static_argnames=("cfg", "switches"), donate_argnames=("state",))(decode)
+run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked"))(empty)
+run_media = functools.partial(jax.jit, static_argnames=("cfg",))(media)

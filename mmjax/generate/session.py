@@ -1,0 +1,207 @@
+"""Answers to documents, as they come: a model and its processor, and the cache of their last conversation.
+
+    session = Session(model, processor)
+    for row, text in session.stream([question], max_tokens=100):
+        print(text, end="", flush=True)
+
+A conversation of one row goes on where it stood: only what is new is read, as long as the new writing begins with the
+same tokens and the same pictures.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.convert.huggingface import Model
+from mmjax.core.errors import InputError
+from mmjax.core.store import Store
+from mmjax.generate import engine, features, prompts, sample
+from mmjax.generate.prompts import Read, ladder
+from mmjax.generate.sample import GREEDY, Sampling
+from mmjax.generate.stream import Reason, Stream
+from mmjax.models import vlm
+from mmjax.models.tower import Media
+from mmjax.sequence import batch as batches
+from mmjax.sequence.batch import Batch, Values
+from mmjax.sequence.document import Document
+
+PART = 1024  # columns of a prompt that are read at once
+LEAST = 128  # places of the smallest cache
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to one document.
+
+    ids: its tokens, without the one that ended it. reason: as of generate.stream.Stream.
+    prompt: tokens of the document; reused: how many of them were in the cache already.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    reason: Reason
+    prompt: int
+    reused: int = 0
+
+
+class Session:
+    """Holds the parameters, the cache of the last documents, and their `answers` when all is said."""
+
+    def __init__(
+        self,
+        model: Model,
+        processor: Any,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        part: int = PART,
+        unstack: bool | None = None,
+        store: Store | None = None,
+    ):
+        """What answers.
+
+        Args:
+          model: a decoder or a vision-language model, as convert.huggingface.load gives it.
+          processor: of the same directory (convert.processor.load).
+          mesh: what the parameters are sharded over.
+          part: how many columns of a prompt are read at once.
+          unstack: whether to take the blocks' parameters apart (generate.engine.unstacked), which takes their memory
+            again while the model's own are still held. None: on CPUs, where a scan would copy them at every token.
+          store: where the visual tokens of pictures are kept (generate.features); None: nowhere.
+
+        Raises:
+          InputError: a model that does not write text.
+        """
+        if not isinstance(model.cfg, engine.Config):
+            raise InputError(f"This model ({model.of.__name__}) writes no text; give a decoder or a model around one.")
+        self.cfg, self.processor, self.mesh, self.part = model.cfg, processor, mesh, part
+        self._stacked = jax.default_backend() != "cpu" if unstack is None else not unstack
+        self.params = model.params if self._stacked else self._on(engine.unstacked, model.params, self.cfg)
+        inner = self.params["decoder"] if isinstance(self.cfg, vlm.Config) else self.params
+        self._dtype = inner["embed"].dtype
+        self.store = store if isinstance(self.cfg, vlm.Config) else None
+        self._tower = "" if self.store is None else self._on(features.tower, self.params, self.cfg)
+        self._state: engine.State | None = None
+        self._read: Read | None = None
+        self.answers: list[Answer] = []
+
+    def answer(
+        self,
+        documents: Sequence[Document],
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+    ) -> list[Answer]:
+        """The answers to documents, all at once; as of `stream`."""
+        for _ in self.stream(documents, sampling, max_tokens=max_tokens, stop=stop, chunk=64):
+            pass
+        return self.answers
+
+    def stream(
+        self,
+        documents: Sequence[Document],
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        chunk: int = 8,
+    ) -> Iterator[tuple[int, str]]:
+        """(number of the document, what its answer goes on with), as it becomes final; `answers` has them whole.
+
+        Args:
+          documents: one in each row of the batch; what opens an answer is written behind them by the processor.
+          sampling: of all documents, or of each.
+          max_tokens: the longest answer.
+          stop: texts that end an answer, and are no part of it.
+          chunk: how many tokens are made before their text is looked at.
+
+        Raises:
+          InputError: what the processor refuses; another number of samplings than documents.
+        """
+        rows = [sampling] * len(documents) if isinstance(sampling, Sampling) else list(sampling)
+        if len(rows) != len(documents):
+            raise InputError(f"{len(rows)} samplings were given for {len(documents)} documents; give one for each.")
+        if max_tokens < 1 or chunk < 1:
+            raise InputError(f"max_tokens is {max_tokens} and chunk {chunk}; give at least 1 of each.")
+        ends = np.array(sorted(self.processor.stops), np.int32)
+        streams = [Stream(self.processor.chat.tokenizer, self.processor.stops, stop) for _ in documents]
+        counts = self._prefill(documents, max_tokens)
+        switches, values = sample.prepare(rows)
+        at, left, some = int(self._state.cache.at), max_tokens, 1  # the first token at once
+        while left and not all(stream.reason for stream in streams):
+            run = {"cfg": self.cfg, "switches": switches}
+            state = self._on(
+                engine.run_decode, self.params, self._state, np.int32(min(some, left)), ends, values, **run
+            )
+            new = np.array(state.tokens)[:, at : int(state.cache.at)]
+            texts = [s.add([t for t in said.tolist() if t >= 0]) for s, said in zip(streams, new, strict=True)]
+            over = np.array([stream.reason is not None for stream in streams])
+            # Before anything is handed out: whoever reads this may stop here.
+            self._state, self._read = state.replace(done=state.done | over), self._read and self._read.said(new[0])
+            at, left, some = at + new.shape[1], left - min(some, left), chunk
+            yield from ((row, text) for row, text in enumerate(texts) if text)
+        for row, stream in enumerate(streams):
+            text = stream.finish()
+            if text:
+                yield row, text
+        self.answers = [Answer(s.text, tuple(s.ids), s.reason, *n) for s, n in zip(streams, counts, strict=True)]
+
+    def _prefill(self, documents: Sequence[Document], max_tokens: int) -> list[tuple[int, int]]:
+        """Reads the documents; gives for each how many tokens it has, and how many of them were there already."""
+        frames = self.processor.frames(documents)
+        made = [self.processor.example(document, frames=frames) for document in documents]
+        counts = [len(example.tokens) for example, _ in made]
+        kept = 0
+        read = Read.of(made[0][0], documents[0]) if len(documents) == 1 else None
+        if read is not None:
+            layout = self.processor.layout(documents[0])
+            kept = 0 if self._read is None else prompts.common(self._read, read, layout)
+            made = [prompts.rest(*made[0], layout, kept)]
+        sizes = [example.size for example, _ in made]
+        values = Values(self.processor.values.patch * frames)
+        bucket = self.processor.bucket(sizes)
+        batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, self.processor.sequence)
+        batch = prompts.moved_on(batch, kept)
+        cuts = prompts.parts(batch, self.part)
+        wide = [ladder(stop - start) for start, stop in cuts]
+        ends = [kept + start + n for (start, _), n in zip(cuts, wide, strict=True)]
+        state = self._room(len(documents), kept, max(*ends, max(counts) + max_tokens), read)
+        self._state = self._read = None  # its memory is given away
+        media = self._media(batch, documents, frames)
+        for (start, stop), n in zip(cuts, wide, strict=True):
+            part = prompts.columns(batch, start, stop, n)
+            state = self._on(engine.run_prefill, self.params, part, cfg=self.cfg, state=state, media=media)
+        self._state, self._read = state, read
+        return [(count, kept) for count in counts]
+
+    def _room(self, rows: int, kept: int, places: int, read: Read | None) -> engine.State:
+        """A state that has read what is kept, and has room for so many places."""
+        places = ladder(places, LEAST)
+        if not kept:
+            how = {"rows": rows, "places": places, "dtype": self._dtype, "stacked": self._stacked}
+            return self._on(engine.run_empty, self.cfg, **how)
+        state = engine.rewound(self._state, kept, read.position(kept))
+        return engine.grown(state, places) if places > state.cache.places else state
+
+    def _media(self, batch: Batch, documents: Sequence[Document], frames: int) -> Media | None:
+        if not isinstance(self.cfg, vlm.Config) or not np.asarray(batch.grid).any():
+            return None
+        if self.store is not None:
+            its = self.processor
+            how = features.How(its.sequence, clips=its.clips, frames=frames, other=its.preprocessing)
+            views = (np.asarray(batch.grid).prod(-1) > 0).sum(1).tolist()
+            names = [
+                features.last(features.named(document, its.layout(document), self._tower, how), n)
+                for document, n in zip(documents, views, strict=True)
+            ]
+            return self._on(features.media, self.params, batch, self.cfg, names, self.store)
+        return self._on(engine.run_media, self.params, prompts.seen(batch), cfg=self.cfg)
+
+    def _on(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        """run(…) where the parameters are."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return run(*args, **kwargs)

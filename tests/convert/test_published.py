@@ -1,0 +1,125 @@
+"""config.json of published directories: the sizes they give, and what is refused in them."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hub_configs import PUBLISHED
+
+from mmjax.convert import rules
+from mmjax.convert.huggingface import Origin
+from mmjax.core import config, tree
+from mmjax.core.errors import InputError
+from mmjax.models import vlm
+from mmjax.nn.rope_scaling import Dynamic, LongRope, Yarn
+from mmjax.train.prepare import refuse_model, refuse_rows
+
+# CLIP's last block and the norm after it; SigLIP's.
+UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304}
+# The config that is the same model.
+SAME = {
+    "llava-hf/llava-1.5-7b-hf": "llava_7b",
+    "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+}
+LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
+QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
+LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
+ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
+
+
+def found(given: dict):
+    return Origin.of(given).found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_as_many_as_published(name):
+    given, count = PUBLISHED[name]
+    of = found(given)
+    spec = of.of.spec(of.cfg)
+    assert sum(math.prod(p.shape) for p in tree.flatten(spec).values()) + UNUSED.get(given["model_type"], 0) == count
+    rules.plan(spec, of.rules)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_config_of_the_same_name_is_the_published_model(name):
+    cfg = config.load(SAME[name])
+
+    def plain(blocks):
+        return dataclasses.replace(blocks, remat="none")
+
+    vision = dataclasses.replace(cfg.model.vision, blocks=plain(cfg.model.vision.blocks))
+    language = dataclasses.replace(cfg.model.decoder, blocks=plain(cfg.model.decoder.blocks))
+    model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
+    assert found(PUBLISHED[name][0]).cfg == model
+    refuse_model(cfg)
+    refuse_rows(cfg, 256)
+
+
+def rope(**scaling):
+    return found(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": 64}).cfg.blocks.rope.scaling
+
+
+def test_scalings_take_what_is_left_out_from_the_positions():
+    assert rope(type="yarn", factor=2.0) == Yarn(2.0, 64)
+    assert rope(rope_type="yarn", factor=None, original_max_position_embeddings=16) == Yarn(4.0, 16)
+    assert rope(rope_type="dynamic", factor=2.0) == Dynamic(2.0, 64)
+    given = {"short_factor": [1.0] * 32, "long_factor": [2] * 32, "original_max_position_embeddings": 16}
+    assert rope(rope_type="longrope", **given) == LongRope((1.0,) * 32, (2.0,) * 32, 16, 4.0)
+
+
+def test_left_out_parts_are_those_of_transformers():
+    cfg = found({"model_type": "llava"}).cfg
+    assert (cfg.vision.blocks.layers, cfg.vision.table.rows, cfg.decoder.blocks.hidden) == (23, 24, 11008)
+    assert found({"model_type": "llava_onevision"}).cfg.vision.blocks.layers == 26
+    text = found({"model_type": "qwen2_5_vl"}).cfg.decoder
+    assert (text.vocab, text.blocks.layers, text.blocks.epsilon) == (152064, 80, 1e-5)
+    assert found(LLAVA | {"vision_feature_layer": 3}).cfg.vision.blocks.layers == 3
+    assert found(LLAVA | {"vision_feature_layer": [-2]}).cfg.vision.blocks.layers == 23
+    assert found({"model_type": "mistral", "num_key_value_heads": None, "head_dim": None}).cfg.blocks.kv_heads == 32
+    window = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 20}
+    assert found(QWEN2 | window).cfg.blocks.windowed == (20, 21, 22, 23)
+
+
+REFUSED = [
+    (LLAMA | {"hidden_act": "mish"}, "'hidden_act' is 'mish'"),
+    (LLAMA | {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    (LLAMA | {"rope_scaling": {"type": "su"}}, "rope_type is 'su'"),
+    (LLAMA | {"rope_scaling": {"type": "linear"}}, "no 'factor'"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "'factor' is '2'"),
+    (LLAMA | {"rope_theta": -1}, "'rope_theta' is -1"),
+    (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is '0.5'"),
+    (LLAMA | {"num_key_value_heads": 2}, "9 heads and 2 of keys"),
+    (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
+    (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
+    (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
+    (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),
+    ({"model_type": "gemma", "use_bidirectional_attention": True}, "'use_bidirectional_attention'"),
+    ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "Gemma 3 has them for"),
+    (LLAVA | {"text_config": {"model_type": "mixtral"}}, "model_type is 'mixtral'"),
+    (LLAVA | {"text_config": "llama"}, "'text_config' is 'llama'"),
+    (LLAVA | {"vision_config": {"model_type": "pixtral"}}, "tower's model_type is 'pixtral'"),
+    (LLAVA | {"vision_feature_layer": [-2, -5]}, "'vision_feature_layer' is"),
+    (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),
+    (LLAVA | {"vision_feature_select_strategy": "full"}, "'vision_feature_select_strategy' is 'full'"),
+    (ONEVISION | {"vision_feature_select_strategy": "default"}, "'vision_feature_select_strategy' is 'default'"),
+    (PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"][0] | {"rope_scaling": {"mrope_section": [1, 2, 3]}}, "'mrope_section'"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_not_computed_is_refused_by_name(given, says):
+    with pytest.raises(InputError) as error:
+        found(json.loads(json.dumps(given)))
+    assert says in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_onevision_has_two_placeholders_and_a_newline():
+    cfg = found(ONEVISION).cfg
+    assert (cfg.placeholder, cfg.newline) == ((151646, 151647), True)
+    assert vlm.spec(cfg)["newline"].shape == (3584,)

@@ -1,0 +1,135 @@
+"""What config.json says in published directories: where it is not what transformers takes anyway, as the hub has it."""
+
+LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_SCALING |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
+CLIP = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model"}
+CLIP |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
+VICUNA = {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064}
+LLAVA = {"model_type": "llava", "image_token_index": 32000, "projector_hidden_act": "gelu", "text_config": VICUNA}
+LLAVA |= {"tie_word_embeddings": False, "vision_config": CLIP, "vision_feature_layer": -2}
+LLAVA |= {"vision_feature_select_strategy": "default"}
+NEXT = LLAVA | {"model_type": "llava_next", "use_image_newline_parameter": True}
+MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "vocab_size": 32064}
+MISTRAL |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None}
+SIGLIP = {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model"}
+SIGLIP |= {"num_attention_heads": 16, "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False}
+
+
+def qwen(hidden: int, inner: int, layers: int, heads: int, kv: int, **more) -> dict:
+    """A text model of Qwen's."""
+    out = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "rms_norm_eps": 1e-6}
+    out |= {"num_attention_heads": heads, "num_key_value_heads": kv, "hidden_act": "silu", "use_sliding_window": False}
+    return out | {"rope_theta": 1000000.0, "sliding_window": 32768, "max_window_layers": layers} | more
+
+
+QWEN2_7B = qwen(3584, 18944, 28, 28, 4)
+MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+IDS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
+SEES2 = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "patch_size": 14}
+SEES2 |= {"spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2}
+SEES25 = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+SEES25 |= {"patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
+SEES25 |= {"tokens_per_second": 2, "temporal_patch_size": 2, "in_chans": 3}
+SEES3 = {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "model_type": "qwen3_vl", "num_heads": 16}
+SEES3 |= {"num_position_embeddings": 2304, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
+SMALL3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+LARGE3 = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+
+
+def qwen3_vl(tied: bool, sees: dict, *sizes: int) -> dict:
+    scaling = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
+    text = qwen(*sizes, head_dim=128, attention_bias=False, vocab_size=151936, rope_theta=5000000, rope_scaling=scaling)
+    text |= {"model_type": "qwen3_vl_text", "tie_word_embeddings": tied}
+    seen = SEES3 | sees | {"out_hidden_size": sizes[0]}
+    return IDS | {"model_type": "qwen3_vl", "text_config": text, "vision_config": seen, "tie_word_embeddings": tied}
+
+
+GEMMA3 = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912}
+GEMMA3 |= {"model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1}
+GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000, "sliding_window": 512}
+GEMMA3 |= {"sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None, "rope_scaling": None}
+
+# Name on the hub → (config.json, parameters that its files hold).
+PUBLISHED: dict[str, tuple[dict, int]] = {
+    "meta-llama/Llama-2-7b-hf": ({"model_type": "llama", "rms_norm_eps": 1e-5, "pretraining_tp": 1}, 6_738_415_616),
+    "meta-llama/Llama-3.1-8B": (
+        {"model_type": "llama", "intermediate_size": 14336, "num_key_value_heads": 8, "rope_theta": 500000.0}
+        | {"rms_norm_eps": 1e-5, "vocab_size": 128256, "rope_scaling": LLAMA3_SCALING, "mlp_bias": False},
+        8_030_261_248,
+    ),
+    "meta-llama/Llama-3.2-1B": (
+        {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_key_value_heads": 8, "head_dim": 64, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
+        | {"vocab_size": 128256, "tie_word_embeddings": True, "rope_scaling": LLAMA3_SCALING | {"factor": 32.0}},
+        1_235_814_400,
+    ),
+    "HuggingFaceTB/SmolLM2-135M": (
+        {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        | {"num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100000}
+        | {"tie_word_embeddings": True, "vocab_size": 49152, "is_llama_config": True, "rope_interleaved": False},
+        134_515_008,
+    ),
+    "mistralai/Mistral-7B-v0.1": (
+        {"model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096},
+        7_241_732_096,
+    ),
+    "Qwen/Qwen2-0.5B": (
+        qwen(896, 4864, 24, 14, 2, model_type="qwen2", tie_word_embeddings=True),
+        494_032_768,
+    ),
+    "Qwen/Qwen2.5-7B": (QWEN2_7B | {"model_type": "qwen2", "vocab_size": 152064}, 7_615_616_512),
+    "Qwen/Qwen3-0.6B": (
+        qwen(1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True, sliding_window=None),
+        596_049_920,
+    ),
+    "google/gemma-2b": (
+        {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048}
+        | {"intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},
+        2_506_172_416,
+    ),
+    "google/gemma-2-2b": (
+        {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+        2_614_341_888,
+    ),
+    "google/gemma-3-1b-it": (GEMMA3, 999_885_952),
+    "llava-hf/llava-1.5-7b-hf": (LLAVA, 7_063_427_072),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (NEXT, 7_063_431_168),
+    "llava-hf/llava-v1.6-mistral-7b-hf": (NEXT | {"text_config": MISTRAL}, 7_566_747_648),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (
+        {"model_type": "llava_onevision", "image_token_index": 151646, "vision_aspect_ratio": "anyres_max_9"}
+        | {"text_config": QWEN2_7B | {"model_type": "qwen2", "vocab_size": 152064}, "vision_config": SIGLIP}
+        | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "video_token_index": 151647},
+        8_030_348_832,
+    ),
+    "Qwen/Qwen2-VL-2B-Instruct": (
+        qwen(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True)
+        | MROPE
+        | IDS
+        | {"model_type": "qwen2_vl", "vision_config": SEES2 | {"hidden_size": 1536}},
+        2_208_985_600,
+    ),
+    "Qwen/Qwen2-VL-7B-Instruct": (
+        QWEN2_7B
+        | MROPE
+        | IDS
+        | {"model_type": "qwen2_vl", "vocab_size": 152064, "vision_config": SEES2 | {"hidden_size": 3584}},
+        8_291_375_616,
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (
+        qwen(2048, 11008, 36, 16, 2, vocab_size=151936, tie_word_embeddings=True)
+        | MROPE
+        | IDS
+        | {"model_type": "qwen2_5_vl", "vision_config": SEES25 | {"out_hidden_size": 2048}},
+        3_754_622_976,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        QWEN2_7B
+        | MROPE
+        | IDS
+        | {"model_type": "qwen2_5_vl", "vocab_size": 152064, "vision_config": SEES25 | {"out_hidden_size": 3584}},
+        8_292_166_656,
+    ),
+    "Qwen/Qwen3-VL-2B-Instruct": (qwen3_vl(True, SMALL3, 2048, 6144, 28, 16, 8), 2_127_532_032),
+    "Qwen/Qwen3-VL-4B-Instruct": (qwen3_vl(True, SMALL3, 2560, 9728, 36, 32, 8), 4_437_815_808),
+    "Qwen/Qwen3-VL-8B-Instruct": (qwen3_vl(False, LARGE3, 4096, 12288, 36, 32, 8), 8_767_123_696),
+}

@@ -1,0 +1,52 @@
+"""A tiny model and its processor, made in a second and of no directory."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+from tiny import randomised, tiny_model
+from tokenizer_files import CORPUS
+
+from mmjax.convert.huggingface import Model
+from mmjax.convert.processor import Processor
+from mmjax.models import vlm
+from mmjax.sequence import interleave
+from mmjax.sequence.document import Document, Image, Text
+from mmjax.tokenizers import text
+from mmjax.tokenizers.chat import Chat
+from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.resolution import Native
+from mmjax.tokenizers.template import Template
+from mmjax.tokenizers.vocab import CONTROLS
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{% else %}<|assistant|>{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|image_start|><|image|><|image_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@functools.cache
+def made(see: str = "causal") -> tuple[Model, Processor]:
+    """The same for every test of the process."""
+    tokenizer = text.load(text.train(CORPUS, 340))
+    symbols = [control.symbol for control in CONTROLS]
+    template = Template(TEMPLATE, symbols, media={"image": "<|image|>"})
+    convention = Convention("tiny", pad="<|pad|>", stop="<|end|>", placeholder="<|image|>")
+    chat, plain = Chat(tokenizer, replace(convention, template=template)), Chat(tokenizer, convention)
+    cfg = tiny_model(vocab=chat.size)
+    ends = (chat.controls["<|end|>"],)
+    policy = Native(patch=4, min_pixels=16, max_pixels=16 * 16)
+    processor = Processor(chat, plain, interleave.Config(see=see), ends, policy, patch=4)
+    return Model(vlm, cfg, randomised(vlm.spec(cfg))), processor
+
+
+def picture(seed: int = 0, height: int = 12, width: int = 8) -> Image:
+    some = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image(height, width, some)
+
+
+def asked(*spans: Text | Image | str) -> Document:
+    """A question, or several turns of which the answers are Text already."""
+    return Document("q", tuple(Text(s) if isinstance(s, str) else s for s in spans))
