@@ -145,7 +145,10 @@ def configure(config: dict, tied: bool) -> decoder.Config:
     kv = family.kv if "num_key_value_heads" not in config else None
     layers = raw.size(config, "num_hidden_layers", family.layers)
     window, windowed = windows(config, kind, layers)
-    own = raw.flag(config, "attention_bias", False) if family.qkv_bias is None else None
+    bias = family.mlp_bias and raw.flag(config, "mlp_bias", False)
+    qkv_bias, out_bias = family.qkv_bias, False
+    if qkv_bias is None:
+        qkv_bias = out_bias = raw.flag(config, "attention_bias", False)
     of = transformer.Config(
         width=width,
         layers=layers,
@@ -154,9 +157,9 @@ def configure(config: dict, tied: bool) -> decoder.Config:
         head=head,
         hidden=raw.size(config, "intermediate_size", family.hidden),
         activation=_activation(config, family),
-        bias=raw.flag(config, "mlp_bias", False) if family.mlp_bias else False,
-        qkv_bias=family.qkv_bias if own is None else own,
-        out_bias=bool(own),
+        bias=bias,
+        qkv_bias=None if qkv_bias == bias else qkv_bias,
+        out_bias=None if out_bias == bias else out_bias,
         epsilon=raw.number(config, "rms_norm_eps", family.epsilon),
         qk_norm="head" if family.qk_norm else "none",
         windowed=windowed,
