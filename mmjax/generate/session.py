@@ -128,6 +128,8 @@ class Session:
         rows = [sampling] * len(documents) if isinstance(sampling, Sampling) else list(sampling)
         if len(rows) != len(documents):
             raise InputError(f"{len(rows)} samplings were given for {len(documents)} documents; give one for each.")
+        if not documents:
+            raise InputError("There is no document to answer; give at least one.")
         if max_tokens < 1 or chunk < 1:
             raise InputError(f"max_tokens is {max_tokens} and chunk {chunk}; give at least 1 of each.")
         ends = np.array(sorted(self.processor.stops), np.int32)
@@ -171,7 +173,9 @@ class Session:
         bucket = self.processor.bucket(sizes)
         batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, self.processor.sequence)
         batch = prompts.moved_on(batch, kept)
-        cuts = prompts.parts(batch, self.part)
+        rope = engine.language(self.cfg).blocks.rope
+        whole = rope is not None and rope.needs_length
+        cuts = prompts.parts(batch, batch.tokens.shape[1] if whole else self.part)
         wide = [ladder(stop - start) for start, stop in cuts]
         ends = [kept + start + n for (start, _), n in zip(cuts, wide, strict=True)]
         state = self._room(len(documents), kept, max(*ends, max(counts) + max_tokens), read)
