@@ -14,6 +14,7 @@ _FOLDERS = (
     "core",
     "data",
     "encoders",
+    "generate",
     "models",
     "nn",
     "objectives",

@@ -11,6 +11,7 @@ directory's chat template; without one, or with --plain, it is a text to go on w
 
 import argparse
 import json
+import os
 import sys
 import time
 import unicodedata
@@ -73,10 +74,14 @@ def main(arguments: Sequence[str]) -> int:
     how, images, prompts = _sampling(given), [_image(path) for path in given.image], _prompts(given)
     sys.stdout.reconfigure(errors="replace")
     session = _session(given)
-    if given.chat:
-        return _chat(session, given, how, images)
-    documents = [_document(session, given, n, prompt, images) for n, prompt in enumerate(prompts)]
-    return _answer(session, given, how, prompts, documents)
+    try:
+        if given.chat:
+            return _chat(session, given, how, images)
+        documents = [_document(session, given, n, prompt, images) for n, prompt in enumerate(prompts)]
+        return _answer(session, given, how, prompts, documents)
+    except BrokenPipeError:  # whoever reads this has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _sampling(given: argparse.Namespace) -> Any:

@@ -28,6 +28,7 @@ from mmjax.models import decoder, vlm
 from mmjax.models.tower import Media
 from mmjax.nn.cache import KVCache
 from mmjax.sequence import batch as batches
+from mmjax.sequence import positions
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY, TEXT
 
@@ -128,6 +129,7 @@ def text_batch(
         | {
             "tokens": tokens,
             "modality": jnp.where(there, TEXT, EMPTY).astype(jnp.int8),
+            "document": jnp.where(there, 0, -1).astype(jnp.int32),
             "order": order,
             "lo": lo,
             "hi": order,
@@ -169,7 +171,8 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
 
     Args:
       params: the model's; those of the blocks may be a tuple (`unstacked`).
-      batch: B rows.
+      batch: B rows. Where rotary angles depend on how long a document is, it is as long as it is here, as in
+        transformers: such a prompt is to be read in one.
       cfg: the model.
       state: B rows as well.
       media: the batch's media tokens, where they are known (models.vlm.media).
@@ -266,6 +269,8 @@ def _run(params: dict, batch: Batch, cfg: Config, cache: KVCache, media: Media |
     if isinstance(cfg, vlm.Config):
         return vlm.prefill(params, batch, cfg, cache, media=media)
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
+    if (rope := cfg.blocks.rope) is not None and rope.needs_length:
+        see["length"] = positions.lengths(batch.document, batch.position)
     with jax.named_scope("decoder"):
         return decoder.cached(params, decoder.embed(params, batch.tokens, cfg), cfg, cache, **see)
 

@@ -101,7 +101,13 @@ def parts(batch: Batch, size: int) -> list[tuple[int, int]]:
 
 
 _MEDIA = ("patch", "window", "frame")
-_TOKENS = {"order": -1, "hi": -1, "slot": -1, "document": -1}  # what empty places say, where it is not 0
+_TOKENS = {
+    "order": -1,
+    "hi": -1,
+    "slot": -1,
+    "mix_slot": -1,
+    "document": -1,
+}  # what empty places say, where it is not 0
 
 
 def columns(batch: Batch, start: int, stop: int, length: int) -> Batch:
@@ -145,8 +151,10 @@ def rest(example: Example, media: Sequence[Any], layout: Layout, n: int) -> tupl
             patches, images = patches + sum(map(patches_of, piece.views)), images + len(piece.views)
     moved = {name: getattr(example, name)[n:] for name in ("tokens", "modality", "position", "target", "weight")}
     moved |= {name: getattr(example, name)[n:] - n for name in ("lo", "hi")}
-    slot = example.slot[n:]
-    moved["slot"] = np.where(slot < 0, -1, slot - tokens)
+    for name in ("slot", "mix_slot"):
+        x = getattr(example, name)
+        moved[name] = None if x is None else np.where(x[n:] < 0, -1, x[n:] - tokens)
+    moved["mix_share"] = None if example.mix_share is None else example.mix_share[n:]
     for name in ("media_lo", "media_hi"):
         x = getattr(example, name)
         moved[name] = None if x is None else x[n:] - tokens

@@ -128,6 +128,8 @@ class Session:
         rows = [sampling] * len(documents) if isinstance(sampling, Sampling) else list(sampling)
         if len(rows) != len(documents):
             raise InputError(f"{len(rows)} samplings were given for {len(documents)} documents; give one for each.")
+        if not documents:
+            raise InputError("There is no document to answer; give at least one.")
         if max_tokens < 1 or chunk < 1:
             raise InputError(f"max_tokens is {max_tokens} and chunk {chunk}; give at least 1 of each.")
         ends = np.array(sorted(self.processor.stops), np.int32)
@@ -136,15 +138,16 @@ class Session:
         switches, values = sample.prepare(rows)
         at, left, some = int(self._state.cache.at), max_tokens, 1  # the first token at once
         while left and not all(stream.reason for stream in streams):
+            # Its memory is given away, and back: whoever interrupts this, or stops listening, may ask again.
+            state, self._state = self._state, None
             run = {"cfg": self.cfg, "switches": switches}
-            state = self._on(
-                engine.run_decode, self.params, self._state, np.int32(min(some, left)), ends, values, **run
-            )
+            n = np.int32(min(some, left))
+            state = self._state = self._on(engine.run_decode, self.params, state, n, ends, values, **run)
             new = np.array(state.tokens)[:, at : int(state.cache.at)]
             texts = [s.add([t for t in said.tolist() if t >= 0]) for s, said in zip(streams, new, strict=True)]
             over = np.array([stream.reason is not None for stream in streams])
-            # Before anything is handed out: whoever reads this may stop here.
-            self._state, self._read = state.replace(done=state.done | over), self._read and self._read.said(new[0])
+            self._state = state.replace(done=state.done | over)
+            self._read = self._read and self._read.said(new[0])
             at, left, some = at + new.shape[1], left - min(some, left), chunk
             yield from ((row, text) for row, text in enumerate(texts) if text)
         for row, stream in enumerate(streams):
@@ -162,14 +165,17 @@ class Session:
         read = Read.of(made[0][0], documents[0]) if len(documents) == 1 else None
         if read is not None:
             layout = self.processor.layout(documents[0])
-            kept = 0 if self._read is None else prompts.common(self._read, read, layout)
+            known = None if self._state is None else self._read
+            kept = 0 if known is None else prompts.common(known, read, layout)
             made = [prompts.rest(*made[0], layout, kept)]
         sizes = [example.size for example, _ in made]
         values = Values(self.processor.values.patch * frames)
         bucket = self.processor.bucket(sizes)
         batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, self.processor.sequence)
         batch = prompts.moved_on(batch, kept)
-        cuts = prompts.parts(batch, self.part)
+        rope = engine.language(self.cfg).blocks.rope
+        whole = rope is not None and rope.needs_length
+        cuts = prompts.parts(batch, batch.tokens.shape[1] if whole else self.part)
         wide = [ladder(stop - start) for start, stop in cuts]
         ends = [kept + start + n for (start, _), n in zip(cuts, wide, strict=True)]
         state = self._room(len(documents), kept, max(*ends, max(counts) + max_tokens), read)

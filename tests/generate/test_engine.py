@@ -15,6 +15,7 @@ from mmjax.generate import engine, sample
 from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.models import decoder, vlm
 from mmjax.nn import rope, transformer
+from mmjax.nn.rope_scaling import Dynamic
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Bucket
 
@@ -182,6 +183,27 @@ def test_a_second_turn_goes_on():
     one = engine.run_prefill(params(), part(0), cfg=CFG, state=started())
     np.testing.assert_allclose(two.logits, one.logits, rtol=1e-5, atol=1e-5)
     assert (said(run(two, 5), 14) == said(run(one, 5), 14)).all()
+
+
+def test_rotary_angles_that_depend_on_the_length():
+    """A prompt is as long as it is, and every token after it one more; keys stay as they were turned."""
+    scaled = rope.Config(8, (4,), scaling=Dynamic(4.0, 3))
+    cfg = dataclasses.replace(CFG, blocks=dataclasses.replace(BLOCKS, rope=scaled))
+    batch, made = prompts(), randomised(decoder.spec(cfg))
+    state = engine.run_prefill(made, batch, cfg=cfg, state=engine.empty(cfg, 3, 20))
+    x, see = decoder.embed(made, batch.tokens, cfg), {k: getattr(batch, k) for k in ("order", "lo", "hi", "position")}
+    length = jnp.where(batch.order >= 0, jnp.array(LENGTHS)[:, None], 0)
+    hidden, cache = decoder.cached(made, x, cfg, decoder.empty_cache(cfg, 3, 20), **see, length=length)
+    logits = decoder.logits(made, hidden, cfg)
+    wants = np.stack([logits[r, n - 1] for r, n in enumerate(LENGTHS)])
+    np.testing.assert_allclose(state.logits, wants, rtol=1e-5, atol=1e-5)
+    at = jnp.array(LENGTHS, jnp.int32)[:, None]
+    see = {"order": at, "lo": 0 * at, "hi": at, "position": jnp.repeat(at[:, :, None], 3, 2), "length": at + 1}
+    token = jnp.argmax(state.logits, -1)[:, None]
+    hidden, _ = decoder.cached(made, decoder.embed(made, token, cfg), cfg, cache, **see)
+    switches, values = sample.prepare([GREEDY] * 3)
+    state = engine.run_decode(made, state, np.int32(1), NO_ENDS, values, cfg=cfg, switches=switches)
+    np.testing.assert_allclose(state.logits, decoder.logits(made, hidden, cfg)[:, 0], rtol=1e-5, atol=1e-5)
 
 
 MODEL = dataclasses.replace(tiny_model(vocab=30, patch=2), segments=True)

@@ -1,5 +1,7 @@
 """Answers as they come: batches, conversations that go on from their cache, and what ends them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from talker import asked, made, picture
@@ -94,6 +96,45 @@ def test_whoever_stops_listening_may_ask_again(session):
     assert session.answer([question], WARM, max_tokens=30)[0].ids == (
         Session(*made()).answer([question], WARM, max_tokens=30)[0].ids
     )
+
+
+def test_whoever_interrupts_may_ask_again(session, monkeypatch):
+    question = asked("the lazy dog", picture(4))
+    wanted = session.answer([question], WARM, max_tokens=12)[0].ids
+    real = engine.run_decode
+
+    def interrupted(*args, **kwargs):
+        real(*args, **kwargs)  # the cache is gone
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "run_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.answer([question], WARM, max_tokens=12)
+    monkeypatch.undo()
+    assert session.answer([question], WARM, max_tokens=12)[0].ids == wanted
+
+
+def test_the_rest_of_a_document_has_every_field(session):
+    """Cut behind its first picture, and made a batch: the tokens and patches of the whole from there on."""
+    document, its = asked("the", picture(1), "fox", picture(2, 16, 8), "jumps"), session.processor
+    layout, (example, media) = its.layout(document), its.example(document)
+    n = int(np.flatnonzero(example.slot >= 0)[0]) + 6 + 2
+    example = dataclasses.replace(
+        example,
+        mix_slot=np.where(example.slot[:, None] >= 6, example.slot[:, None] + np.arange(3), -1).astype(np.int32),
+        mix_share=np.ones((len(example.tokens), 4), np.float32),
+    )
+    left, pixels = prompts.rest(example, media, layout, n)
+    assert len(pixels) == 1
+    sizes = {len(example.tokens): len(example.tokens) - n, len(example.patch_lo): 8, len(example.grid): 1}
+    for field in dataclasses.fields(example):
+        whole, cut = getattr(example, field.name), getattr(left, field.name)
+        if isinstance(whole, np.ndarray) and len(whole):
+            assert len(cut) == sizes[len(whole)], field.name
+    for name, moved in (("lo", n), ("hi", n), ("slot", 6), ("mix_slot", 6), ("position", 0)):
+        whole, cut = getattr(example, name)[n:], getattr(left, name)
+        assert (np.where(whole < 0, -1, whole - moved) == cut).all(), name
+    assert left.media == example.media - 6
 
 
 def test_parts_of_a_prompt(session):
