@@ -198,7 +198,7 @@ from mmjax.core import spec as specs
 from mmjax.core.sharding import MESH_AXES, Rules, named
 from mmjax.generate import engine, sample
 from mmjax.models import decoder
-from mmjax.nn import rope, transformer
+from mmjax.nn import block, rope, transformer
 
 tensor = int(sys.argv[1])
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:tensor]
@@ -206,20 +206,23 @@ mesh = Mesh(np.array(devices).reshape(1, 1, 1, tensor), MESH_AXES, axis_types=(A
 blocks = transformer.Config(1024, 4, 16, 8, 128, 4096, rope=rope.Config(128, (64,)))
 cfg = decoder.Config(32_000, blocks)
 rows, length, places = 8, 512, 4096
-half = lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=p.sharding)
-params = jax.tree.map(half, specs.abstract(decoder.spec(cfg), mesh, Rules()))
+spec = decoder.spec(cfg) | {"blocks": (block.spec(blocks),) * blocks.layers}
+params = specs.abstract(decoder.spec(cfg))
 
 def here(x, axes=None):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(mesh, axes or (None,) * len(x.shape), Rules()))
 
-state = jax.eval_shape(lambda: engine.empty(cfg, rows, places, jnp.bfloat16))
-state = jax.tree.map(lambda x: here(x, (None, "batch", "heads", None, None) if x.ndim == 5 else None), state)
+params = jax.eval_shape(lambda p: engine.unstacked(p, cfg), params)
+state = jax.eval_shape(lambda: engine.empty(cfg, rows, places, jnp.bfloat16, stacked=False))
+state = jax.tree.map(lambda x: here(x, ("batch", "heads", None, None) if x.ndim == 4 else None), state)
+placed = specs.shardings(spec, mesh, Rules())
+params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=s), params, placed)
 _, values = sample.prepare([sample.GREEDY] * rows)
 switches = sample.Switches(draw=True, top_k=True, top_p=True, penalty=True)
 words = np.zeros((rows, length), np.int32)
 batch = engine.text_batch(words, words, words, np.zeros((rows, length, 3), np.int32))
 batch, values, ends, n = jax.tree.map(here, (batch, values, np.zeros(1, np.int32), np.zeros((), np.int32)))
-cache = 2 * state.cache.k.size * 2
+cache = 2 * 2 * sum(x.size for x in state.cache.k)
 with jax.set_mesh(mesh):
     prefill = engine.run_prefill.lower(params, batch, cfg=cfg, state=state)
     decode = engine.run_decode.lower(params, state, n, ends, values, cfg=cfg, switches=switches)

@@ -26,7 +26,7 @@ from mmjax.convert.files import MAX_CONFIG, MAX_INDEX, new_directory, plain_name
 from mmjax.convert.found import Found
 from mmjax.convert.huggingface import Model, Origin
 from mmjax.core import manifest as manifests
-from mmjax.core import parts, sharding, strict_json, tree
+from mmjax.core import parts, processes, sharding, strict_json, tree
 from mmjax.core import spec as specs
 from mmjax.core.archive import local_path
 from mmjax.core.checksum import checksums_numpy
@@ -111,6 +111,10 @@ def write(
                 raise InputError(f"{directory} holds checkpoints already; choose another directory")
             checkpoints.save(step, content, metadata=metadata)
         return
+    if processes.several():
+        raise InputError(
+            "What is read when asked for is written by one process alone; run it in one, or load the model"
+        )
     spec = tree.flatten(model.of.spec(model.cfg))
     cuts = {f"params/{name}": _cuts(p, rules or Rules(), dict(sizes or {})) for name, p in spec.items()}
     with new_directory(path) as folder:

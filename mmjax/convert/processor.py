@@ -13,16 +13,15 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mmjax.convert import processor_files as files
 from mmjax.convert import processor_images as settings
 from mmjax.convert.huggingface import Model
-from mmjax.convert.processor_families import Family, family_of, stops
+from mmjax.convert.processor_families import family_of, stops
 from mmjax.convert.processor_files import Found
+from mmjax.convert.processor_text import chats, load_tokenizer
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
-from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, Colours
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave, media
@@ -31,11 +30,8 @@ from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import Convention
-from mmjax.tokenizers.parts import Symbol
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.template import Template
 from mmjax.tokenizers.tiles import AnyRes
 from mmjax.tokenizers.vocab import Vocab
 
@@ -104,6 +100,11 @@ class Processor:
         Raises:
           InputError: the directory has no template for conversations; text or media that the model does not take.
         """
+        seen = [n for n, span in enumerate(document.spans) if not isinstance(span, Text)]
+        if seen and self.resolution is None:
+            raise InputError(
+                f"Document {document.id!r}, span {seen[0]} is no text, and this model reads nothing else; leave it out."
+            )
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
@@ -116,11 +117,6 @@ class Processor:
         return self._laid(document, self.chat, answer, asked)
 
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
-        seen = [n for n, span in enumerate(document.spans) if not isinstance(span, Text)]
-        if seen and self.resolution is None:
-            raise InputError(
-                f"Document {document.id!r}, span {seen[0]} is no text, and this model reads nothing else; leave it out."
-            )
         alone = self.several is None or len(document.images) < 2
         policy = self.resolution if alone else self.several
         return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
@@ -207,8 +203,8 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     """
     found = files.look(path)
     family = family_of(found)
-    tokenizer = files.load_tokenizer(found)
-    chat, plain = _chats(found, family, tokenizer)
+    tokenizer = load_tokenizer(found)
+    chat, plain = chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
     ends = stops(found, tokenizer, chat.vocab)
     if family is None:
@@ -237,67 +233,6 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         tower.group,
         None if family.several is None else family.several(found, tower, policy, colours),
     )
-
-
-def _chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Chat]:
-    """The tokenizer that writes conversations, and the one that writes everything else."""
-    known = tokenizer.controls
-    pads = [found.named.get(name) for name in ("pad_token", "eos_token", "bos_token", "unk_token")]
-    pad = next((symbol for symbol in [*pads, *known] if symbol in known), None)
-    if pad is None:
-        raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
-    media = {} if family is None else family.markers(found)
-    lead = files.lead(found, tokenizer)
-    convention = Convention(
-        name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, lead)),
-        pad=pad,
-        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        placeholder=media.get("image", ""),
-        placeholder_video=media.get("video", ""),
-        **({} if family is None else family.writing),
-    )
-    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
-    if missing:
-        raise InputError(
-            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
-            f"tokenizer that belongs to it"
-        )
-    plain = Chat(tokenizer, convention)
-    plain.vocab = _vocab(plain, found, family)
-    for kind, symbol in media.items():
-        for key in (f"{kind}_token_id", f"{kind}_token_index"):
-            if found.config.whole(key, plain.controls[symbol], least=0) != plain.controls[symbol]:
-                raise InputError(
-                    f"{found.config.where} says {key!r} is {found.config.values[key]}, and the tokenizer has "
-                    f"{plain.controls[symbol]} for {shown(symbol)}; use the files that belong together"
-                )
-    if found.template is None:
-        return plain, plain
-    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= 0xE000 for c in s)]
-    given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
-    content = "string" if family is None else "list"
-    template = Template(found.template, symbols, media=media, content=content, given=given)
-    nothing = dict.fromkeys(("image", "video"), Convention("").image)
-    begin = () if family is None or not lead or _begun(template, found) else convention.begin
-    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
-    chat.vocab = plain.vocab
-    return chat, plain
-
-
-def _begun(template: Template, found: Found) -> bool:
-    """Whether the template writes the first token itself: the tokenizer then writes none."""
-    parts = template.parts(Document("the first", (Text("x"),)), answer=True)
-    return parts[:1] == [Symbol(found.named.get("bos_token", ""))]
-
-
-def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
-    """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
-    inner = found.config.part("text_config")
-    size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
-    # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
-    newline = chat.vocab.image if family is not None and family.newline else None
-    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
 
 
 def _refuse_model(vocab: Vocab, model: Model | None, found: Found) -> None:

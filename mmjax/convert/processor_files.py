@@ -19,9 +19,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.core.strict_json import shown
 from mmjax.tokenizers import template as templates
-from mmjax.tokenizers import text
-from mmjax.tokenizers.base import Prefix, Tokenizer
-from mmjax.tokenizers.hub import Hub
+from mmjax.tokenizers.base import Prefix
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 GENERATION, TOKENS, SPECIAL = "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -160,58 +158,6 @@ def _prefix(tokens: Settings) -> Prefix | None:
     if not tokens.flag("add_prefix_space", True):
         return "never"
     return "always" if tokens.flag("legacy", False) else "first"
-
-
-def load_tokenizer(found: Found) -> Tokenizer:
-    """The tokenizer, with text beginning as transformers 5 has it, whatever tokenizer.json says.
-
-    Raises:
-      InputError: as `tokenizers.text.load`.
-    """
-    if os.path.lexists(found.path / "tokenizer.json"):
-        out = text.load(found.path)
-        pieces = isinstance(out, Hub) and out._spelling == "names"
-        return text.load(found.path, prefix=found.prefix) if pieces and found.prefix not in (None, out.prefix) else out
-    return text.load(found.path, prefix=found.prefix)
-
-
-def lead(found: Found, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special tokens that transformers 5 writes before every text of its own accord.
-
-    A tokenizer.json says it itself, whatever tokenizer_config.json says.
-
-    Raises:
-      InputError: it writes some behind every text too, or says it in a way that is none.
-    """
-    if not isinstance(tokenizer, Hub):
-        return (found.named.get("bos_token", "<s>"),) if found.tokens.flag("add_bos_token", False) else ()
-    out: list[str] = []
-    try:
-        for step in _steps(tokenizer.post_processor):
-            if step["type"] in ("BertProcessing", "RobertaProcessing"):
-                raise InputError(
-                    f"The tokenizer in {found.path} writes tokens around every text; no model that chats does"
-                )
-            if step["type"] == "TemplateProcessing":
-                out += _before(step["single"], found)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"The post_processor in {found.path}/tokenizer.json is broken ({error!r}); copy it") from error
-    return tuple(out)
-
-
-def _steps(part: Any) -> list[dict[str, Any]]:
-    """The steps of a part, which is one or a sequence of them."""
-    if part is None:
-        return []
-    return [step for one in part["processors"] for step in _steps(one)] if "processors" in part else [part]
-
-
-def _before(single: list[dict[str, Any]], found: Found) -> list[str]:
-    """The special tokens before a text; InputError where some stand after it, which would end every prompt."""
-    at = next((n for n, item in enumerate(single) if "Sequence" in item), len(single))
-    if any("SpecialToken" in item for item in single[at:]):
-        raise InputError(f"The tokenizer in {found.path} writes a token after every text, so no prompt could go on")
-    return [item["SpecialToken"]["id"] for item in single[:at]]
 
 
 def _template(path: Path, processor: Settings) -> str | None:

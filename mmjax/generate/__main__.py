@@ -130,7 +130,7 @@ def _session(given: argparse.Namespace) -> Any:
         mesh = make_mesh(MeshConfig(data=1, tensor=given.tensor), jax.devices()[: given.tensor])
     model = huggingface.load(given.directory, mesh=mesh, dtype=given.dtype)
     its = processor.load(given.directory, model)
-    return Session(processor.with_colours(model, its), its, mesh=mesh, store=store)
+    return Session(processor.with_colours(model, its), its, mesh=mesh, store=store, consume=True)
 
 
 def _store(given: argparse.Namespace) -> Any:

@@ -58,7 +58,8 @@ class Session:
         *,
         mesh: jax.sharding.Mesh | None = None,
         part: int = PART,
-        unstack: bool | None = None,
+        unstack: bool = True,
+        consume: bool = False,
         store: Store | None = None,
     ):
         """What answers.
@@ -68,8 +69,9 @@ class Session:
           processor: of the same directory (convert.processor.load).
           mesh: what the parameters are sharded over.
           part: how many columns of a prompt are read at once.
-          unstack: whether to take the blocks' parameters apart (generate.engine.unstacked), which takes their memory
-            again while the model's own are still held. None: on CPUs, where a scan would copy them at every token.
+          unstack: whether to take the blocks' parameters apart (generate.engine.unstacked): tokens come sooner, and
+            programs are compiled longer.
+          consume: the model's own parameters of these blocks are deleted for it; else there are two of them.
           store: where the visual tokens of pictures are kept (generate.features); None: nowhere.
 
         Raises:
@@ -78,8 +80,9 @@ class Session:
         if not isinstance(model.cfg, engine.Config):
             raise InputError(f"This model ({model.of.__name__}) writes no text; give a decoder or a model around one.")
         self.cfg, self.processor, self.mesh, self.part = model.cfg, processor, mesh, part
-        self._stacked = jax.default_backend() != "cpu" if unstack is None else not unstack
-        self.params = model.params if self._stacked else self._on(engine.unstacked, model.params, self.cfg)
+        self._stacked, self.params = not unstack, model.params
+        if unstack:
+            self.params = self._on(engine.unstacked, model.params, self.cfg, consume=consume)
         inner = self.params["decoder"] if isinstance(self.cfg, vlm.Config) else self.params
         self._dtype = inner["embed"].dtype
         self.store = store if isinstance(self.cfg, vlm.Config) else None

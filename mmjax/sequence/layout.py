@@ -178,7 +178,7 @@ def layout(
     Args:
       document: its spans.
       tokenizer: turns text into ids.
-      resolution: gives a picture's grid from its size; None where there is none.
+      resolution: gives a picture's grid from its size; None: there may be no pictures.
       media_tokens: how many media tokens the connector makes of a grid.
       answer: where above 0, the document is a question: what opens an answer is followed by so many empty places
         (padding ids) for the model to fill.
@@ -291,9 +291,11 @@ def _stamped(of: Frames, piece: Piece) -> list[Part | range]:
 
 
 def _image(
-    span: Image, resolution: Resolution, media_tokens: Callable[[Grid], int], vocab: Vocab, number: int
+    span: Image, resolution: Resolution | None, media_tokens: Callable[[Grid], int], vocab: Vocab, number: int
 ) -> tuple[Piece, int]:
     """A picture's piece, and how many rows of tiles it is cut into."""
+    if resolution is None:
+        raise InputError("there is no policy for pictures, as of a model of text alone; leave it out, or give one.")
     if not hasattr(resolution, "picture"):
         grid = (1, *resolution.grid(span.height, span.width))
         return Piece(IMAGE, _counted(grid, media_tokens), (), grid, span=number, policy=resolution), 0

@@ -120,9 +120,12 @@ class Towers:
             elif medium.key:  # what could not be read stays zeros, and nothing is learnt from it
                 missing.append((place, medium.key))
         made = self._run(bucket, params, batch) if missing else None
+        first: dict[str, Arrays] = {}  # where one comes twice, both get what is kept
         for place, key in missing:
-            entries.append((place, features.cut(made, place, model, self.after)))
-            self.store.put(key, entries[-1][1])
+            if key not in first:
+                first[key] = features.cut(made, place, model, self.after)
+                self.store.put(key, first[key])
+            entries.append((place, first[key]))
         whole = features.assemble(shapes, entries, model, self.after)
         return without_patches(batch), by_rows(whole)
 

@@ -47,7 +47,7 @@ class Ours:
     def __init__(self, folder: Path, dtype: str | None = None):
         model = huggingface.load(folder, dtype=dtype)
         self.cfg = model.cfg
-        self.params = engine.unstacked(model.params, self.cfg)
+        self.params = engine.unstacked(model.params, self.cfg, consume=True)
         self.bytes = sum(x.nbytes for x in jax.tree.leaves(self.params))
         self.ends = np.zeros(0, np.int32)
 
@@ -132,7 +132,10 @@ def measure(contestants: dict[str, Ours | Theirs], rows: int) -> dict[str, dict[
         prefill, decode = (statistics.median(column) for column in zip(*found, strict=True))
         steps = NEW if isinstance(contestants[name], Ours) else NEW - 1
         out[name] = {"prefill": rows * PROMPT / prefill, "decode": rows * steps / decode, "step": decode / steps}
-        print(f"batch {rows}, {name}: {out[name]['prefill']:.0f} tokens/s prefilled, {out[name]['decode']:.1f} decoded")
+        print(
+            f"batch {rows}, {name}: {out[name]['prefill']:.0f} tokens/s prefilled, {out[name]['decode']:.1f} decoded",
+            flush=True,
+        )
     return out
 
 

@@ -14,7 +14,7 @@ from convert import fake
 from convert.fake import CONFIG, MODULE, tensors, write
 
 from mmjax.checkpoint import Checkpoints, verify
-from mmjax.convert import huggingface, orbax
+from mmjax.convert import huggingface, orbax, rules
 from mmjax.convert.huggingface import Model, Origin
 from mmjax.core import manifest as manifests
 from mmjax.core import parts, tree
@@ -76,6 +76,30 @@ def test_there_and_back_are_the_same_bytes(tmp_path, monkeypatch, name, shards):
     huggingface.save(tmp_path / "again", model)
     huggingface.save(tmp_path / "copy", huggingface.opened(path))
     assert contents(tmp_path / "again") == contents(tmp_path / "copy") == kept(path)
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 12}
+LLAMA |= {"intermediate_size": 8, "num_hidden_layers": 2, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_that_is_in_the_file(tmp_path, rng, equal):
+    """As the table it is no parameter and follows it; another one is a parameter, whatever config.json says."""
+    found = Origin.of(LLAMA).found
+    made = rules.plan(found.of.spec(found.cfg), found.rules).tensors
+    given = {key: rng.normal(size=shape).astype(np.float32) for key, shape in made.items()}
+    given["lm_head.weight"] = given["model.embed_tokens.weight"] + (not equal)
+    path = write(tmp_path / "in", given, config=LLAMA)
+    orbax.write(tmp_path / "step", huggingface.opened(path))
+    huggingface.save(tmp_path / "out", orbax.opened(tmp_path / "step"))
+    assert contents(tmp_path / "out") == contents(path)
+    model = orbax.read(tmp_path / "step")
+    trained = dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1, model.params))
+    orbax.write(tmp_path / "trained", trained)
+    huggingface.save(tmp_path / "new", orbax.opened(tmp_path / "trained", dtype="bfloat16"))
+    source = huggingface.Directory(tmp_path / "new")
+    for key, x in given.items():
+        assert source.read(key).tobytes() == (x + 1).astype(jnp.bfloat16).tobytes(), key
 
 
 def test_a_trained_model_is_written_in_the_same_layout(tmp_path):

@@ -107,9 +107,8 @@ def test_memory_holds_what_was_used_last():
 
 
 def used(folder, n: int, ago: float) -> None:
-    """As if it had been used last so many seconds ago."""
-    file = folder / f"{name(n)}.arrays"
-    os.utime(file, (time.time() - ago, file.stat().st_mtime))
+    """As if it had been used last so many seconds ago, and written long before."""
+    os.utime(folder / f"{name(n)}.arrays", (time.time() - ago, time.time() - 1000))
 
 
 def test_disk_holds_what_was_used_last(folder):
@@ -182,6 +181,10 @@ def test_a_file_under_another_name_is_not_returned(folder):
     assert kept.get(name(2)) is None
     (folder / f"{name(3)}.arrays").symlink_to("/dev/zero")
     assert kept.get(name(3)) is None
+    kept.put(name(5), arrays(5))
+    (folder / f"{name(5)}.arrays").rename(folder.parent / "elsewhere")
+    (folder / f"{name(5)}.arrays").symlink_to(folder.parent / "elsewhere")
+    assert kept.get(name(5)) is None
     os.mkfifo(folder / f"{name(4)}.arrays")
     assert kept.get(name(4)) is None  # and does not wait for ever
 

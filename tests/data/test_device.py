@@ -64,14 +64,14 @@ def test_patches_are_the_hosts(name, rng, monkeypatch):
     plan = index.once(documents, lay, tokens=160, rows=2)
     made = Source(documents, lay, plan, VOCAB, PATCH, cfg)
     if there:
-        monkeypatch.setattr("mmjax.data.source.render", None)
+        monkeypatch.setattr("mmjax.sequence.media.render", None)
     moved = dataclasses.replace(made, canvases=CANVASES)
     for step in range(len(plan.steps)):
         got = moved[step]
         monkeypatch.undo()
         want = made[step]
         if there:
-            monkeypatch.setattr("mmjax.data.source.render", None)
+            monkeypatch.setattr("mmjax.sequence.media.render", None)
         assert isinstance(got.patches, jax.Array)
         apart = np.abs(np.asarray(got.patches).astype(int) - want.patches)
         assert apart.max() <= 1

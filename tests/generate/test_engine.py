@@ -91,6 +91,14 @@ def test_every_step_is_that_of_the_whole_row(unstacked):
     assert (np.asarray(state.label) == np.array(LENGTHS) + 8).all()
 
 
+def test_parameters_taken_apart_may_consume_the_stack():
+    made = randomised(decoder.spec(CFG))
+    apart = engine.unstacked(made, CFG, consume=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made["blocks"]))
+    jax.tree.map(np.testing.assert_array_equal, apart, params(True))
+    assert engine.unstacked(apart, CFG) is apart
+
+
 def test_rows_in_a_batch_say_what_each_says_alone():
     how = [Sampling(temperature=1.5, seed=3, top_k=9), Sampling(), Sampling(temperature=2.0, repetition_penalty=1.7)]
     state = run(engine.run_prefill(params(), prompts(), cfg=CFG, state=started()), 12, how)

@@ -89,7 +89,7 @@ DIRECTORIES = {
         {"model_type": "clip_vision_model", "patch_size": 14, "image_size": 28},
     ),
     "llava_onevision": (
-        "qwen",
+        "short",
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"),
         {"eos_token": "<|im_end|>", "image_token": "<image>", "video_token": "<video>"},
         "",
@@ -105,7 +105,7 @@ DIRECTORIES = {
         {"model_type": "siglip_vision_model", "patch_size": 14, "image_size": 60},
     ),
     "qwen2_vl": (
-        "qwen",
+        "short",
         QWEN_SYMBOLS,
         QWEN_NAMES | {"image_token": "<|image_pad|>"},
         "",
@@ -116,7 +116,7 @@ DIRECTORIES = {
         {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
     ),
     "qwen2_5_vl": (
-        "qwen",
+        "short",
         QWEN_SYMBOLS,
         QWEN_NAMES | {"image_token": "<|image_pad|>"},
         "",
@@ -127,7 +127,7 @@ DIRECTORIES = {
         {"patch_size": 14, "window_size": 56, "tokens_per_second": 2, "spatial_merge_size": 2},
     ),
     "qwen3_vl": (
-        "qwen",
+        "short",
         QWEN_SYMBOLS,
         QWEN_NAMES | {"image_token": "<|image_pad|>"},
         "",
@@ -326,3 +326,73 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_array_equal(batch.position[row, :n], expected)
         else:
             assert batch.position[row, :n, 0].tolist() == list(range(n))
+
+
+INSTRUCT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
+    "' [/INST]' }}{% elif message['role'] == 'system' %}{{ '<<SYS>>' + message['content'] }}{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+HEADED = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+TURNS = (
+    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | "
+    "trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PLAIN_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+GEMMA_SYMBOLS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+LEGACY = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+# name: (vocabulary, symbols, names, begin, template, settings of the tokenizer that are changed)
+TEXTS = {
+    "llama": ("llama", LLAMA_NAMES.values(), LLAMA_NAMES, "<s>", INSTRUCT, {"tokenizer_class": "LlamaTokenizer"}),
+    "llama legacy": ("llama", LLAMA_NAMES.values(), LLAMA_NAMES, "<s>", INSTRUCT, LEGACY),
+    "mistral": ("llama", LLAMA_NAMES.values(), LLAMA_NAMES, "<s>", INSTRUCT, LEGACY),
+    "llama 3": (
+        "llama3",
+        LLAMA3_SYMBOLS,
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        "<|begin_of_text|>",
+        HEADED,
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+    ),
+    "qwen2": ("short", QWEN_SYMBOLS, {"eos_token": "<|im_end|>"}, "", PLAIN_CHATML, {}),
+    "gemma": ("gemma", GEMMA_SYMBOLS, {"bos_token": "<bos>", "eos_token": "<eos>"}, "<bos>", TURNS, {}),
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, ("hub", "five")[n % 2]) for n, name in enumerate(TEXTS)])
+def test_models_of_text(name, layout, tmp_path):
+    """Conversations as `apply_chat_template` writes them, and texts as the tokenizer itself reads them."""
+    vocabulary, symbols, names, begin, template, changed = TEXTS[name]
+    path, made = vocabularies.pair(tmp_path, vocabulary, list(symbols), begin, **names)
+    out = tmp_path / "model"
+    made.save_pretrained(out)
+    path.replace(out / "tokenizer.json")
+    settings = json.loads((out / "tokenizer_config.json").read_text()) | changed
+    if layout == "hub":
+        settings["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
+    else:
+        (out / "chat_template.jinja").write_text(template)
+    write(out, "tokenizer_config.json", settings)
+    write(out, "config.json", {"model_type": name.split()[0], "vocab_size": 200_000, "eos_token_id": 7})
+    ours, theirs = processor.load(out), AutoTokenizer.from_pretrained(out)
+    assert ours.stops == (7,)
+    rng = random.Random(name)
+    for n in range(20):
+        roles = (["system"] if rng.random() < 0.3 else []) + ["user", "assistant"] * rng.randint(1, 3)
+        roles = roles[: len(roles) - n % 2]
+        messages = [{"role": role, "content": words(rng, False)} for role in roles]
+        want = theirs.apply_chat_template(messages, add_generation_prompt=roles[-1] == "user", return_dict=False)
+        example, media = ours.example(Document("d", tuple(Text(m["content"], m["role"]) for m in messages)))
+        assert example.tokens.tolist() == want, (theirs.decode(want), ours.chat.decode(example.tokens.tolist()))
+        assert not media
+        text = words(rng, False)
+        example, _ = ours.example(Document("d", (Text(text, "document"),)))
+        assert example.tokens.tolist() == theirs(text)["input_ids"]

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.llama import LlamaTokenizer
 
-DIGITS = {"qwen": r"\p{N}", "llama3": r"\p{N}{1,3}"}
+SHORT = 3000  # of Qwen's tokens: a vocabulary that is read in no time
+DIGITS = {"qwen": r"\p{N}", "short": r"\p{N}", "llama3": r"\p{N}{1,3}"}
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -40,15 +41,20 @@ def file(family: str) -> Path:
 def _json(family: str) -> str:
     if family == "gemma":
         return _trained()
-    path = file(family)
+    path = file("qwen" if family == "short" else family)
     if family == "llama":
         return _llama(path)
     if family == "bert":
         from transformers.models.bert import BertTokenizer
 
         return BertTokenizer(vocab=str(path)).backend_tokenizer.to_str()
-    out = TikTokenConverter(str(path), pattern=PATTERN.replace("DIGITS", DIGITS[family])).converted()
-    if family == "qwen":
+    with tempfile.TemporaryDirectory() as folder:
+        if family == "short":
+            ranks = path.read_bytes().splitlines(keepends=True)[:SHORT]
+            path = Path(folder) / "short.tiktoken"
+            path.write_bytes(b"".join(ranks))
+        out = TikTokenConverter(str(path), pattern=PATTERN.replace("DIGITS", DIGITS[family])).converted()
+    if family in ("qwen", "short"):
         out.normalizer = normalizers.NFC()
     return out.to_str()
 

@@ -9,6 +9,7 @@ from mmjax.sequence.batch import Batch, Bucket, Values, abstract, axes, build, e
 from mmjax.sequence.interleave import Config
 
 UNUSED = ("media_lo", "media_hi", "window_lo", "window_hi", "frames", "frame_order", "frame_lo", "frame_hi")
+UNUSED += ("mix_slot", "mix_share")
 FIELDS = [f.name for f in dataclasses.fields(Batch) if f.name not in UNUSED]
 
 
@@ -135,7 +136,9 @@ def test_pictures_that_are_not_as_laid_out(pictures):
 
 def test_every_field_says_how_it_may_be_split():
     """Rows, then tokens, patches or frames; what is a few numbers per picture is whole."""
-    batch = empty(Bucket(2, 6, 4, 3, frames=5), Values(VALUES, 7), VOCAB, Config(cross="last_image", window=2))
+    batch = empty(
+        Bucket(2, 6, 4, 3, frames=5), Values(VALUES, 7), VOCAB, Config(cross="last_image", window=2, mixes=True)
+    )
     named = axes(batch)
     for f in dataclasses.fields(Batch):
         x, names = getattr(batch, f.name), getattr(named, f.name)

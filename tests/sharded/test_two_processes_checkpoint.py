@@ -16,13 +16,18 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax import checkpoint
 from mmjax.checkpoint import Checkpoints
+from mmjax.convert import huggingface, orbax
 from mmjax.core.checksum import checksums, checksums_numpy
+from mmjax.core.sharding import Rules
+from mmjax.core.spec import init
 from mmjax.core.tree import flatten
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 # Placement while saving, and two others.
 SAVED = {"w": ("data", ("fsdp", "tensor")), "half": (("data", "fsdp"),), "key": ("tensor",), "all": ()}
+VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIT |= {"intermediate_size": 24, "image_size": 16, "patch_size": 8}
 OTHERS = ({"w": ("a",), "half": (), "key": (), "all": ()}, {"w": (None, "a"), "half": ("a",), "key": ("a",), "all": ()})
 
 
@@ -117,6 +122,12 @@ def worker(port: str, index: int, directory: str) -> dict:
         found["fallback"] = checkpoints.restore(like).step
         checkpoints.save(4, on_mesh(4))
         found["other"] = error_of(lambda: checkpoints.restore(like | {"number": 2.5}))
+    given, converted = (Path(directory).parent / name for name in ("model", "converted"))
+    orbax.write(converted, huggingface.load(given, mesh=mesh))
+    again = orbax.read(converted, mesh=mesh, rules=Rules(embed=(), mlp=("fsdp", "tensor")))
+    found["converted"] = checksums(again.params)
+    found["split"] = [x.sharding.num_devices for x in jax.tree.leaves(again.params) if not x.is_fully_replicated]
+    found["parts"] = error_of(lambda: orbax.write(Path(directory).parent / "other", huggingface.opened(given)))
     if index == 0:  # alone
         found["nested"] = checksums_numpy(flatten(checkpoint.open_nested(directory)))
     return found
@@ -152,6 +163,9 @@ print(json.dumps({name: checksum(array) for name, array in tree.items()}))
 def run(tmp_path_factory) -> tuple[Path, list[dict]]:
     """The directory after two processes have done their work, and what each found."""
     directory = tmp_path_factory.mktemp("two") / "run"
+    origin = huggingface.Origin.of(VIT)
+    params = init(origin.found.of.spec(origin.found.cfg), jax.random.key(0))
+    huggingface.save(directory.parent / "model", huggingface.Model(origin.found.of, origin.found.cfg, params, origin))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -223,6 +237,18 @@ def test_opened_by_orbax_alone(run):
         wanted = checksums_numpy(host(step))
         del wanted["empty"]  # the manifest alone has those
         assert json.loads(out.stdout) == wanted, out.stderr
+
+
+def test_models_that_both_hold_are_written_and_read(run):
+    directory, (first, second) = run
+    given, converted = directory.parent / "model", directory.parent / "converted"
+    assert first["converted"] == second["converted"] == checksums(huggingface.load(given).params)
+    assert set(first["split"]) == {8}
+    huggingface.save(directory.parent / "back", orbax.opened(converted))
+    for name in os.listdir(given):
+        assert (directory.parent / "back" / name).read_bytes() == (given / name).read_bytes()
+    assert first["parts"] == second["parts"]
+    assert first["parts"].startswith("InputError: What is read when asked for is written by one process alone")
 
 
 def test_nothing_is_left_behind(run):

@@ -16,6 +16,7 @@ from tiny import randomised, tiny_model, tiny_run
 
 from mmjax.connectors import merger
 from mmjax.core.errors import InputError
+from mmjax.core.sharding import MeshConfig
 from mmjax.data import index
 from mmjax.data.sets import Files, Mixed
 from mmjax.generate import features as generated
@@ -32,11 +33,10 @@ WHAT = ("red", "green", "blue", "bright", "dark", "grey")
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The programs under test see the one device that the tiny mesh uses."""
-    devices = jax.devices()[:1]
+def few_devices(monkeypatch):
+    """The programs under test see as many devices as their mesh uses."""
     make = loop.make_mesh
-    monkeypatch.setattr(loop, "make_mesh", lambda cfg: make(cfg, devices))
+    monkeypatch.setattr(loop, "make_mesh", lambda cfg: make(cfg, jax.devices()[: cfg.data * cfg.tensor]))
     monkeypatch.setattr(index, "WINDOW", 64)
 
 
@@ -74,6 +74,7 @@ def run(cfg) -> tuple[list[float], dict]:
     return [loss for _, loss in report.losses(cfg.out)], json.loads((cfg.out / loop.RESULT).read_text())
 
 
+@pytest.mark.slow
 def test_pictures_are_encoded_once(make, tmp_path, monkeypatch):
     losses, result = run(make("plain"))
     assert "tower_steps" not in result
@@ -93,6 +94,7 @@ def test_pictures_are_encoded_once(make, tmp_path, monkeypatch):
 
 CHOICES = {
     "the tower alone, in parts": {"update": Update(frozen=("vision",), accumulate=2)},
+    "four devices": {"mesh": MeshConfig(data=2, tensor=2, explicit=True)},
     "half precision": {"update": Update(frozen=("vision", "connector"), compute="bfloat16")},
 }
 
@@ -111,6 +113,7 @@ def test_what_is_frozen_is_kept(make, choice, monkeypatch):
     assert {str(entry["tokens"].dtype) for entry in kept} == {"bfloat16" if "half" in choice else "float32"}
 
 
+@pytest.mark.slow
 def test_deepstack_before_its_mergers_and_after():
     """The step on what is kept is the step on the pictures, with parts or without."""
     cfg, sequence = behind_an_encoder(merger.Config(16, 16))

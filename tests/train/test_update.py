@@ -211,10 +211,10 @@ class TestRuns:
             place = loop.cluster.place
             count = iter(range(1, 10_000))
 
-            def bad(batch, *rest):
+            def bad(fed, *rest):
                 if next(count) in steps:
-                    batch.tokens[..., -1] = 7
-                return place(batch, *rest)
+                    fed[0].tokens[..., -1] = 7
+                return place(fed, *rest)
 
             monkeypatch.setattr(loop.cluster, "place", bad)
 

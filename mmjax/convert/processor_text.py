@@ -1,0 +1,132 @@
+"""The tokenizer of a Hugging Face directory, bound to the conventions that its documents are written in."""
+
+import dataclasses
+import os
+from typing import Any
+
+from mmjax.convert.processor_families import Family
+from mmjax.convert.processor_files import Found
+from mmjax.core.errors import InputError
+from mmjax.core.strict_json import shown
+from mmjax.sequence.document import Document, Text
+from mmjax.tokenizers import text
+from mmjax.tokenizers.base import Tokenizer
+from mmjax.tokenizers.chat import Chat
+from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.hub import Hub
+from mmjax.tokenizers.parts import NOTHING, Symbol
+from mmjax.tokenizers.template import Template
+from mmjax.tokenizers.vocab import Vocab
+
+
+def load_tokenizer(found: Found) -> Tokenizer:
+    """The tokenizer, with text beginning as transformers 5 has it: of Llama's models whatever tokenizer.json says.
+
+    Raises:
+      InputError: as `tokenizers.text.load`.
+    """
+    if os.path.lexists(found.path / "tokenizer.json"):
+        out = text.load(found.path)
+        pieces = isinstance(out, Hub) and out._spelling == "names" and found.config.text("model_type") == "llama"
+        return text.load(found.path, prefix=found.prefix) if pieces and found.prefix not in (None, out.prefix) else out
+    return text.load(found.path, prefix=found.prefix)
+
+
+def lead_of(found: Found, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens that transformers 5 writes before every text of its own accord.
+
+    A tokenizer.json says it itself, whatever tokenizer_config.json says.
+
+    Raises:
+      InputError: it writes some behind every text too, or says it in a way that is none.
+    """
+    if not isinstance(tokenizer, Hub):
+        return (found.named.get("bos_token", "<s>"),) if found.tokens.flag("add_bos_token", False) else ()
+    out: list[str] = []
+    try:
+        for step in _steps(tokenizer.post_processor):
+            if step["type"] in ("BertProcessing", "RobertaProcessing"):
+                raise InputError(
+                    f"The tokenizer in {found.path} writes tokens around every text; no model that chats does"
+                )
+            if step["type"] == "TemplateProcessing":
+                out += _before(step["single"], found)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"The post_processor in {found.path}/tokenizer.json is broken ({error!r}); copy it") from error
+    return tuple(out)
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """The steps of a part, which is one or a sequence of them."""
+    if part is None:
+        return []
+    return [step for one in part["processors"] for step in _steps(one)] if "processors" in part else [part]
+
+
+def _before(single: list[dict[str, Any]], found: Found) -> list[str]:
+    """The special tokens before a text; InputError where some stand after it, which would end every prompt."""
+    at = next((n for n, item in enumerate(single) if "Sequence" in item), len(single))
+    if any("SpecialToken" in item for item in single[at:]):
+        raise InputError(f"The tokenizer in {found.path} writes a token after every text, so no prompt could go on")
+    return [item["SpecialToken"]["id"] for item in single[:at]]
+
+
+def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Chat]:
+    """The tokenizer that writes conversations, and the one that writes everything else."""
+    known = tokenizer.controls
+    pads = [found.named.get(name) for name in ("pad_token", "eos_token", "bos_token", "unk_token")]
+    pad = next((symbol for symbol in [*pads, *known] if symbol in known), None)
+    if pad is None:
+        raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
+    media = {} if family is None else family.markers(found)
+    lead = lead_of(found, tokenizer)
+    convention = Convention(
+        name=found.config.text("model_type"),
+        begin=tuple(map(Symbol, lead)),
+        pad=pad,
+        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        placeholder=media.get("image", ""),
+        placeholder_video=media.get("video", ""),
+        **({} if family is None else family.writing),
+    )
+    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
+    if missing:
+        raise InputError(
+            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
+            f"tokenizer that belongs to it"
+        )
+    plain = Chat(tokenizer, convention)
+    plain.vocab = _vocab(plain, found, family)
+    for kind, symbol in media.items():
+        for key in (f"{kind}_token_id", f"{kind}_token_index"):
+            if found.config.whole(key, plain.controls[symbol], least=0) != plain.controls[symbol]:
+                raise InputError(
+                    f"{found.config.where} says {key!r} is {found.config.values[key]}, and the tokenizer has "
+                    f"{plain.controls[symbol]} for {shown(symbol)}; use the files that belong together"
+                )
+    if found.template is None:
+        return plain, plain
+    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= 0xE000 for c in s)]
+    given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
+    content = "string" if family is None else "list"
+    template = Template(found.template, symbols, media=media, content=content, given=given)
+    nothing = dict.fromkeys(("image", "video"), NOTHING)
+    begin = () if family is None or not lead or _begun(template, found) else convention.begin
+    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
+    chat.vocab = plain.vocab
+    return chat, plain
+
+
+def _begun(template: Template, found: Found) -> bool:
+    """Whether the template writes the first token itself: the tokenizer then writes none."""
+    parts = template.parts(Document("the first", (Text("x"),)), answer=True)
+    return parts[:1] == [Symbol(found.named.get("bos_token", ""))]
+
+
+def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
+    """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
+    inner = found.config.part("text_config")
+    size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
+    # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
+    newline = chat.vocab.image if family is not None and family.newline else None
+    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
