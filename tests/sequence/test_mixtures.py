@@ -114,8 +114,8 @@ def test_packed_equals_alone_and_rows_end_with_the_learnt_vector():
 
 
 def test_a_mixture_of_tokens_that_do_not_exist_is_counted():
-    batch = build([documents()], Bucket(1, 40, 40, 4), VALUES, VOCAB, CFG)
-    wrong = batch.mix_slot.copy()
+    batch = jax.tree.map(jnp.asarray, build([documents()], Bucket(1, 40, 40, 4), VALUES, VOCAB, CFG))
+    wrong = np.array(batch.mix_slot)
     wrong[0, np.flatnonzero(batch.mix_slot[0, :, 2] >= 0)[0], 2] = 39
     broken = batch.replace(mix_slot=jnp.asarray(wrong))
     found = np.asarray(invariants.violations(broken, 30, (PICTURE, FILM), None, True))
