@@ -107,7 +107,7 @@ def test_memory_holds_what_was_used_last():
 
 
 def used(folder, n: int, ago: float) -> None:
-    """As if it had been used last so many seconds ago, and written long before: Linux then notes no reading itself."""
+    """As if it had been used last so many seconds ago, and written long before."""
     os.utime(folder / f"{name(n)}.arrays", (time.time() - ago, time.time() - 1000))
 
 
