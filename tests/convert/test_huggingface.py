@@ -21,7 +21,7 @@ from convert.fake import CONFIG, MODULE, tensors, write
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mmjax.convert import huggingface, rules
+from mmjax.convert import huggingface, rules, writing
 from mmjax.convert.found import Found
 from mmjax.convert.huggingface import FAMILIES, Model, Origin, load, save
 from mmjax.convert.rules import Rule
@@ -400,14 +400,14 @@ def test_targets_that_are_there_and_full_disks(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
     model = load(write(tmp_path / "in"))
-    write_at = huggingface._write_at
+    write_at = writing._write_at
 
     def to_a_full_device(path, start, data):
         if not path.exists():
             path.symlink_to("/dev/full")
         write_at(path, start, data)
 
-    monkeypatch.setattr(huggingface, "_write_at", to_a_full_device)
+    monkeypatch.setattr(writing, "_write_at", to_a_full_device)
     refused("cannot save .*out: no space is left", save, tmp_path / "out", model)
     assert os.listdir(tmp_path) == ["in"]
 
