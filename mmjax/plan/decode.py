@@ -13,6 +13,7 @@ from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules, parts_of
 from mmjax.models import decoder, flops
+from mmjax.nn import block
 from mmjax.nn import cache as caches
 from mmjax.nn.cache import KVCache
 from mmjax.plan import chips, roofline
@@ -41,17 +42,20 @@ def write(
 
 
 def abstract(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> tuple[dict, KVCache]:
-    """Parameters of the decoder, in the type that the run computes in, and a cache, as they lie on the mesh."""
+    """Parameters of the decoder, in the type that the run computes in, and a cache, as they lie on the mesh.
+
+    Every block by itself, as generate.engine has them: of stacked ones TPUs would keep a second cache in the loop.
+    """
     of, rules = cfg.model.decoder, Rules()
-    spec = decoder.spec(of)
+    spec = decoder.spec(of) | {"blocks": tuple(block.spec(of.blocks) for _ in range(of.blocks.layers))}
     shapes = jax.eval_shape(functools.partial(cast, compute=cfg.update.compute), specs.abstract(spec))
-    cache = jax.eval_shape(lambda: decoder.empty_cache(of, rows, places, cfg.update.compute))
+    cache = jax.eval_shape(lambda: decoder.empty_cache(of, rows, places, cfg.update.compute, stacked=False))
 
     def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     def lies(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = {5: (None, *caches.AXES), 2: ("batch", None), 0: ()}[len(x.shape)]
+        axes = {4: caches.AXES, 2: ("batch", None), 0: ()}[len(x.shape)]
         return placed(x, sharding.named(mesh, axes, rules, x.shape))
 
     return jax.tree.map(placed, shapes, specs.shardings(spec, mesh, rules)), jax.tree.map(lies, cache)
