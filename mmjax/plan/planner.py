@@ -43,7 +43,7 @@ def decoding(
     state = decode.held(cfg, rows, places, mesh)
     made = decode.compiled(cfg, rows, places, mesh)
     if isinstance(made, Program) and made.memory.total > limit:
-        made = TooLarge(made.memory.total, limit)
+        made = TooLarge(float(made.memory.total), limit)
     if isinstance(made, TooLarge):
         found = {"rows": rows, "places": places, "fits": False, "needed": made.needed, "available": made.available}
     else:
@@ -83,7 +83,7 @@ def plan(
         bucket = bucket or (program.buckets(cfg) if cfg.packing.shapes else found)[-1]
         made = program.compiled(cfg, bucket, make_mesh(cfg.mesh, devices))
         if isinstance(made, Program) and made.memory.total > limit:
-            return TooLarge(made.memory.total, limit)
+            return TooLarge(float(made.memory.total), limit)
         return made
 
     numbers, text = [], [report.table(found), report.head(of, mesh, state, limit)]
