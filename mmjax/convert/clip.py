@@ -51,7 +51,7 @@ def tower(config: dict, width: int, hidden: int, layers: int, heads: int, act: s
         gated=False,
         bias=True,
         norm_kind="layer",
-        epsilon=raw.get(config, "layer_norm_eps", eps),
+        epsilon=raw.number(config, "layer_norm_eps", eps),
     )
 
 

@@ -11,6 +11,7 @@ tensors are in the step's metadata.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,23 @@ def packed(model: Model) -> tuple[dict, dict]:
     So a training loop saves steps that `read` and `opened` understand: more may be in both, an optimizer's state.
 
     Raises:
-      InputError: the model came from nowhere.
+      InputError: the model came from nowhere, or is not what its config says.
     """
     origin = model.origin
     if origin is None:
         raise InputError(
             "This model came from no directory; give it origin=Origin.of(config), with a config.json's dict."
+        )
+    if (origin.found.of, origin.found.cfg) != (model.of, model.cfg):
+        raise InputError(
+            "The config of this model is not that of its origin; give it origin=Origin.of(config) with the new one."
+        )
+    wanted, there = tree.flatten(model.of.spec(model.cfg)), tree.flatten(model.params)
+    differ = sorted(wanted.keys() ^ there.keys()) or [n for n, p in wanted.items() if p.shape != tuple(there[n].shape)]
+    if differ:
+        raise InputError(
+            f"The parameters are not those of the model's config ({', '.join(map(shown, differ[:5]))} differ); give it "
+            f"its own"
         )
     small = {"config": origin.config} if origin.index is None else {"config": origin.config, "index": origin.index}
     out: dict[str, Any] = {name: np.frombuffer(data, np.uint8) for name, data in small.items()}
@@ -106,6 +118,9 @@ def write(
         if sizes:
             raise InputError("Arrays on devices are written as they lie; give sizes for a model that is `opened` only.")
         directory = local_path(path)
+        alone = not processes.several() and os.path.lexists(directory)  # of several, one may have begun
+        if alone and (directory.is_symlink() or not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"{directory} exists already; choose another directory, or remove it first")
         with Checkpoints(directory) as checkpoints:
             if checkpoints.steps():
                 raise InputError(f"{directory} holds checkpoints already; choose another directory")
@@ -182,13 +197,31 @@ def read(
         found = tree.flatten(checkpoints.restore(tree.unflatten(like), manifest["step"], partial=True).tree)
     params = {name: found[f"params/{name}"] for name in tree.flatten(spec)}
     if dtype is not None:
-        params = {n: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for n, x in params.items()}
+        params = {name: _cast_array(name, x, _floating(dtype)) for name, x in params.items()}
     kept = {key: np.asarray(x) for key, x in huggingface.in_format(origin.kept, origin.found, dtype).items()}
     return Model(origin.found.of, origin.found.cfg, tree.unflatten(params), dataclasses.replace(origin, kept=kept))
 
 
+def _floating(dtype: Any) -> np.dtype:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"Parameters are to be {np.dtype(dtype)}, which is no floating-point format; give one.")
+    return np.dtype(dtype)
+
+
+def _cast_array(name: str, x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """core.cast.cast on devices."""
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
+        return x
+    out = x.astype(dtype)
+    if bool((jnp.isfinite(x) & ~jnp.isfinite(out)).any()):
+        raise InputError(
+            f"The parameter {name} holds numbers larger than any of {dtype}; choose another format (dtype)"
+        )
+    return out
+
+
 def _cast(name: str, leaf: Any, dtype: Any) -> Any:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == dtype:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == _floating(dtype):
         return leaf
     return lazily.Cast(leaf, np.dtype(dtype), f"The parameter {name}")
 

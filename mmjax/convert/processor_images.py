@@ -205,9 +205,14 @@ def pinpoints(of: Settings, side: int, key: str = "image_grid_pinpoints") -> tup
         raise InputError(
             f"{of.where} says {key!r} is {shown(value)}; they must be pairs of multiples of the tile of {side} pixels"
         )
-    return tuple((height // side, width // side) for height, width in value)
+    out = tuple((height // side, width // side) for height, width in value)
+    if max(height * width for height, width in out) > MOST_TILES:
+        raise InputError(f"{of.where} tiles pictures by more than {MOST_TILES} tiles in {key!r}; no model has so many")
+    return out
 
 
+MOST_TILES = 64  # published: 36
+MOST_FRAMES = 10_000  # of a clip; published: 768
 NEXT = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -294,7 +299,7 @@ def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) ->
     choose, fps, number = "all", None, None
     if of.flag("do_sample_frames", third):
         choose = "even" if third else "floor"
-        number = of.whole("num_frames")
+        number = of.whole("num_frames", most=MOST_FRAMES)
         fps = of.number("fps", 2.0 if third and number is None else None)
         if (fps is None) == (number is None):
             raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
@@ -308,8 +313,8 @@ def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) ->
         choose,
         fps,
         number,
-        of.whole("min_frames", 4),
-        of.whole("max_frames", 768),
+        of.whole("min_frames", 4, most=MOST_FRAMES),
+        of.whole("max_frames", 768, most=MOST_FRAMES),
         tokens_per_second,
         _filter(of),
     ), colours(of, HALF if third else OPENAI)

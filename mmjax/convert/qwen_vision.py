@@ -7,6 +7,7 @@ from mmjax.convert.found import Found
 from mmjax.convert.pixtral import theta
 from mmjax.convert.rules import Rule, clips
 from mmjax.core.errors import InputError
+from mmjax.core.strict_json import shown
 from mmjax.encoders import vit
 from mmjax.models import tower
 from mmjax.nn import patch_embed, rope, transformer
@@ -42,19 +43,22 @@ def read(config: dict, keys: frozenset[str]) -> Found:
 
 def configure(config: dict) -> tower.Config:
     number = version(config)
-    width = raw.size(config, "embed_dim", 1280) if number == 2 else raw.size(config, "hidden_size", 1280)
+    third = number == 3
+    width = raw.size(config, "embed_dim" if number == 2 else "hidden_size", 1152 if third else 1280)
     outputs = raw.size(config, "hidden_size", 3584) if number == 2 else raw.size(config, "out_hidden_size", 3584)
     hidden = (
-        int(width * raw.get(config, "mlp_ratio", 4)) if number == 2 else raw.size(config, "intermediate_size", 3420)
+        int(width * raw.get(config, "mlp_ratio", 4))
+        if number == 2
+        else raw.size(config, "intermediate_size", 4304 if third else 3420)
     )
-    layers, heads = raw.size(config, "depth", 27 if number == 3 else 32), raw.size(config, "num_heads", 16)
-    patch, merge = raw.square(config, "patch_size", 14), raw.size(config, "spatial_merge_size", 2)
+    layers, heads = raw.size(config, "depth", 27 if third else 32), raw.size(config, "num_heads", 16)
+    patch, merge = raw.square(config, "patch_size", 16 if third else 14), raw.size(config, "spatial_merge_size", 2)
     head = raw.heads(width, heads)
     if head % 4:
         raise InputError(
             f"config.json gives heads of {head} values; rotary positions of two axes need a multiple of 4."
         )
-    whole = raw.get(config, "fullatt_block_indexes", [7, 15, 23, 31]) if number == 2.5 else range(layers)
+    whole = set(_blocks(config, "fullatt_block_indexes", [7, 15, 23, 31], layers) if number == 2.5 else range(layers))
     of = transformer.Config(
         width=width,
         layers=layers,
@@ -80,11 +84,19 @@ def configure(config: dict) -> tower.Config:
         side = raw.side(raw.size(config, "num_position_embeddings", 2304))
         table = vit.Table(side, side, "bilinear", align_corners=True)
     merge_config = merger.Config(width, outputs, merge, norm="rms" if number == 2.5 else "layer")
-    taps = tuple(raw.get(config, "deepstack_visual_indexes", [8, 16, 24])) if number == 3 else ()
+    taps = tuple(_blocks(config, "deepstack_visual_indexes", [8, 16, 24], layers)) if number == 3 else ()
     if list(taps) != sorted(set(taps)):
         raise InputError(f"config.json says 'deepstack_visual_indexes' are {list(taps)}; mmjax wants them rising.")
     deep = merger.Config(width, outputs, merge, norm_after=True) if taps else None
     return tower.Config(vit.Config(embed, of, table, final_norm=False), merge_config, taps, deep)
+
+
+def _blocks(config: dict, key: str, default: list[int], layers: int) -> list[int]:
+    """Numbers of blocks."""
+    value = raw.get(config, key, default)
+    if not isinstance(value, list) or len(value) > layers or not all(type(n) is int and 0 <= n < layers for n in value):
+        raise InputError(f"config.json says {key!r} is {shown(value)}; they must be numbers of its {layers} blocks.")
+    return value
 
 
 def window(config: dict) -> int:

@@ -15,7 +15,15 @@ from mmjax.core.strict_json import shown
 
 PATTERNS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *(
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "tokenizer.model.v*",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+    ),
     *("chat_template.json", "chat_template.jinja", "generation_config.json", "processor_config.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "audio_preprocessor_config.json"),
     *("README.md", "LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*", "USE_POLICY.md"),
@@ -56,7 +64,8 @@ def _at_home(file: Path) -> bool:
     folder, target = (
         Path(os.path.realpath(p)) for p in (file.parent, file)
     )  # which stops where a link leads to itself
-    hub = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    # Older ones made links to it in a folder of the reader's own.
+    hub = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return hub or target.parent == folder
 
 

@@ -42,7 +42,7 @@ def configure_vision(config: dict, kind: str) -> vit.Config:
         embed=patch_embed.Config(patch, of.width, raw.size(config, "num_channels", 3), *raw.HALF),
         blocks=of,
         table=table,
-        head=head.Config(of.width, "attention", attention=pool) if config.get("vision_use_head", True) else None,
+        head=head.Config(of.width, "attention", attention=pool) if raw.flag(config, "vision_use_head", True) else None,
     )
 
 

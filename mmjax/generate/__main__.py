@@ -16,6 +16,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmjax.core import config
 from mmjax.core.errors import InputError
 
 LARGEST = 2**24  # bytes of a file of prompts
+MIB, DAYS = 4096, 30.0  # of the folder of visual tokens
 MEMORY = 2**28  # bytes of visual tokens that are kept in memory
 HELP = """/image FILE   show a picture with what you say next
 /new          begin a new conversation
@@ -46,13 +48,15 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--top-p", metavar="P", type=float, default=1.0, help="from those that have this probability")
     out.add_argument("--min-p", metavar="P", type=float, default=0.0, help="from those at least so likely, as a share")
     out.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0, help="above 1: fewer repetitions")
-    out.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws")
+    out.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the draws; of several prompts, the n-th has N + n - 1"
+    )
     out.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends an answer; may be repeated")
     out.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the parameters; else the files'")
     out.add_argument("--tensor", metavar="N", type=int, default=1, help="split the parameters over N devices")
     out.add_argument("--features", metavar="DIR", help="where visual tokens of pictures are kept, between runs too")
-    out.add_argument("--features-mib", metavar="N", type=int, default=4096, help="MiB that they take at most (4096)")
-    out.add_argument("--features-days", metavar="N", type=float, default=30.0, help="days for which they are kept (30)")
+    out.add_argument("--features-mib", metavar="N", type=int, help=f"MiB that they take at most ({MIB})")
+    out.add_argument("--features-days", metavar="N", type=float, help=f"days for which they are kept ({DAYS})")
     out.add_argument("--json", action="store_true", help="one JSON object for each answer, and nothing else")
     return out
 
@@ -64,8 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     asked = [given.prompt is not None, given.prompts is not None]
     if sum(asked) != 1 and not (given.chat and not given.prompts):
         raise InputError("Give a PROMPT, --prompts FILE or --chat (which may begin with a PROMPT).")
-    if given.chat and (given.json or given.plain):
-        raise InputError("--chat is a conversation on the terminal, so it goes with neither --json nor --plain.")
+    if given.chat and (given.json or given.plain or given.prompts):
+        raise InputError("--chat is a conversation on the terminal; leave --json, --plain and --prompts out.")
+    if given.features is None and (given.features_mib is not None or given.features_days is not None):
+        raise InputError("--features-mib and --features-days bound what --features DIR keeps; give it too.")
     if given.plain and (given.system or given.image):
         raise InputError("--plain goes on with a text, in which --system and --image have no place; leave them out.")
     if given.max_tokens < 1:
@@ -74,6 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     how, images, prompts = _sampling(given), [_image(path) for path in given.image], _prompts(given)
     sys.stdout.reconfigure(errors="replace")
     session = _session(given)
+    if given.chat and session.processor.chat.convention.template is None:
+        raise InputError(
+            f"{given.directory} has no chat template to write conversations by; give a PROMPT and --plain."
+        )
     try:
         if given.chat:
             return _chat(session, given, how, images)
@@ -109,7 +119,7 @@ def _prompts(given: argparse.Namespace) -> list[str]:
     try:
         with open(given.prompts, "rb") as file:
             data = file.read(LARGEST + 1)
-        lines = data.decode().splitlines()
+        lines = [line.rstrip("\r") for line in data.decode("utf-8-sig").split("\n")]
     except (OSError, ValueError) as error:
         raise InputError(f"--prompts {given.prompts!r} cannot be read ({error}); give a text file.") from error
     if len(data) > LARGEST:
@@ -145,7 +155,10 @@ def _store(given: argparse.Namespace) -> Any:
     if given.features is None:
         return Store(memory=MEMORY) if given.chat else None
     return Store(
-        folder=Path(given.features), disk=given.features_mib * 2**20, memory=MEMORY, age=given.features_days * 86400
+        folder=Path(given.features),
+        disk=(MIB if given.features_mib is None else given.features_mib) * 2**20,
+        memory=MEMORY,
+        age=(DAYS if given.features_days is None else given.features_days) * 86400,
     )
 
 
@@ -164,6 +177,8 @@ def _answer(session: Any, given: argparse.Namespace, how: Any, prompts: Sequence
     """Answers all prompts: one as it comes, several when all are there."""
     began = time.monotonic()
     alone = len(documents) == 1 and not given.json
+    # Equal prompts are to have answers of their own.
+    how = [replace(how, seed=(how.seed + n) % 2**32) for n in range(len(documents))]
     stream = session.stream(documents, how, max_tokens=given.max_tokens, stop=given.stop, chunk=8 if alone else 64)
     for _, text in stream:
         if alone:
@@ -203,6 +218,9 @@ def _chat(session: Any, given: argparse.Namespace, how: Any, images: Sequence[An
                 said, shown = [*turn, Text(answer, "assistant")], []
         except InputError as error:
             print(f"mmjax: {error}", file=sys.stderr, flush=True)
+            if shown and not command.startswith("/"):
+                shown = []
+                print("mmjax: its pictures are taken back; say it without them, or give others", file=sys.stderr)
     return 0
 
 

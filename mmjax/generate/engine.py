@@ -44,7 +44,7 @@ class State:
     tokens: Field  # i32[B, S], the id in each place, -1 where there is none
     logits: Field  # f32[B, V], of the token that comes next
     label: Field  # i32[B], its label
-    position: Field  # i32[B], its position: one past the largest so far, whatever axis that is on
+    position: Field  # i32[B], its position: one past that of the last token so far, on the axis where that is largest
     lo: Field  # i32[B], the first label that it sees
     done: Field  # bool[B], rows that say nothing more
 
@@ -179,13 +179,15 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
     """
     with sharding.whole("length"):
         batch, at = _placed(batch), state.cache.at
+        media = None if media is None else _by_rows(media)
         hidden, cache = _run(params, batch, cfg, state.cache, media)
         there = batch.order >= 0
         column = jnp.arange(batch.order.shape[1], dtype=jnp.int32)[None]
         last = jnp.where(there, column, -1).max(-1)
         some, safe = last >= 0, jnp.maximum(last, 0)[:, None]
         logits = _logits(params, jnp.take_along_axis(hidden, safe[:, :, None], axis=1), cfg)
-        position = jnp.where(there[:, :, None], batch.position, -1).max((1, 2)).astype(jnp.int32) + 1
+        # One past the last token's, not past the largest: the times of a clip may run past the text behind it.
+        position = jnp.take_along_axis(batch.position, safe[:, :, None], axis=1).max((1, 2)).astype(jnp.int32) + 1
         words = jnp.where(there, batch.tokens, -1)
         return _laid(
             State(
@@ -193,11 +195,17 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
                 tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, words, at, 1),
                 logits=jnp.where(some[:, None], logits, state.logits),
                 label=jnp.where(some, batch.order.max(-1) + 1, state.label),
-                position=jnp.maximum(state.position, position),
+                position=jnp.where(some, position, state.position),
                 lo=jnp.where(some, jnp.take_along_axis(batch.lo, safe, axis=1)[:, 0], state.lo),
                 done=state.done & ~some,
             )
         )
+
+
+def _by_rows(media: Media) -> Media:
+    """Media tokens laid out as the rows they belong to: they may come from a host."""
+    deep = None if media.deep is None else sharding.constrain(media.deep, (None, "batch", None, None))
+    return media.replace(tokens=sharding.constrain(media.tokens, ("batch", None, None)), deep=deep)
 
 
 def media(params: dict, batch: Batch, cfg: vlm.Config) -> Media:
@@ -298,3 +306,4 @@ run_prefill = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnam
 run_decode = functools.partial(jax.jit, static_argnames=("cfg", "switches"), donate_argnames=("state",))(decode)
 run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked"))(empty)
 run_media = functools.partial(jax.jit, static_argnames=("cfg",))(media)
+run_sound = jax.jit(lambda logits: jnp.isfinite(logits.max(-1)).all())

@@ -30,23 +30,25 @@ class Read:
     """The tokens of one row that are in the cache, place by place, and the media among them."""
 
     rows: np.ndarray  # [n, KNOWN, flat]
-    media: tuple[Any, ...]  # the document's spans that are no text, as objects
+    media: tuple[tuple[Any, Any], ...]  # the spans that are no text, as objects, and what is made of each
 
     @classmethod
-    def of(cls, example: Example, document: Document) -> "Read":
+    def of(cls, example: Example, document: Document, layout: Layout) -> "Read":
         parts = [np.asarray(getattr(example, name)).reshape(len(example.tokens), -1) for name in KNOWN]
-        return cls(np.concatenate(parts, axis=1), tuple(s for s in document.spans if not hasattr(s, "text")))
+        # A policy may depend on how many pictures there are: the same one is then no longer what it was.
+        seen = [(document.spans[p.span], (p.policy, p.views, p.mixes)) for p in layout.pieces if p.views]
+        return cls(np.concatenate(parts, axis=1), tuple(seen))
 
     def said(self, tokens: np.ndarray) -> "Read":
         """With an answer's tokens after it."""
-        n, at = len(self.rows), int(self.rows[:, 3:].max()) + 1
+        n, at = len(self.rows), self.position(len(self.rows))
         steps = np.arange(len(tokens))
         more = np.stack([np.asarray(tokens), np.full(len(tokens), self.rows[-1, 1]), n + steps, *[at + steps] * 3], 1)
         return replace(self, rows=np.concatenate([self.rows, more.astype(self.rows.dtype)]))
 
     def position(self, n: int) -> int:
         """The position after the first n tokens."""
-        return int(self.rows[:n, 3:].max(initial=-1)) + 1
+        return int(self.rows[:n][-1:, 3:].max(initial=-1)) + 1
 
 
 def common(old: Read, new: Read, layout: Layout) -> int:
@@ -57,7 +59,9 @@ def common(old: Read, new: Read, layout: Layout) -> int:
     n = min(len(old.rows), len(new.rows) - 1)
     n = int(np.cumprod((old.rows[:n] == new.rows[:n]).all(-1)).sum())
     same = 0
-    while same < min(len(old.media), len(new.media)) and old.media[same] is new.media[same]:
+    for (span, made), (other, wanted) in zip(old.media, new.media, strict=False):
+        if span is not other or made != wanted:
+            break
         same += 1
     at = seen = 0
     for piece in layout.pieces:

@@ -4,13 +4,13 @@
     for row, text in session.stream([question], max_tokens=100):
         print(text, end="", flush=True)
 
-A conversation of one row goes on where it stood: only what is new is read, as long as the new writing begins with the
-same tokens and the same pictures.
+A conversation of one row goes on where it stood: only what is new goes through the model, as long as the new writing
+begins with the same tokens and the same pictures (the same objects, which must not be changed meanwhile).
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from mmjax.models import vlm
 from mmjax.models.tower import Media
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Values
-from mmjax.sequence.document import Document
+from mmjax.sequence.document import Document, Text
 
 PART = 1024  # columns of a prompt that are read at once
 LEAST = 128  # places of the smallest cache
@@ -89,6 +89,7 @@ class Session:
         self._tower = "" if self.store is None else self._on(features.tower, self.params, self.cfg)
         self._state: engine.State | None = None
         self._read: Read | None = None
+        self._asked = 0  # how often
         self.answers: list[Answer] = []
 
     def answer(
@@ -123,26 +124,35 @@ class Session:
           chunk: how many tokens are made before their text is looked at.
 
         Raises:
-          InputError: what the processor refuses; another number of samplings than documents.
+          InputError: what the processor refuses; another number of samplings than documents; an answer that is asked
+            to go on after another question was asked; logits that are no numbers.
         """
         rows = [sampling] * len(documents) if isinstance(sampling, Sampling) else list(sampling)
         if len(rows) != len(documents):
             raise InputError(f"{len(rows)} samplings were given for {len(documents)} documents; give one for each.")
         if not documents:
             raise InputError("There is no document to answer; give at least one.")
-        if max_tokens < 1 or chunk < 1:
+        if not (1 <= max_tokens < 2**31 and chunk >= 1):
             raise InputError(f"max_tokens is {max_tokens} and chunk {chunk}; give at least 1 of each.")
         ends = np.array(sorted(self.processor.stops), np.int32)
         streams = [Stream(self.processor.chat.tokenizer, self.processor.stops, stop) for _ in documents]
         counts = self._prefill(documents, max_tokens)
+        self._asked = mine = self._asked + 1
         switches, values = sample.prepare(rows)
         at, left, some = int(self._state.cache.at), max_tokens, 1  # the first token at once
         while left and not all(stream.reason for stream in streams):
+            if mine != self._asked:
+                raise InputError("Another question was asked meanwhile; let one answer end, or use a session for each.")
             # Its memory is given away, and back: whoever interrupts this, or stops listening, may ask again.
             state, self._state = self._state, None
             run = {"cfg": self.cfg, "switches": switches}
             n = np.int32(min(some, left))
             state = self._state = self._on(engine.run_decode, self.params, state, n, ends, values, **run)
+            if not self._on(engine.run_sound, state.logits):
+                raise InputError(
+                    "The model's logits are no numbers: its weights are damaged, or too large for their format; try "
+                    "bfloat16 or float32."
+                )
             new = np.array(state.tokens)[:, at : int(state.cache.at)]
             texts = [s.add([t for t in said.tolist() if t >= 0]) for s, said in zip(streams, new, strict=True)]
             over = np.array([stream.reason is not None for stream in streams])
@@ -159,12 +169,17 @@ class Session:
     def _prefill(self, documents: Sequence[Document], max_tokens: int) -> list[tuple[int, int]]:
         """Reads the documents; gives for each how many tokens it has, and how many of them were there already."""
         frames = self.processor.frames(documents)
+        layouts = [self.processor.layout(document) for document in documents]
+        for of in layouts:
+            if not of.tokens:
+                raise InputError(f"Document {of.id!r} has no tokens to go on from; give a text.")
+        asked, documents = documents, [self._settled(document) for document in documents]
         made = [self.processor.example(document, frames=frames) for document in documents]
         counts = [len(example.tokens) for example, _ in made]
         kept = 0
-        read = Read.of(made[0][0], documents[0]) if len(documents) == 1 else None
+        read = Read.of(made[0][0], asked[0], layouts[0]) if len(documents) == 1 else None
         if read is not None:
-            layout = self.processor.layout(documents[0])
+            layout = layouts[0]
             known = None if self._state is None else self._read
             kept = 0 if known is None else prompts.common(known, read, layout)
             made = [prompts.rest(*made[0], layout, kept)]
@@ -187,14 +202,34 @@ class Session:
         self._state, self._read = state, read
         return [(count, kept) for count in counts]
 
+    def _settled(self, document: Document) -> Document:
+        """The document with what its media are read from in hand: what is kept of them goes by the same bytes."""
+        if self.store is None:
+            return document
+        spans = list(document.spans)
+        for n, span in enumerate(spans):
+            if not isinstance(span, Text):
+                try:
+                    spans[n] = replace(span, source=features.content(span))
+                except InputError as error:
+                    raise InputError(f"Document {document.id!r}, span {n}: {error}") from error
+        return replace(document, spans=tuple(spans))
+
     def _room(self, rows: int, kept: int, places: int, read: Read | None) -> engine.State:
         """A state that has read what is kept, and has room for so many places."""
         places = ladder(places, LEAST)
-        if not kept:
-            how = {"rows": rows, "places": places, "dtype": self._dtype, "stacked": self._stacked}
-            return self._on(engine.run_empty, self.cfg, **how)
-        state = engine.rewound(self._state, kept, read.position(kept))
-        return engine.grown(state, places) if places > state.cache.places else state
+        try:
+            if not kept:
+                how = {"rows": rows, "places": places, "dtype": self._dtype, "stacked": self._stacked}
+                return self._on(engine.run_empty, self.cfg, **how)
+            state = engine.rewound(self._state, kept, read.position(kept))
+            return engine.grown(state, places) if places > state.cache.places else state
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"There is no memory for a cache of {rows} × {places:,} tokens; ask for fewer, or shorter answers."
+            ) from error
 
     def _media(self, batch: Batch, documents: Sequence[Document], frames: int) -> Media | None:
         if not isinstance(self.cfg, vlm.Config) or not np.asarray(batch.grid).any():

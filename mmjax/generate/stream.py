@@ -25,8 +25,10 @@ class Stream:
         """tokenizer: a `tokenizers.base.Tokenizer`. ends: ids that end an answer. stop: texts that do, and are cut off.
 
         Raises:
-          InputError: a stop string that is empty.
+          InputError: a stop string that is empty, or one text where several belong.
         """
+        if isinstance(stop, str):
+            raise InputError(f"The stop strings are the text {stop!r}; give a list of texts.")
         if not all(stop):
             raise InputError("A stop string is empty, and would end every answer before it begins; leave it out.")
         self._tokenizer, self._ends, self._stop = tokenizer, frozenset(ends), tuple(stop)
@@ -62,7 +64,9 @@ class Stream:
 
     def _read(self, last: bool) -> None:
         """Gives out what is final."""
-        decoded = self._tokenizer.decode(self.ids[self._from :], start=False)
+        # Published tables of tokens are longer than their tokenizers; what lies past the end has no text.
+        known = [token for token in self.ids[self._from :] if token < self._tokenizer.size]
+        decoded = self._tokenizer.decode(known, start=False)
         text = self._whole + decoded
         if last:
             final = text

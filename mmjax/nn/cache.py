@@ -75,7 +75,7 @@ def labelled(cache: KVCache, order: Int[Array, "b l"]) -> KVCache:
     """The cache with the labels of the next L tokens in their places, and `at` past them.
 
     Nothing is checked in here: past the last place JAX would silently write over what is there. Whoever knows how many
-    tokens there are must have made the cache large enough (generate.engine does).
+    tokens there are must have made the cache large enough (generate.session does).
     """
     new = jax.lax.dynamic_update_slice_in_dim(cache.order, order, cache.at, 1)
     return cache.replace(order=new, at=cache.at + np.int32(order.shape[1]))

@@ -41,6 +41,8 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise InputError(f"--documents is {mine.documents}; give tokens, or 0: all of the row is one document.")
     if not 0 <= mine.memory < math.inf:  # nor nan
         raise InputError(f"--memory is {mine.memory}; give GiB, or 0: all that the compiler allows.")
+    if mine.decode and (mine.all or mine.documents):
+        raise InputError("--decode plans the next token of rows; --all and --documents are a training step's.")
     if mine.decode and min(mine.decode) < 1:
         raise InputError(f"--decode is {mine.decode[0]} {mine.decode[1]}; give rows and tokens, at least 1 of both.")
     return mine, rest

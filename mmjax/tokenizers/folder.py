@@ -17,6 +17,7 @@ from mmjax.tokenizers.base import Prefix
 
 MOST, MOST_CONFIG = 128 << 20, 16 << 20  # bytes
 ROLES = ("bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -89,7 +90,7 @@ def look(path: Path) -> Folder:
     for symbol in unknown:  # what unknown characters become; a control only where the tokenizer file says so
         controls.pop(symbol, None)
     prefix = None
-    if file == model and config:
+    if file == model and config and str(config.get("tokenizer_class", LLAMA[0])) in LLAMA:
         # As LlamaTokenizer: the older behaviour, which stays the default, puts a space in front of every text.
         prefix = "first" if config.get("legacy") is False else "always"
         prefix = "never" if config.get("add_prefix_space") is False else prefix

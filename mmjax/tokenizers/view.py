@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmjax.core.errors import InputError
 
+MOST = 2**27  # pixels of a step: what a policy makes of a long, thin picture may be large
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 Color = tuple[int, int, int]
 FILTERS = {
@@ -51,10 +52,12 @@ View = tuple[Step, ...]  # from the picture, upright and in RGB, to what is cut 
 
 
 def check(view: View) -> None:
-    """Raises InputError for a step that leaves no pixel."""
+    """Raises InputError for a step that leaves no pixel, or makes more than `MOST`."""
     for step in view:
         if step.height < 1 or step.width < 1:
             raise InputError(f"{step} leaves no picture; both sides must be at least 1 pixel.")
+        if step.height * step.width > MOST:
+            raise InputError(f"{step} makes a picture of more than {MOST:,} pixels; lower the resolution.")
 
 
 def size(view: View, height: int, width: int) -> tuple[int, int]:

@@ -283,7 +283,7 @@ def test_what_is_there_is_not_replaced(tmp_path):
     model = huggingface.opened(write(tmp_path / "in"))
     orbax.write(tmp_path / "step", model)
     before = (tmp_path / "step/done/0.json").read_bytes()
-    for one, says in ((model, "step exists already"), (orbax.read(tmp_path / "step"), "holds checkpoints already")):
+    for one, says in ((model, "step exists already"), (orbax.read(tmp_path / "step"), "step exists already")):
         with pytest.raises(InputError, match=says):
             orbax.write(tmp_path / "step", one)
     assert (tmp_path / "step/done/0.json").read_bytes() == before

@@ -210,7 +210,7 @@ MODEL = dataclasses.replace(tiny_model(vocab=30, patch=2), segments=True)
 
 
 def test_media_and_rope_deltas():
-    """Pictures count fewer positions than tokens; an answer goes on from the largest position of its row."""
+    """Pictures count fewer positions than tokens; an answer goes on from its row's last one."""
     rows = [[document("a", (2, 2))], [document("b", (1, 3), (2, 1), words=5)], [document("c", words=3)]]
     model = randomised(vlm.spec(MODEL))
     batch = batches.build(rows, Bucket(3, 20, 10, 3), 12, VOCAB)
@@ -226,7 +226,7 @@ def test_media_and_rope_deltas():
     # The same without a cache: the answer's tokens in the row, with positions of their own.
     columns = {name: np.array(getattr(batch, name)) for name in ("tokens", "modality", "order", "lo", "hi", "position")}
     for r, n in enumerate(real.sum(1)):
-        span, first = slice(n, n + 4), int(columns["position"][r, :n].max()) + 1
+        span, first = slice(n, n + 4), int(columns["position"][r, n - 1].max()) + 1
         columns["tokens"][r, span], columns["modality"][r, span] = new[r], 1
         columns["order"][r, span] = columns["hi"][r, span] = np.arange(n, n + 4)
         columns["lo"][r, span] = 0

@@ -61,6 +61,7 @@ def test_stop_strings_across_tokens(name, text, stop, sizes):
         shown += stream.add(ids[at : at + size])
         assert wanted.startswith(shown)
         at += size
+    shown += stream.add(ids[at:])
     shown += stream.finish()
     assert shown == stream.text == wanted
     assert stream.reason == ("stop" if any(s in text for s in stop) else "length")

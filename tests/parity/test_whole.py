@@ -5,6 +5,7 @@ as the likeliest token leads by more than 1e-4: behind a tie, both go on with so
 """
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -14,17 +15,14 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 
 from parity import vocabularies
 from parity.harness import twin
-from parity.test_processors import (
-    DIRECTORIES,
-    directory,
-    reference,
-)
+from parity.test_processors import DIRECTORIES, directory, reference, write
+from parity.test_videos import SIZES, Videos, clip
 from PIL import Image as Pictures
 from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import huggingface, processor
 from mmjax.generate.session import Session
-from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.document import Document, Image, Text, Video
 
 STEPS, MARGIN, END = 64, 1e-4, 2
 BLOCKS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -102,8 +100,8 @@ def asked(name):
         yield messages, Document(which, spans)
 
 
-def same(model, inputs, answers):
-    """Whether answers are transformers', up to a tie."""
+def same(model, inputs, answers, least=STEPS + 1):
+    """Whether answers are transformers', up to a tie; at least so many tokens of all are compared."""
     compared = 0
     how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": END, "pad_token_id": 0}
     for given, answer in zip(inputs, answers, strict=True):
@@ -115,7 +113,7 @@ def same(model, inputs, answers):
         n = equal.index(False) if False in equal else len(want)
         assert n == len(want) == len(got) or lead[n] <= MARGIN, (n, lead[n], got, want)
         compared += n
-    assert compared > STEPS, "ties came too early to compare anything"
+    assert compared >= least, "ties came too early to compare anything"
 
 
 @pytest.mark.parametrize("name", [n for n in DIRECTORIES if n in MODELS])
@@ -134,6 +132,49 @@ def test_greedy_answers(name, tmp_path):
     # Pictures matter.
     swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
     assert Session(loaded, ours).answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
+
+
+def test_an_answer_after_a_video(tmp_path):
+    """A clip whose times run past the text behind it: the answer goes on from the last token, not from the largest."""
+    torch.set_num_threads(1)
+    name, settings, fps = "qwen2_5_vl", SIZES["qwen2_5_vl"], 1.0
+    path, model = whole(tmp_path, name)
+    write(path, "video_preprocessor_config.json", settings | {"video_processor_type": "Qwen2VLVideoProcessor"})
+    theirs, ours = reference(path, name), processor.load(path)
+    video = clip(random.Random("clip"), 24, 60, 60)
+    theirs.video_processor = Videos(name, settings, fps)
+    content = [{"type": "text", "text": "see"}, {"type": "video", "video": video}, {"type": "text", "text": "what?"}]
+    given = theirs.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    given = {k: torch.as_tensor(np.asarray(v)) for k, v in given.items() if k != "video_metadata"}
+    rows = ("input_ids", "attention_mask", "mm_token_type_ids")
+    given = {k: v.reshape(1, -1) if k in rows else v for k, v in given.items()}
+    given["pixel_values_videos"] = given["pixel_values_videos"].float()
+    document = Document("d", (Text("see"), Video(*video.shape[:3], fps, video), Text("what?")))
+    positions = ours.batch([document]).position[0]
+    session = Session(processor.with_colours(huggingface.load(path), ours), ours)
+    answers = session.answer([document], max_tokens=STEPS)
+    assert positions.max() > positions[answers[0].prompt - 1].max()
+    same(model, [given], answers, 20)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_a_second_picture_changes_what_the_first_is_made_of_or_not(name, tmp_path):
+    """OneVision shows a picture in tiles where it is alone, and whole where it is not: then nothing of it is kept."""
+    path, _ = whole(tmp_path, name)
+    ours = processor.load(path)
+    loaded = processor.with_colours(huggingface.load(path), ours)
+    views = [np.random.default_rng(n).integers(0, 256, (70 - 30 * n, 50 + 40 * n, 3), np.uint8) for n in range(2)]
+    first, second = (Image(*view.shape[:2], view) for view in views)
+    session = Session(loaded, ours)
+    said = session.answer([Document("d", (first, Text("What is this?")))], max_tokens=5)[0]
+    turns = (first, Text("What is this?"), Text(said.text, "assistant"), second, Text("and this?"))
+    more = session.answer([Document("d", turns)], max_tokens=1)[0]
+    fresh = Session(loaded, ours)
+    fresh.answer([Document("d", turns)], max_tokens=1)
+    np.testing.assert_allclose(session._state.logits, fresh._state.logits, atol=1e-4)
+    assert (more.reused > said.prompt // 2) == (name != "llava_onevision")
 
 
 TEXTS = {
