@@ -385,3 +385,23 @@ def test_damage_is_found_before_anything_is_written(tmp_path):
         orbax.opened(tmp_path / "step", step=3)
     with pytest.raises(InputError, match="there is no finished checkpoint in"):
         orbax.opened(tmp_path / "none")
+
+
+# What is not a model
+
+
+def test_formats_and_parameters_that_do_not_fit(tmp_path):
+    path = write(tmp_path / "in")
+    orbax.write(tmp_path / "step", huggingface.opened(path))
+    for read in (orbax.read, orbax.opened):
+        with pytest.raises(InputError, match="no floating-point format"):
+            read(tmp_path / "step", dtype="int8")
+    model = huggingface.load(path)
+    name, x = next(iter(tree.flatten(model.params).items()))
+    fewer = tree.unflatten(tree.flatten(model.params) | {name: x[:-1]})
+    with pytest.raises(InputError, match="are not those of the model's config"):
+        orbax.write(tmp_path / "fewer", dataclasses.replace(model, params=fewer))
+    huge = tree.unflatten({k: x * 0 + 1e6 for k, x in tree.flatten(model.params).items()})
+    orbax.write(tmp_path / "huge", dataclasses.replace(model, params=huge))
+    with pytest.raises(InputError, match="larger than any of float16"):
+        orbax.read(tmp_path / "huge", dtype="float16")

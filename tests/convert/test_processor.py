@@ -303,6 +303,10 @@ REFUSED = {
         lambda p: qwen(p, SMALL, video_preprocessor_config={"do_sample_frames": True}),
         "needs either fps or num_frames",
     ),
+    "a frame for every number": (
+        lambda p: qwen(p, SMALL, video_preprocessor_config={"do_sample_frames": True, "num_frames": 2**31 - 1}),
+        "'num_frames' is",
+    ),
     "capped": (
         lambda p: qwen(p, SMALL, video_preprocessor_config={"cap_pixels_per_frame": True}),
         "cap_pixels_per_frame",

@@ -107,6 +107,14 @@ REFUSED = [
     (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),
     (LLAVA | {"vision_feature_select_strategy": "full"}, "'vision_feature_select_strategy' is 'full'"),
     (ONEVISION | {"vision_feature_select_strategy": "default"}, "'vision_feature_select_strategy' is 'default'"),
+    (LLAVA | {"vision_config": {"layer_norm_eps": "1e-5"}}, "'layer_norm_eps' is '1e-5'"),
+    (LLAVA | {"vision_config": {"layer_norm_eps": -5}}, "'layer_norm_eps' is -5"),
+    (
+        ONEVISION | {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": "no"}},
+        "'vision_use_head'",
+    ),
+    ({"model_type": "qwen2_5_vl", "vision_config": {"fullatt_block_indexes": [40]}}, "'fullatt_block_indexes' is"),
+    ({"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [-1, 0]}}, "'deepstack_visual_indexes'"),
     (PUBLISHED["Qwen/Qwen2-VL-2B-Instruct"][0] | {"rope_scaling": {"mrope_section": [1, 2, 3]}}, "'mrope_section'"),
 ]
 

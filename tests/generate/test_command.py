@@ -115,6 +115,8 @@ def test_an_escape_code_steers_nothing(capsys):
         ([], "Give a PROMPT"),
         (["hello", "--prompts", "x"], "Give a PROMPT"),
         (["hello", "--chat", "--json"], "--chat is a conversation"),
+        (["--chat", "--prompts", "x"], "--chat is a conversation"),
+        (["hello", "--features-mib", "5"], "give it too"),
         (["hello", "--plain", "--system", "x"], "--plain goes on"),
         (["hello", "--max-tokens", "0"], "--max-tokens is 0"),
         (["hello", "--temperature", "-1"], "temperature is -1"),

@@ -7,10 +7,11 @@ import pytest
 from talker import asked, made, picture
 
 from mmjax.core.errors import InputError
+from mmjax.core.store import Store
 from mmjax.generate import engine, prompts
 from mmjax.generate.sample import Sampling
 from mmjax.generate.session import Session
-from mmjax.sequence.document import Text
+from mmjax.sequence.document import Document, Image, Text
 
 WARM = Sampling(temperature=1.0, seed=4)
 
@@ -179,3 +180,38 @@ def test_bad_requests_are_refused(session):
         session.answer([asked("x")], [WARM, WARM])
     with pytest.raises(InputError, match="max_tokens"):
         session.answer([asked("x")], max_tokens=0)
+    with pytest.raises(InputError, match="give a list of texts"):
+        session.answer([asked("x")], stop="ab")
+    with pytest.raises(InputError, match="'q' has no tokens"):
+        session.answer([Document("q", (Text("", "document"),))])
+
+
+def test_one_answer_at_a_time(session):
+    """A stream that another question has overtaken says so, instead of going on with the other's words."""
+    first = session.stream([asked("what")], max_tokens=20, chunk=1)
+    while not next(first)[1]:
+        pass
+    session.answer([asked("the fox")], max_tokens=2)
+    with pytest.raises(InputError, match="Another question was asked meanwhile"):
+        list(first)
+
+
+def test_logits_that_are_no_numbers_are_told():
+    model, processor = made()
+    spoilt = model.params | {"decoder": model.params["decoder"] | {"embed": model.params["decoder"]["embed"] * np.nan}}
+    broken = Session(dataclasses.replace(model, params=spoilt), processor)
+    with pytest.raises(InputError, match="logits are no numbers"):
+        broken.answer([asked("x")], max_tokens=3)
+
+
+def test_what_is_kept_goes_by_what_was_read(tmp_path):
+    """A picture that its source draws otherwise the second time is kept under the pixels that the tower saw."""
+    one, two = picture(1), picture(2)
+    drawn = iter([one.source, two.source, two.source])
+    store = Store(memory=2**20)
+    Session(*made(), store=store).answer([asked(Image(12, 8, lambda: next(drawn)), "x")], max_tokens=1)
+    kept, fresh = Session(*made(), store=store), Session(*made())
+    for session in (kept, fresh):
+        session.answer([asked(two, "x")], max_tokens=1)
+    np.testing.assert_allclose(kept._state.logits, fresh._state.logits, atol=1e-5)
+    assert store.counts.missed == 2

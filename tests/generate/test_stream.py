@@ -115,3 +115,12 @@ def test_a_space_in_front_is_taken_off_once():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(InputError, match="empty"):
         Stream(made("letters"), stop=["a", ""])
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_no_text():
+    """Tables of published models are padded; a model may choose such a row."""
+    tokenizer = made("letters")
+    ids = [*tokenizer.encode("a", start=False), tokenizer.size + 3, *tokenizer.encode("b", start=False)]
+    stream = Stream(tokenizer)
+    assert stream.add(ids) + stream.finish() == "ab"
+    assert stream.ids == ids

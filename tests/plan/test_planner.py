@@ -159,5 +159,7 @@ def test_the_next_token_reads_parameters_and_cache_once(no_chips, capsys, monkey
     assert "DOES NOT FIT" in capsys.readouterr().out
     with pytest.raises(InputError, match="--decode is 3 rows, which 2 devices"):
         command.run(["any", "--topology", "v5e:2x2", "--decode", "3", "96"])
+    with pytest.raises(InputError, match="--all and --documents are a training step's"):
+        command.run(["any", "--topology", "v5e:2x2", "--decode", "4", "96", "--all"])
     with pytest.raises(InputError, match="--decode is 0 96; give rows"):
         command.run(["any", "--topology", "v5e:2x2", "--decode", "0", "96"])

@@ -204,6 +204,8 @@ def test_a_directory_says_what_is_a_control(directory, caplog):
         ({"legacy": True}, "always"),
         ({"a": 1}, "always"),
         ({"add_prefix_space": False}, "never"),
+        ({"tokenizer_class": "LlamaTokenizer"}, "always"),
+        ({"tokenizer_class": "GemmaTokenizer"}, "first"),  # as the model itself has it
     ],
 )
 def test_a_directory_says_where_the_space_is_put(directory, config, prefix):
