@@ -77,6 +77,7 @@ class Store:
             )
         self.folder, self.disk, self.memory, self.age = folder, disk, memory, age
         self.counts = Counts()
+        self._told = False  # that an entry was too large
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[float, Arrays]] = OrderedDict()  # (when written, arrays), last used last
         self._held = 0  # bytes in memory
@@ -214,7 +215,13 @@ class Store:
     def _write(self, key: str, arrays: Arrays) -> None:
         path = self._path(key)
         data = pack(key, arrays)
-        if path is None or not self._writes or len(data) > self.disk / SHARE:
+        if path is None or not self._writes:
+            return
+        if len(data) > self.disk / SHARE:
+            if not self._told:
+                self._told = True
+                most = f"of more than an eighth of {self.disk:,} bytes"
+                log.warning("entries %s are not kept in %s: this one has %s", most, self.folder, f"{len(data):,}")
             return
         temporary = path.with_name(f".{key}.{secrets.token_hex(8)}.tmp")
         try:
