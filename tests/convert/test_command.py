@@ -243,10 +243,10 @@ STOPS = """
 import runpy, sys, time
 sys.path.insert(0, sys.argv[1])
 from convert import fake
-from mmjax.convert import huggingface
+from mmjax.convert import writing
 fake.register(type("M", (), {"setitem": lambda self, d, k, v: d.__setitem__(k, v)})())
 from mmjax.core import manifest, parts
-where, name = {"orbax": (parts, "sums_numpy"), "hf": (huggingface, "_write_at")}[sys.argv[2]]
+where, name = {"orbax": (parts, "sums_numpy"), "hf": (writing, "_write_at")}[sys.argv[2]]
 real, count = getattr(where, name), []
 def slow(*arguments):
     count.append(None)

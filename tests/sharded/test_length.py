@@ -11,7 +11,7 @@ from tiny import randomised
 from mmjax.core import spec as specs
 from mmjax.core.sharding import MeshConfig, Rules, make_mesh
 from mmjax.models import vlm
-from mmjax.nn import attention, transformer
+from mmjax.nn import attention, block
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Bucket
 from mmjax.train.config import Objective
@@ -74,6 +74,6 @@ def test_lengths_that_do_not_divide(name, bucket, explicit, monkeypatch):
             queries.add((q.shape[1] % 4, jax.typeof(q).sharding.spec[1]))
         return attention.attend(q, *args, **kwargs)
 
-    monkeypatch.setattr(transformer, "attend", attend)
+    monkeypatch.setattr(block, "attend", attend)
     compare(name, MeshConfig(1, 2, 1, 4, explicit=explicit), bucket)
     assert queries == ({(0, "sequence")} if explicit else set())
