@@ -113,7 +113,8 @@ def compare(
     loaded = huggingface.load(rewrite(saved(model, max_shard_size=shard)))
     assert loaded.of is vlm
     cfg, batch, there = loaded.cfg, given.batch, given.there
-    found = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline)
+    placed = jax.tree.map(jnp.asarray, batch)
+    found = invariants.violations(placed, cfg.decoder.vocab, cfg.placeholder, vlm.present(placed, cfg), cfg.newline)
     assert not np.asarray(found).any(), found
     weight = weights_for((*there.shape, cfg.decoder.vocab)) * there[..., None]
 

@@ -90,10 +90,13 @@ def _tiles(x: Inputs, t: Tiling) -> tuple[dict, dict, jax.Array, jax.Array]:
 
 def _score(static: Static, params, query: dict, key: dict) -> tuple[jax.Array, jax.Array | None]:
     """Scores f32[rows, K, G, queries, keys] of a tile, -inf where not seen, and the derivative of the soft cap."""
-    # Groups and queries as one axis: XLA of jax 0.7 has no product of bfloat16 with two on CPUs.
-    q = query["q"]
-    s = _dot("rkme,rkse->rkms", q.reshape(*q.shape[:2], -1, q.shape[-1]), key["k"]) * static.scale
-    s = s.reshape(*q.shape[:-1], -1)
+    q, k = query["q"], key["k"]
+    if q.dtype.itemsize < 4:
+        # Groups and queries as one axis: XLA of jax 0.7 has no product of bfloat16 with two on CPUs.
+        s = _dot("rkme,rkse->rkms", q.reshape(*q.shape[:2], -1, q.shape[-1]), k).reshape(*q.shape[:-1], -1)
+    else:
+        s = _dot("rkgqe,rkse->rkgqs", q, k)
+    s = s * static.scale
     slope = None
     if static.softcap is not None:
         tanh = jnp.tanh(s / static.softcap)
@@ -114,15 +117,23 @@ def _at(blocks: dict, j: Any) -> dict:
 
 
 def at_once(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
-    """The same as `forward` with all scores at once: for a few queries, as those of the next token, over a cache."""
-    key = {"k": x.k, "order": x.order, "key_bias": x.key_bias, "bias": x.bias_key}
-    s, _ = _score(static, x.bias_params, {"q": x.q, "lo": x.lo, "hi": x.hi, "bias": x.bias_query}, key)
+    """The same as `forward` with all scores at once: for a few queries, as those of the next token, over a cache.
+
+    There are no biases by functions, and no sinks.
+    """
+    rows, kv, group, length, size = x.q.shape
+    # Groups and queries as one axis: XLA of jax 0.7 has no product of bfloat16 with two on CPUs.
+    lo, hi = (jnp.tile(a, (1, group)) for a in (x.lo, x.hi))
+    query = {"q": x.q.reshape(rows, kv, 1, group * length, size), "lo": lo, "hi": hi, "bias": None}
+    key = {"k": x.k, "order": x.order, "key_bias": x.key_bias, "bias": None}
+    s, _ = _score(static, None, query, key)
+    s = s[:, :, 0]
     most = s.max(-1, keepdims=True)
     weight = jnp.exp(s - jnp.where(jnp.isfinite(most), most, 0.0))
     total = weight.sum(-1, keepdims=True)
-    out = jnp.einsum("rkgqs,rksf->rkgqf", weight.astype(x.v.dtype), x.v, preferred_element_type=jnp.float32)
-    out = out / jnp.where(total > 0, total, 1.0)
-    return out.astype(x.v.dtype), (most + jnp.log(total))[..., 0]
+    out = _dot("rkms,rksf->rkmf", weight.astype(x.v.dtype), x.v) / jnp.where(total > 0, total, 1.0)
+    shape = (rows, kv, group, length)
+    return out.astype(x.v.dtype).reshape(*shape, -1), (most + jnp.log(total)).reshape(shape)
 
 
 def forward(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
