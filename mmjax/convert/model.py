@@ -101,6 +101,24 @@ class Model:
     origin: Origin | None = None
 
 
+def origin_of(model: Model) -> Origin:
+    """Where a model came from.
+
+    Raises:
+      InputError: from nowhere, or with another config.
+    """
+    origin = model.origin
+    if origin is None:
+        raise InputError(
+            "This model came from no directory; give it origin=Origin.of(config), with a config.json's dict."
+        )
+    if (origin.found.of, origin.found.cfg) != (model.of, model.cfg):
+        raise InputError(
+            "The config of this model is not that of its origin; give it origin=Origin.of(config) with the new one."
+        )
+    return origin
+
+
 def understand(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Found:
     """What the family that config.json names makes of it.
 

@@ -25,7 +25,7 @@ from mmjax.convert import header, huggingface, lazily, side
 from mmjax.convert import rules as tables
 from mmjax.convert.files import MAX_CONFIG, MAX_INDEX, new_directory, plain_name
 from mmjax.convert.found import Found
-from mmjax.convert.huggingface import Model, Origin
+from mmjax.convert.model import Model, Origin, origin_of
 from mmjax.core import manifest as manifests
 from mmjax.core import parts, processes, sharding, strict_json, tree
 from mmjax.core import spec as specs
@@ -49,15 +49,7 @@ def packed(model: Model) -> tuple[dict, dict]:
     Raises:
       InputError: the model came from nowhere, or is not what its config says.
     """
-    origin = model.origin
-    if origin is None:
-        raise InputError(
-            "This model came from no directory; give it origin=Origin.of(config), with a config.json's dict."
-        )
-    if (origin.found.of, origin.found.cfg) != (model.of, model.cfg):
-        raise InputError(
-            "The config of this model is not that of its origin; give it origin=Origin.of(config) with the new one."
-        )
+    origin = origin_of(model)
     wanted, there = tree.flatten(model.of.spec(model.cfg)), tree.flatten(model.params)
     differ = sorted(wanted.keys() ^ there.keys()) or [n for n, p in wanted.items() if p.shape != tuple(there[n].shape)]
     if differ:

@@ -26,6 +26,7 @@ from mmjax.nn.patch_embed import HALF, Colours
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave, media
 from mmjax.sequence.batch import Batch, Bucket, Values
+from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
@@ -182,12 +183,6 @@ class Processor:
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
         return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0)
-
-
-def ladder(n: int) -> int:
-    """The smallest power of two, or 1.5 times one, that is no less than n: 1, 2, 3, 4, 6, 8, 12, 16, 24 …"""
-    power = 1 << max(0, n - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= n else power
 
 
 def load(path: PathLike, model: Model | None = None) -> Processor:

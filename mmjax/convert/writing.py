@@ -13,7 +13,7 @@ from mmjax.convert import header
 from mmjax.convert import rules as tables
 from mmjax.convert.files import CONFIG, INDEX, SINGLE, new_directory
 from mmjax.convert.header import FORMATS, Header
-from mmjax.convert.model import Model, Origin
+from mmjax.convert.model import Model, Origin, origin_of
 from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.errors import InputError
@@ -38,15 +38,7 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = SHARD_BYTES) -> Non
     Raises:
       InputError: there is something at `path`; the parameters are not those of the config; the disk is full.
     """
-    origin = model.origin
-    if origin is None:
-        raise InputError(
-            "This model came from no directory; give it origin=Origin.of(config), with a config.json's dict."
-        )
-    if (origin.found.of, origin.found.cfg) != (model.of, model.cfg):
-        raise InputError(
-            "The config of this model is not that of its origin; give it origin=Origin.of(config) with the new one."
-        )
+    origin = origin_of(model)
     spec, rules = model.of.spec(model.cfg), origin.found.rules
     copies = {k: v for k, v in origin.found.copies.items() if origin.headers}
     formats = _formats(tables.plan(spec, rules), model.params) | {k: (x.dtype, x.shape) for k, x in origin.kept.items()}

@@ -26,6 +26,7 @@ from mmjax.generate import sample
 from mmjax.generate.sample import Switches, Values
 from mmjax.models import decoder, vlm
 from mmjax.models.tower import Media
+from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
 from mmjax.sequence import batch as batches
 from mmjax.sequence import positions
@@ -63,24 +64,12 @@ def unstacked(params: dict, cfg: Config, *, consume: bool = False) -> dict:
 
     Args:
       params, cfg: the model.
-      consume: delete the stacked ones as they are taken apart, so that there is never more than one parameter twice.
+      consume: as of nn.transformer.unstack.
     """
     if isinstance(cfg, vlm.Config):
         return params | {"decoder": unstacked(params["decoder"], cfg.decoder, consume=consume)}
     blocks = params["blocks"]
-    if not isinstance(blocks, dict):
-        return params
-
-    def apart(stack: jax.Array) -> list[jax.Array]:
-        each = [stack[i] for i in range(cfg.blocks.layers)]
-        if consume and isinstance(stack, jax.Array):
-            jax.block_until_ready(each)
-            stack.delete()
-        return each
-
-    leaves, tree = jax.tree.flatten(blocks)
-    each = [apart(leaf) for leaf in leaves]
-    return params | {"blocks": tuple(jax.tree.unflatten(tree, layer) for layer in zip(*each, strict=True))}
+    return params | {"blocks": transformer.unstack(blocks, consume=consume)} if isinstance(blocks, dict) else params
 
 
 def empty(cfg: Config, rows: int, places: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> State:

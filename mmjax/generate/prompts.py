@@ -18,13 +18,6 @@ FEWEST = 16  # tokens of the smallest part
 KNOWN = ("tokens", "lo", "hi", "position")
 
 
-def ladder(n: int, least: int = FEWEST) -> int:
-    """The smallest power of two, or one and a half times one, that is at least n and `least`."""
-    n = max(n, least)
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if power * 3 // 4 >= n else power
-
-
 @dataclass(frozen=True)
 class Read:
     """The tokens of one row that are in the cache, place by place, and the media among them."""

@@ -20,13 +20,14 @@ from mmjax.convert.huggingface import Model
 from mmjax.core.errors import InputError
 from mmjax.core.store import Store
 from mmjax.generate import engine, features, prompts, sample
-from mmjax.generate.prompts import Read, ladder
+from mmjax.generate.prompts import FEWEST, Read
 from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.generate.stream import Reason, Stream
 from mmjax.models import vlm
 from mmjax.models.tower import Media
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Values
+from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text
 
 PART = 1024  # columns of a prompt that are read at once
@@ -191,7 +192,7 @@ class Session:
         rope = engine.language(self.cfg).blocks.rope
         whole = rope is not None and rope.needs_length
         cuts = prompts.parts(batch, batch.tokens.shape[1] if whole else self.part)
-        wide = [ladder(stop - start) for start, stop in cuts]
+        wide = [ladder(stop - start, FEWEST) for start, stop in cuts]
         ends = [kept + start + n for (start, _), n in zip(cuts, wide, strict=True)]
         state = self._room(len(documents), kept, max(*ends, max(counts) + max_tokens), read)
         self._state = self._read = None  # its memory is given away

@@ -35,14 +35,27 @@ def spec(cfg: Config) -> Spec:
     return stack(block.spec(cfg), cfg.layers)
 
 
-def unstack(params: dict) -> tuple[dict, ...]:
+def unstack(params: dict, *, consume: bool = False) -> tuple[dict, ...]:
     """The parameters of every block by itself, which all functions here take as well as stacked ones.
 
     For decoding where a scan copies each block's parameters before it uses them: XLA on CPUs does, for several rows.
     Compile time then grows with the number of blocks.
+
+    Args:
+      params: stacked.
+      consume: delete them as they are taken apart, so that there is never more than one parameter twice.
     """
-    layers = len(jax.tree.leaves(params)[0])
-    return tuple(jax.tree.map(lambda p, i=i: p[i], params) for i in range(layers))
+
+    def apart(stack: jax.Array) -> list[jax.Array]:
+        each = [stack[i] for i in range(len(stack))]
+        if consume and isinstance(stack, jax.Array):
+            jax.block_until_ready(each)
+            stack.delete()
+        return each
+
+    leaves, tree = jax.tree.flatten(params)
+    each = [apart(leaf) for leaf in leaves]
+    return tuple(jax.tree.unflatten(tree, layer) for layer in zip(*each, strict=True))
 
 
 def apply(

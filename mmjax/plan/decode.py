@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from mmjax.nn import cache as caches
 from mmjax.nn.cache import KVCache
 from mmjax.plan import chips, roofline
 from mmjax.plan.chips import Topology
-from mmjax.plan.program import Program, State, TooLarge, attempted
+from mmjax.plan.program import Program, TooLarge, attempted, local_bytes
 from mmjax.sequence.batch import Bucket
 from mmjax.train.config import Config
 from mmjax.train.step import cast
@@ -89,14 +90,19 @@ def compiled(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> Pr
     return attempted(make, Bucket(rows, 1, 0, 0))
 
 
-def held(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> State:
-    """Bytes on each chip of parameters, and (in the optimizer's place) of the cache."""
+@dataclass(frozen=True)
+class Held:
+    """Bytes on each chip, and how many parameters there are."""
 
-    def local(tree: Any) -> float:
-        return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    parameters: float
+    cache: float
+    count: int
 
+
+def held(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> Held:
+    """What each chip holds of parameters and cache."""
     params, cache = abstract(cfg, rows, places, mesh)
-    return State(local(params), local(cache), sum(math.prod(x.shape) for x in jax.tree.leaves(params)))
+    return Held(local_bytes(params), local_bytes(cache), sum(math.prod(x.shape) for x in jax.tree.leaves(params)))
 
 
 def model_flops(cfg: Config, places: int) -> float:

@@ -105,11 +105,13 @@ def abstract(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
 def state_bytes(shape: TrainState) -> State:
     """What each chip holds of a state between steps."""
 
-    def local(tree: Any) -> float:
-        return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
-
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shape.params))
-    return State(local(shape.params), local(shape.optimizer), count)
+    return State(local_bytes(shape.params), local_bytes(shape.optimizer), count)
+
+
+def local_bytes(tree: Any) -> float:
+    """Bytes on each chip of abstract arrays, as they lie."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def batch_of(cfg: Config, bucket: Bucket) -> Batch:

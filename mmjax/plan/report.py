@@ -12,6 +12,7 @@ from mmjax.models.flops import Flops, Row
 from mmjax.plan import attention, chips, roofline
 from mmjax.plan.advice import Advice, axes
 from mmjax.plan.chips import GIB, Topology
+from mmjax.plan.decode import Held
 from mmjax.plan.program import Program, State, TooLarge
 from mmjax.plan.roofline import Estimate
 from mmjax.plan.tips import tips
@@ -51,7 +52,7 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
 
 
 def decode_as_json(
-    topology: Topology, mesh: jax.sharding.Mesh, held: State, limit: float, found: dict[str, Any]
+    topology: Topology, mesh: jax.sharding.Mesh, held: Held, limit: float, found: dict[str, Any]
 ) -> dict[str, Any]:
     """The step that writes a token, as numbers."""
     return {
@@ -62,18 +63,18 @@ def decode_as_json(
         "memory_limit": limit,
         "parameters": held.count,
         "parameter_bytes": held.parameters,
-        "cache_bytes": held.optimizer,
+        "cache_bytes": held.cache,
         "decode": found,
     }
 
 
-def decode_words(topology: Topology, mesh: jax.sharding.Mesh, held: State, limit: float, found: dict[str, Any]) -> str:
+def decode_words(topology: Topology, mesh: jax.sharding.Mesh, held: Held, limit: float, found: dict[str, Any]) -> str:
     """The same in words."""
     sizes, rows = " × ".join(f"{name} {n}" for name, n in axes(mesh).items()), found["rows"]
     out = [
         f"{topology.text}: {mesh.size} × {topology.chip.name}, mesh {sizes}",
         f"each chip holds {_gib(held.parameters)} of the decoder's {held.count:,} parameters and "
-        f"{_gib(held.optimizer)} of the cache of {rows} rows × {found['places']:,} tokens; it has {_gib(limit)}",
+        f"{_gib(held.cache)} of the cache of {rows} rows × {found['places']:,} tokens; it has {_gib(limit)}",
     ]
     if not found["fits"]:
         needs = f"it needs {_gib(found['needed'])} of {_gib(found['available'] or limit)}" if found["needed"] else ""

@@ -131,3 +131,12 @@ def refuse_too_large(
             f"Document {names(worst)} ({what}) fits none of the buckets {[b.row for b in buckets]}; choose larger ones "
             f"(packing.tokens, packing.patches) or lower the resolution."
         )
+
+
+def ladder(n: int, least: int = 1) -> int:
+    """The smallest power of two, or 1.5 times one, that is at least n and `least`: 1, 2, 3, 4, 6, 8, 12, 16, 24 …
+
+    For shapes that are not known beforehand: a few programs then serve all sizes, with a third of padding at most.
+    """
+    power = 1 << (max(n, least, 1) - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and power * 3 // 4 >= max(n, least) else power

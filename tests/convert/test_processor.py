@@ -12,7 +12,6 @@ pytest.importorskip("tokenizers", reason="needs the `data` extra")
 
 from mmjax.connectors import linear
 from mmjax.convert import huggingface, processor
-from mmjax.convert.processor import ladder
 from mmjax.convert.processor_files import Settings
 from mmjax.convert.processor_images import colours
 from mmjax.core.errors import InputError
@@ -21,6 +20,7 @@ from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, transformer
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Bucket
+from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Image, Text, Video
 from mmjax.sequence.layout import IMAGE, TEXT
 
