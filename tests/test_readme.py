@@ -9,7 +9,8 @@ import tiny_llava
 from PIL import Image
 from tiny import randomised
 
-from mmjax.convert import huggingface, siglip
+from mmjax.convert import huggingface
+from mmjax.convert.families import siglip
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

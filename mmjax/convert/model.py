@@ -15,7 +15,7 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 
-# The model_type in config.json → the module in mmjax.convert that has `read(raw, keys) -> Found`.
+# The model_type in config.json → the module in mmjax.convert.families that has `read(raw, keys) -> Found`.
 FAMILIES: dict[str, str] = {
     "vit": "vit",
     "deit": "vit",
@@ -140,7 +140,7 @@ def understand(raw: Mapping[str, Any], keys: frozenset[str], where: str) -> Foun
         known = f"mjax.convert knows {', '.join(FAMILIES)}{code}"
         raise InputError(f"{where} has the model_type {shown(name)}: {hint}{known}")
     _refuse_depths(raw, where)
-    family = importlib.import_module(f"mmjax.convert.{FAMILIES[name]}")
+    family = importlib.import_module(f"mmjax.convert.families.{FAMILIES[name]}")
     try:
         found = family.read(dict(raw), keys)
         shapes = [n for p in tree.flatten(found.of.spec(found.cfg)).values() for n in p.shape]

@@ -25,7 +25,7 @@ import torch
 import transformers as hf
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from mmjax.convert import qwen_vision, siglip, vit
+from mmjax.convert.families import qwen_vision, siglip, vit
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Arrays, load
 from mmjax.encoders import vit as encoder

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 from mmjax.connectors import mlp as connector
-from mmjax.convert import blocks, clip, connectors, pixtral
+from mmjax.convert.families import blocks, clip, connectors, pixtral
 from mmjax.convert.rules import Arrays, Rule, load
 from mmjax.data.source import Source
 from mmjax.models import decoder, vlm

@@ -36,13 +36,13 @@ def read(raw: dict, keys: frozenset[str]) -> Found:
     return Found(MODULE, (raw["layers"], raw["width"]), tuple(table), {"position_ids": "positions 0, 1, 2 …"})
 
 
-MODULE = types.ModuleType("mmjax.convert.fake")
+MODULE = types.ModuleType("mmjax.convert.families.fake")
 MODULE.spec, MODULE.read = spec, read
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(huggingface.FAMILIES, "fake", "fake")
-    monkeypatch.setitem(sys.modules, "mmjax.convert.fake", MODULE)
+    monkeypatch.setitem(sys.modules, "mmjax.convert.families.fake", MODULE)
 
 
 def tensors(dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:

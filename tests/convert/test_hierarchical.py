@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny import randomised
 
-from mmjax.convert import pvt, rules, swin
+from mmjax.convert import rules
+from mmjax.convert.families import pvt, swin
 from mmjax.core import tree
 from mmjax.core.errors import InputError
 

@@ -247,7 +247,7 @@ def test_straight_into_shards(tmp_path, explicit, shards):
 # Memory
 
 LAYERS, WIDTH = 8, 512
-LARGE = types.ModuleType("mmjax.convert.large")
+LARGE = types.ModuleType("mmjax.convert.families.large")
 LARGE.spec = lambda cfg: {f"w{i}": ParamSpec((LAYERS, WIDTH, WIDTH), (None, "embed", None)) for i in range(cfg)}
 LARGE.read = lambda raw, keys: Found(
     LARGE, raw["leaves"], tuple(Rule(f"w{i}", f"w{i}.{{}}", rules.linear()) for i in range(raw["leaves"]))
@@ -257,7 +257,7 @@ LARGE.read = lambda raw, keys: Found(
 def test_the_host_holds_a_leaf_at_a_time(tmp_path, monkeypatch):
     """Eight leaves of 8 MiB, over eight devices: loading and saving take memory for one of them and two tensors."""
     monkeypatch.setitem(FAMILIES, "large", "large")
-    monkeypatch.setitem(sys.modules, "mmjax.convert.large", LARGE)
+    monkeypatch.setitem(sys.modules, "mmjax.convert.families.large", LARGE)
     leaf, tensor = 4 * LAYERS * WIDTH * WIDTH, 4 * WIDTH * WIDTH
     given = {f"w{i}.{j}": np.full((WIDTH, WIDTH), i + j, np.float32) for i in range(8) for j in range(LAYERS)}
     path = write(tmp_path / "in", given, config={"model_type": "large", "leaves": 8})

@@ -229,7 +229,7 @@ def test_the_host_holds_a_tensor_at_a_time(tmp_path, monkeypatch):
     import convert.test_huggingface as large
 
     monkeypatch.setitem(huggingface.FAMILIES, "large", "large")
-    monkeypatch.setitem(sys.modules, "mmjax.convert.large", large.LARGE)
+    monkeypatch.setitem(sys.modules, "mmjax.convert.families.large", large.LARGE)
     monkeypatch.setattr(parts, "BLOCK", 1 << 17)
     tensor = 4 * large.WIDTH**2
     given = {f"w{i}.{j}": np.full((large.WIDTH,) * 2, i + j, np.float32) for i in range(4) for j in range(large.LAYERS)}

@@ -3,7 +3,7 @@
 import pytest
 
 from mmjax.connectors import perceiver, perceiver_io
-from mmjax.convert import perceiver as tables
+from mmjax.convert.families import perceiver as tables
 from mmjax.convert.rules import plan
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError

@@ -12,8 +12,8 @@ pytest.importorskip("tokenizers", reason="needs the `data` extra")
 
 from mmjax.connectors import linear
 from mmjax.convert import huggingface, processor
-from mmjax.convert.processor_files import Settings
-from mmjax.convert.processor_images import colours
+from mmjax.convert.processor.files import Settings
+from mmjax.convert.processor.images import colours
 from mmjax.core.errors import InputError
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm

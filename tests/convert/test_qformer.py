@@ -6,7 +6,7 @@ import pytest
 from tiny import randomised
 
 from mmjax.connectors import qformer, qformer_heads
-from mmjax.convert import qformer as table
+from mmjax.convert.families import qformer as table
 from mmjax.convert.rules import Arrays, load, save
 from mmjax.core.errors import InputError
 

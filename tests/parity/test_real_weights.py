@@ -20,7 +20,8 @@ except importlib.metadata.PackageNotFoundError:
 
 from parity import pictures
 
-from mmjax.convert import rules, vit
+from mmjax.convert import rules
+from mmjax.convert.families import vit
 from mmjax.data import drawings
 from mmjax.encoders import vit as encoder
 

@@ -38,7 +38,8 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchMerger
 
 from mmjax.connectors import abstractor, linear, merger, mlp, pixel_shuffle, pool, wico
-from mmjax.convert import connectors, rules
+from mmjax.convert import rules
+from mmjax.convert.families import connectors
 from mmjax.nn import norm
 from mmjax.sequence import windows
 

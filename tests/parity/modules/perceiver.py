@@ -18,8 +18,8 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
 from mmjax.connectors import perceiver
-from mmjax.convert import perceiver as tables
 from mmjax.convert import rules
+from mmjax.convert.families import perceiver as tables
 from mmjax.nn import norm
 from mmjax.sequence import behind
 

@@ -15,7 +15,7 @@ from transformers.models.perceiver import modeling_perceiver as theirs
 
 from mmjax.connectors import perceiver_io, perceiver_layer
 from mmjax.convert import huggingface, rules
-from mmjax.convert.blocks import dense, norm
+from mmjax.convert.families.blocks import dense, norm
 from mmjax.nn import position_embed
 from mmjax.sequence import behind
 

@@ -13,7 +13,7 @@ from parity.harness import Compare, double, gradient_model, numpy, saved, state,
 
 from mmjax.connectors import qformer, qformer_heads
 from mmjax.convert import huggingface
-from mmjax.convert import qformer as table
+from mmjax.convert.families import qformer as table
 from mmjax.convert.rules import Arrays, Rule, load
 
 Tensors = dict[str, torch.Tensor]

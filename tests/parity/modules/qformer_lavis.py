@@ -36,7 +36,7 @@ from parity.modules.qformer import (
 )
 
 from mmjax.connectors import qformer_heads
-from mmjax.convert import qformer as table
+from mmjax.convert.families import qformer as table
 
 LAVIS = importlib.util.find_spec("lavis")
 

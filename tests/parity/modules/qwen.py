@@ -12,7 +12,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from mmjax.convert import huggingface, qwen_vision
+from mmjax.convert import huggingface
+from mmjax.convert.families import qwen_vision
 from mmjax.encoders import vit
 from mmjax.models import tower
 

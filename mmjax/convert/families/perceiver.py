@@ -2,7 +2,7 @@
 
 from mmjax.connectors import perceiver, perceiver_io, perceiver_layer
 from mmjax.convert import raw
-from mmjax.convert.blocks import dense, norm
+from mmjax.convert.families.blocks import dense, norm
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, Shape
 from mmjax.core.errors import InputError

@@ -1,6 +1,7 @@
 """CLIP: both towers, or one, with or without projection."""
 
-from mmjax.convert import blocks, raw
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, linear, patches, scalar, vector
 from mmjax.encoders import head, text, vit

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mmjax.connectors import mlp
-from mmjax.convert import clip, connectors, decoder, raw, siglip
-from mmjax.convert.clip import prefixed
+from mmjax.convert import raw
+from mmjax.convert.families import clip, connectors, decoder, siglip
+from mmjax.convert.families.clip import prefixed
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule
 from mmjax.core.errors import InputError

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mmjax.convert import blocks, raw, rope
+from mmjax.convert import raw
+from mmjax.convert.families import blocks, rope
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule
 from mmjax.core.errors import InputError

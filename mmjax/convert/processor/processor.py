@@ -14,12 +14,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmjax.convert import processor_files as files
-from mmjax.convert import processor_images as settings
 from mmjax.convert.huggingface import Model
-from mmjax.convert.processor_families import family_of, stops
-from mmjax.convert.processor_files import Found
-from mmjax.convert.processor_text import chats, load_tokenizer
+from mmjax.convert.processor import files
+from mmjax.convert.processor import images as settings
+from mmjax.convert.processor.families import family_of
+from mmjax.convert.processor.family import stops
+from mmjax.convert.processor.files import Found
+from mmjax.convert.processor.text import chats, load_tokenizer
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -189,7 +190,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     """The processor in a local directory, of either layout.
 
     Args:
-      path: the directory of a model of text, or of one of the families in `processor_families.FAMILIES`.
+      path: the directory of a model of text, or of one of the families in `convert.processor.families.FAMILIES`.
       model: what `huggingface.load` made of it, if it has: whether both are of one size is then checked.
 
     Raises:

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from mmjax.convert import blocks, raw
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, ones, patches
 from mmjax.core.errors import InputError

@@ -1,6 +1,7 @@
 """PVT and PVT v2 directories of transformers (model types "pvt" and "pvt_v2"): models, classifiers and backbones."""
 
-from mmjax.convert import blocks, raw
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, Shape, convolution, patches
 from mmjax.core.errors import InputError

@@ -2,7 +2,7 @@
 
 from mmjax.connectors import abstractor, linear, merger, mlp, pixel_shuffle, pool, wico
 from mmjax.convert import rules as layouts
-from mmjax.convert.blocks import dense, norm
+from mmjax.convert.families.blocks import dense, norm
 from mmjax.convert.rules import Rule, Shape
 
 

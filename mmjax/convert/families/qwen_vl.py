@@ -3,8 +3,9 @@
 import re
 from dataclasses import replace
 
-from mmjax.convert import decoder, qwen_vision, raw
-from mmjax.convert.clip import prefixed
+from mmjax.convert import raw
+from mmjax.convert.families import decoder, qwen_vision
+from mmjax.convert.families.clip import prefixed
 from mmjax.convert.found import Found
 from mmjax.models import vlm
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mmjax.connectors import qformer, qformer_heads
 from mmjax.convert import raw as config_json
-from mmjax.convert.blocks import dense, norm
+from mmjax.convert.families.blocks import dense, norm
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, ones
 from mmjax.core.errors import InputError

@@ -1,6 +1,7 @@
 """Pixtral's vision tower, also Mistral 3's."""
 
-from mmjax.convert import blocks, raw
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, patches
 from mmjax.core.errors import InputError

@@ -5,7 +5,8 @@ A SwinForMaskedImageModeling directory is read as the encoder in it.
 
 import re
 
-from mmjax.convert import blocks, raw
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, patches
 from mmjax.encoders import swin

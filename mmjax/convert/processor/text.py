@@ -4,8 +4,8 @@ import dataclasses
 import os
 from typing import Any
 
-from mmjax.convert.processor_families import Family
-from mmjax.convert.processor_files import Found
+from mmjax.convert.processor.family import Family
+from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.sequence.document import Document, Text

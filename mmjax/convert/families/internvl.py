@@ -1,6 +1,7 @@
 """InternViT, the vision tower of InternVL."""
 
-from mmjax.convert import blocks, raw
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, ones, patches
 from mmjax.core.errors import InputError

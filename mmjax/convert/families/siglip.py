@@ -1,7 +1,8 @@
 """SigLIP, and SigLIP 2's NaFlex: both towers, or one. (SigLIP 2 at a fixed resolution is SigLIP.)"""
 
-from mmjax.convert import blocks, raw
-from mmjax.convert.clip import DROPPED, prefixed, text_rules, tower
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
+from mmjax.convert.families.clip import DROPPED, prefixed, text_rules, tower
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, linear, ones, patches
 from mmjax.encoders import head, text, vit

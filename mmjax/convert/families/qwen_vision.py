@@ -1,10 +1,11 @@
 """The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with their mergers."""
 
 from mmjax.connectors import merger
-from mmjax.convert import blocks, raw
-from mmjax.convert.clip import prefixed
+from mmjax.convert import raw
+from mmjax.convert.families import blocks
+from mmjax.convert.families.clip import prefixed
+from mmjax.convert.families.pixtral import theta
 from mmjax.convert.found import Found
-from mmjax.convert.pixtral import theta
 from mmjax.convert.rules import Rule, clips
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown

@@ -1,0 +1,62 @@
+"""What the families differ in where a processor is read: tokens for media, sizes, positions, when an answer ends."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmjax.convert.processor.files import Found, Settings
+from mmjax.convert.processor.images import Tower
+from mmjax.core.errors import InputError
+from mmjax.nn.patch_embed import Colours
+from mmjax.sequence import interleave
+from mmjax.tokenizers.resolution import Policy
+from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.vocab import Vocab
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of vision-language models.
+
+    processors: the image processors that its own works with; the first where no file names one.
+    markers: what its template writes for a medium of each type, which is also what stands where media tokens go.
+    tower: its encoder's sizes, from config.json. sequence: its descriptors.
+    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
+    check: raises InputError where files contradict each other.
+    videos: the policy of videos and their mean and deviation; None: it takes none.
+    several: the policy of pictures where a document has more than one; None: the same.
+    refined: the policy of pictures with what the image processor's settings do not say.
+    newline: whether rows of a picture's tokens end with a vector of the model's own.
+    """
+
+    processors: tuple[str, ...]
+    markers: Callable[[Found], Mapping[str, str]]
+    tower: Callable[[Settings], Tower]
+    sequence: Callable[[Settings, Tower], interleave.Config]
+    writing: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
+    several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
+    refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
+    newline: bool = False
+
+
+def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json's, or else config.json's, or else the tokenizer's own."""
+    inner = found.config.part("text_config")
+    for of in (found.generation, found.config, inner):
+        if "eos_token_id" in of:
+            said = of.values["eos_token_id"]
+            ids = said if isinstance(said, list) else [said]
+            if not ids or len(ids) > 1000 or not all(type(i) is int and 0 <= i < vocab.size for i in ids):
+                raise InputError(
+                    f"{of.where} says 'eos_token_id' is {said!r}"[:200] + f"; it must be ids below {vocab.size:,}"
+                )
+            return tuple(dict.fromkeys(ids))
+    end = tokenizer.controls.get(found.named.get("eos_token"))
+    return () if end is None else (end,)
+
+
+def sequential(config: Settings, tower: Tower) -> interleave.Config:
+    return interleave.Config(position="sequential")
