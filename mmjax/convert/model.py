@@ -49,6 +49,7 @@ FAMILIES: dict[str, str] = {
     "gemma": "decoder",
     "gemma2": "decoder",
     "gemma3_text": "decoder",
+    "opt": "opt",
     "llava": "llava",
     "llava_next": "llava",
     "llava_onevision": "llava",
