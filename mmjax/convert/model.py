@@ -50,6 +50,7 @@ FAMILIES: dict[str, str] = {
     "gemma2": "decoder",
     "gemma3_text": "decoder",
     "opt": "opt",
+    "blip-2": "blip",
     "llava": "llava",
     "llava_next": "llava",
     "llava_onevision": "llava",
