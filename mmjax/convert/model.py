@@ -49,6 +49,8 @@ FAMILIES: dict[str, str] = {
     "gemma": "decoder",
     "gemma2": "decoder",
     "gemma3_text": "decoder",
+    "opt": "opt",
+    "blip-2": "blip",
     "llava": "llava",
     "llava_next": "llava",
     "llava_onevision": "llava",
