@@ -54,6 +54,8 @@ FAMILIES: dict[str, str] = {
     "llava": "llava",
     "llava_next": "llava",
     "llava_onevision": "llava",
+    "internvl": "llava",
+    "mistral3": "llava",
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
