@@ -47,7 +47,9 @@ MODELS = {
     "cross as Idefics": decoder.Config(31, NEAR, window=3, cross=IDEFICS),
     "cross as Mllama": decoder.Config(31, BLOCKS, cross=MLLAMA),
     "cross anywhere": decoder.Config(31, NEAR, window=3, cross=SOMEWHERE),
+    "learned": decoder.Config(31, dataclasses.replace(BLOCKS, rope=None), positions=decoder.Positions(22, first=2)),
 }
+LEARNED = MODELS["learned"]
 LENGTHS = (9, 5, 7)  # of the rows
 FIRST, THEN = ((0, 1, 2, 3), (0, 1, 2, -1), (-1, -1, -1, -1)), ((4, 5), (3, 4), (0, -1))  # labels of their media tokens
 
@@ -89,6 +91,7 @@ def part(see, start, stop):
         ("cross as Mllama", False),
         ("cross as Mllama", True),
         ("cross anywhere", True),
+        ("learned", False),
         pytest.param("cross anywhere", False, marks=pytest.mark.slow),
     ],
 )
@@ -150,6 +153,22 @@ def test_a_tuple_of_blocks_is_the_stack_with_gradients():
     np.testing.assert_allclose(one, two, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), grads, others)
     assert np.abs(grads[1]).min(axis=(0, 1, 3)).max() > 0
+
+
+def test_learned_positions_are_rows_of_their_table_and_end_with_it():
+    params = randomised(decoder.spec(LEARNED))
+    tokens, see, _ = rows(LEARNED)
+    x = decoder.embed(params, tokens, LEARNED)
+    wants = decoder.apply(params, x, LEARNED, **see)
+    plain = dataclasses.replace(LEARNED, positions=None)
+    by_hand = x + params["positions"][see["position"][..., 0] + 2]
+    np.testing.assert_allclose(wants, decoder.apply(params, by_hand, plain, **see), rtol=1e-6, atol=1e-6)
+    assert LEARNED.longest == 20
+    past = decoder.apply(params, x, LEARNED, **see | {"position": see["position"].at[1, 2, 0].set(20)})
+    assert np.isnan(past[1, 2]).all()
+    assert np.isfinite(past[0]).all()
+    with pytest.raises(InputError, match="no row for the first token"):
+        dataclasses.replace(LEARNED, positions=decoder.Positions(2, 2))
 
 
 def test_settings_that_do_not_fit_are_refused():
