@@ -71,7 +71,8 @@ def unstacked(params: dict, cfg: Config, *, consume: bool = False) -> dict:
     if isinstance(cfg, vlm.Config):
         return params | {"decoder": unstacked(params["decoder"], cfg.decoder, consume=consume)}
     stacks = {name: params[name] for name in ("blocks", "cross") if isinstance(params.get(name), dict)}
-    return params | {name: transformer.unstack(stack, consume=consume) for name, stack in stacks.items()}
+    apart = {name: transformer.unstack(stack, consume=consume) for name, stack in stacks.items()}
+    return params | apart if apart else params
 
 
 def empty(

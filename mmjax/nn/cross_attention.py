@@ -29,8 +29,9 @@ class Config:
     norm_kind, epsilon: of the norms before attention and MLP.
     qk_norm: RMSNorm of each head's queries and keys (Idefics, Mllama); qk_epsilon: its epsilon, if another.
     gate: what tanh(gate) is, one number for each branch or a vector (Idefics).
-    blind: what a token does that sees no media: it goes through the MLP alone (Flamingo, Idefics), or it looks at all
-      media of its document and skips the MLP ("all", a quirk of Mllama; see sequence.intervals.last_image).
+    blind: what a token does that sees no media (lo > hi): it goes through the MLP alone (Flamingo, Idefics), or skips
+      the MLP and looks at all that lies between, from hi + 1 to lo - 1 ("all": Mllama, where these are all media of
+      its document).
     """
 
     width: int
