@@ -50,6 +50,9 @@ GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_th
 GEMMA3 |= {"sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None, "rope_scaling": None}
 OPT_27B = {"model_type": "opt", "ffn_dim": 10240, "hidden_size": 2560, "num_attention_heads": 32}
 OPT_27B |= {"num_hidden_layers": 32, "word_embed_proj_dim": 2560, "_remove_final_layer_norm": False}
+IDEFICS = {"model_type": "idefics", "additional_vocab_size": 2, "alpha_type": "float", "cross_layer_interval": 4}
+IDEFICS |= {"qk_layer_norms": True, "use_resampler": True, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+IDEFICS |= {"perceiver_config": {"qk_layer_norms_perceiver": True}, "vision_config": {"embed_dim": 1280}}
 
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
@@ -135,4 +138,6 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
     "Qwen/Qwen3-VL-2B-Instruct": (qwen3_vl(True, SMALL3, 2048, 6144, 28, 16, 8), 2_127_532_032),
     "Qwen/Qwen3-VL-4B-Instruct": (qwen3_vl(True, SMALL3, 2560, 9728, 36, 32, 8), 4_437_815_808),
     "Qwen/Qwen3-VL-8B-Instruct": (qwen3_vl(False, LARGE3, 4096, 12288, 36, 32, 8), 8_767_123_696),
+    # The hub says 8.93 billion; the sum is that of the sizes in its config.json.
+    "HuggingFaceM4/idefics-9b": (IDEFICS, 8_929_679_632),
 }

@@ -27,6 +27,7 @@ class Config(Connector):
     qk_norm: LayerNorm of each head's queries and keys (Idefics).
     activation, gated: of the MLPs: gelu (Flamingo), relu (Idefics), gated silu (Idefics2).
     projection: an MLP that brings features to the latents' width first (Idefics2's modality projection).
+    prefix: whether class and register tokens are features too (Idefics).
     frames: rows of the table added by frame; videos have at most so many (Flamingo, section 2.1; OpenFlamingo).
     media: rows of the table added by the picture's number in its document (flamingo-pytorch).
     """
@@ -45,6 +46,7 @@ class Config(Connector):
     activation: mlp.Activation = "gelu"
     gated: bool = False
     projection: mlp.Config | None = None
+    prefix: bool = False
     frames: int = 0
     media: int = 0
 
@@ -56,6 +58,11 @@ class Config(Connector):
             raise InputError(
                 f"Features of width {self.inputs} must come to the latents' width {self.width} (one projection makes "
                 f"keys of both); give an MLP from the one to the other (projection)."
+            )
+
+        if self.prefix and self.frames:
+            raise InputError(
+                "A class token is of no frame: this resampler reads such tokens or embeds frames; not both."
             )
 
     @property
@@ -179,7 +186,7 @@ def apply(
       params: as `spec(cfg)`.
       features: of packed pictures.
       cfg: sizes.
-      image, order: i32[B, P], the picture of each patch and its label, counted through the row. Where frames have
+      image, order: i32[B, P], the picture of each feature and its label, counted through the row. Where frames have
         embeddings, a video's labels count frame after frame.
       grid: i32[B, N, 3], zeros where there is no picture (its tokens are meaningless: nothing may look at them).
       number: i32[B, N], which picture of its document each is, where cfg.media is set. Numbers and frames past the end
@@ -189,7 +196,8 @@ def apply(
       InputError: `number` is needed and left out.
     """
     features = prepare(params, features, cfg, image=image, order=order, grid=grid, number=number)
-    keys, lo, hi = behind.labels(image, order, grid, cfg.latents)
+    many = behind.counted(image, order, grid.shape[1]) if cfg.prefix else grid
+    keys, lo, hi = behind.labels(image, order, many, cfg.latents)
     x = behind.start(params["latents"], features, grid.shape[1])
 
     own = spec(cfg)["layers"]

@@ -39,6 +39,13 @@ def labels(
     return jnp.concatenate([patches, own], axis=1), lo, hi
 
 
+def counted(image: Int[Array, "b p"], order: Int[Array, "b p"], pictures: int) -> Int[Array, "b n 3"]:
+    """A grid of as many patches as each picture has features, whatever they are: class tokens count as well."""
+    own = (image[:, :, None] == jnp.arange(pictures, dtype=image.dtype)[None, None]) & (order >= 0)[:, :, None]
+    count = own.sum(1, dtype=jnp.int32)
+    return jnp.stack([count, *[(count > 0).astype(jnp.int32)] * 2], axis=-1)
+
+
 def present(grid: Int[Array, "b n 3"], many: int) -> Bool[Array, "b m"]:
     """Which of the tokens exist: those of pictures that do."""
     return jnp.repeat(grid.prod(-1) > 0, many, axis=1)

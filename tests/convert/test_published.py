@@ -15,13 +15,14 @@ from mmjax.models import vlm
 from mmjax.nn.rope_scaling import Dynamic, LongRope, Yarn
 from mmjax.train.prepare import refuse_model, refuse_rows
 
-# CLIP's last block and the norm after it; SigLIP's.
-UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304}
+# CLIP's last block and the norm after it; SigLIP's; the norm alone.
+UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "idefics": 2560}
 # The config that is the same model.
 SAME = {
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "HuggingFaceM4/idefics-9b": "idefics",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",

@@ -29,6 +29,8 @@ from transformers import (
     AutoTokenizer,
     image_processing_backends,  # noqa: F401  (the *Pil classes ask for it)
 )
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics.processing_idefics import IdeficsProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
@@ -43,6 +45,7 @@ from mmjax.convert import processor
 from mmjax.nn import patch_embed
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
+from mmjax.tokenizers.conventions import CONVENTIONS
 
 COUNT = 8
 NATIVE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
@@ -326,6 +329,59 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_array_equal(batch.position[row, :n], expected)
         else:
             assert batch.position[row, :n, 0].tolist() == list(range(n))
+
+
+def idefics(folder, layout, said=True):
+    """A directory of Idefics, with or without what ends an utterance, and transformers' processor."""
+    symbols = [s for s in CONVENTIONS["idefics"].symbols if said or s != "<end_of_utterance>"]
+    path, made = vocabularies.pair(folder, "llama", symbols, "", **LLAMA_NAMES, image_token="<image>")
+    out = folder / f"idefics-{layout}"
+    made.save_pretrained(out)
+    path.replace(out / "tokenizer.json")
+    vision = {"embed_dim": 32, "image_size": 28, "patch_size": 14}
+    sizes = {"vocab_size": len(made) - 2, "additional_vocab_size": 2, "perceiver_config": {"resampler_n_latents": 3}}
+    write(out, "config.json", {"model_type": "idefics", "vision_config": vision, "use_resampler": True} | sizes)
+    write(out, "generation_config.json", {"eos_token_id": 2})
+    if layout == "hub":
+        images = {"image_processor_type": "IdeficsImageProcessor", "image_size": 28, "image_num_channels": 3}
+        write(out, "preprocessor_config.json", images)
+    else:
+        images = {"image_processor_type": "IdeficsImageProcessor", "size": square(28)}
+        write(out, "processor_config.json", {"processor_class": "IdeficsProcessor", "image_processor": images})
+    return out, IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), made)
+
+
+@pytest.mark.parametrize(("layout", "said"), [("hub", True), ("five", False)])
+def test_idefics(layout, said, tmp_path):
+    """Ids and pixels, and which picture each token looks at; a dialogue only where the tokenizer knows of such."""
+    path, theirs = idefics(tmp_path, layout, said)
+    ours = processor.load(path)
+    assert ours.stops == ((2, theirs.tokenizer.convert_tokens_to_ids("<end_of_utterance>")) if said else (2,))
+    rng = np.random.default_rng(3)
+    views = [rng.integers(0, 256, (int(h), int(w), 3), np.uint8) for h, w in rng.integers(20, 120, (6, 2))]
+    seen, shown = [Image(*v.shape[:2], v) for v in views], [Pictures.fromarray(v) for v in views]
+    first = (Text("What is"), seen[0], seen[1], Text("this?")), ["What is", shown[0], shown[1], "this?"]
+    second = (seen[2], Text("Who?"), Text("Ann.", "assistant"), Text("Again?"), seen[3], Text("and now?"))
+    made = [first, (second[:2], [shown[2], "Who?"]), ((Text("Hello?"),), ["Hello?"])]
+    if said:
+        opened = "<end_of_utterance>\nAssistant:"
+        start = [f"User: {first[1][0]}", *first[1][1:-1], first[1][-1] + opened]
+        again = f"Who?{opened} Ann.<end_of_utterance>\nUser: Again?"
+        made = [(first[0], start), (second, ["User:", shown[2], again, shown[3], "and now?" + opened])]
+        made.append(((Text("Hello?"),), ["User: Hello?" + opened]))
+    for spans, prompt in made:
+        want = theirs(text=[prompt], add_end_of_utterance_token=False)
+        batch = ours.batch([Document("d", spans)])
+        ids, mask = want["input_ids"][0].tolist(), np.asarray(want["image_attention_mask"][0])
+        n = len(ids)
+        assert batch.tokens[0, :n].tolist() == ids, (theirs.tokenizer.decode(ids), ours.chat.decode(batch.tokens[0]))
+        assert (batch.order[0, n:] == -1).all()
+        media = np.arange(3 * mask.shape[1])
+        looks = (batch.media_lo[0, :n, None] <= media) & (media <= batch.media_hi[0, :n, None])
+        np.testing.assert_array_equal(looks, mask.repeat(3, 1) > 0)
+        count = sum(isinstance(span, Image) for span in spans)
+        raster = expected_patches("idefics", ours, {"pixel_values": want["pixel_values"][0][:count]})
+        np.testing.assert_allclose(normalised(ours, batch.patches[0, None, : 4 * count])[0], raster, atol=1e-6)
 
 
 INSTRUCT = (

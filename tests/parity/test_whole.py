@@ -15,9 +15,10 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 
 from parity import vocabularies
 from parity.harness import twin
-from parity.test_processors import DIRECTORIES, directory, reference, write
+from parity.test_processors import DIRECTORIES, directory, idefics, reference, write
 from parity.test_videos import SIZES, Videos, clip
 from PIL import Image as Pictures
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import huggingface, processor
@@ -100,15 +101,16 @@ def asked(name):
         yield messages, Document(which, spans)
 
 
-def same(model, inputs, answers, least=STEPS + 1):
+def same(model, inputs, answers, least=STEPS + 1, ends=(END,)):
     """Whether answers are transformers', up to a tie; at least so many tokens of all are compared."""
     compared = 0
-    how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": END, "pad_token_id": 0}
+    how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": list(ends), "pad_token_id": 0}
     for given, answer in zip(inputs, answers, strict=True):
         out = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
         want = out.sequences[0, given["input_ids"].shape[1] :].tolist()
         lead = np.diff(np.sort(np.stack([x[0].numpy() for x in out.logits]), axis=1)[:, -2:])[:, 0]
-        got = [*answer.ids, END] if answer.reason == "end" else list(answer.ids)
+        end = want[-1] if want[-1] in ends else END
+        got = [*answer.ids, end] if answer.reason == "end" else list(answer.ids)
         equal = [a == b for a, b in zip(got, want, strict=False)]
         n = equal.index(False) if False in equal else len(want)
         assert n == len(want) == len(got) or lead[n] <= MARGIN, (n, lead[n], got, want)
@@ -132,6 +134,34 @@ def test_greedy_answers(name, tmp_path):
     # Pictures matter.
     swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
     assert Session(loaded, ours).answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
+
+
+def test_an_answer_that_looks_at_pictures(tmp_path):
+    """Idefics, whose pictures are beside the sequence: rows of two, one and none, and alone as together."""
+    torch.set_num_threads(1)
+    path, theirs = idefics(tmp_path, "five")
+    config = json.loads((path / "config.json").read_text()) | BLOCKS | {"num_hidden_layers": 4, "pad_token_id": 0}
+    config |= {"cross_layer_interval": 2, "qk_layer_norms": True}
+    config["vision_config"] |= {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config["perceiver_config"] |= {"resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 12}
+    model = twin(IdeficsForVisionText2Text, IdeficsConfig(**config))
+    model.save_pretrained(path)
+    write(path, "generation_config.json", {"eos_token_id": [END]})
+    ours = processor.load(path)
+    session = Session(processor.with_colours(huggingface.load(path), ours), ours)
+    made, ends = list(asked("idefics")), [END, ours.stops[-1]]
+    answers = session.answer([document for _, document in made], max_tokens=STEPS)
+    prompts = []
+    for (message,), _ in made:
+        *shown, words = message["content"]
+        closed = words["text"] + "<end_of_utterance>\nAssistant:"
+        prompts.append(["User:", *(item["image"] for item in shown), closed] if shown else [f"User: {closed}"])
+    inputs = [dict(theirs(text=[prompt], add_end_of_utterance_token=False)) for prompt in prompts]
+    same(model, inputs, answers, ends=ends)
+    alone = [session.answer([document], max_tokens=STEPS)[0].ids for _, document in made]
+    assert alone == [answer.ids for answer in answers]
+    swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
+    assert session.answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
 
 
 def test_an_answer_after_a_video(tmp_path):

@@ -1,6 +1,6 @@
 """What the families differ in where a processor is read: tokens for media, sizes, positions, when an answer ends."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ class Family:
     processors: the image processors that its own works with; the first where no file names one.
     markers: what its template writes for a medium of each type, which is also what stands where media tokens go.
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
-    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
+    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames; or
+      what makes them of the tokenizer's control tokens.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
@@ -30,6 +31,7 @@ class Family:
     per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
     prompts: whether a question is written as its text is: the family has no chat template.
     adds: symbols that its own processor adds to a tokenizer that lacks them.
+    ends: symbols that end an answer too, where the tokenizer has them.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
@@ -37,7 +39,7 @@ class Family:
     markers: Callable[[Found], Mapping[str, str]]
     tower: Callable[[Settings], Tower]
     sequence: Callable[[Settings, Tower], interleave.Config]
-    writing: Mapping[str, Any] = field(default_factory=dict)
+    writing: Mapping[str, Any] | Callable[[Collection[str]], Mapping[str, Any]] = field(default_factory=dict)
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
@@ -46,10 +48,19 @@ class Family:
     per_picture: Callable[[Settings], int] = lambda config: 0
     prompts: bool = False
     adds: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
 
-def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:
-    """The ids that end an answer: generation_config.json's, or else config.json's, or else the tokenizer's own."""
+def stops(found: Found, tokenizer: Any, vocab: Vocab, family: Family | None = None) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json's, or else config.json's, or else the tokenizer's own.
+
+    And those of the family, which its files may not name.
+    """
+    more = [tokenizer.controls[s] for s in (() if family is None else family.ends) if s in tokenizer.controls]
+    return tuple(dict.fromkeys([*_said(found, tokenizer, vocab), *more]))
+
+
+def _said(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:
     inner = found.config.part("text_config")
     for of in (found.generation, found.config, inner):
         if "eos_token_id" in of:

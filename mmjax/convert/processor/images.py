@@ -260,7 +260,16 @@ def _blip(of: Settings, tower: Tower) -> Fixed:
     return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
 
 
+def _idefics(of: Settings, tower: Tower) -> Fixed:
+    """Idefics': stretched to a square, which its own files call `image_size`."""
+    size = _size(of, "image_size" if "image_size" in of else "size", {"height": 224, "width": 224}, square=True)
+    if of.whole("image_num_channels", 3) != 3 or of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures or gives them other channels than red, green and blue; mmjax not")
+    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+
+
 READERS = {
+    "IdeficsImageProcessor": (_idefics, OPENAI),
     "BlipImageProcessor": (_blip, OPENAI),
     "CLIPImageProcessor": (_clip, OPENAI),
     "LlavaImageProcessor": (_llava, OPENAI),

@@ -207,7 +207,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     tokenizer = load_tokenizer(found)
     chat, plain = chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
-    ends = stops(found, tokenizer, chat.vocab)
+    ends = stops(found, tokenizer, chat.vocab, family)
     if family is None:
         return Processor(chat, plain, interleave.Config(position="sequential"), ends)
     tower = family.tower(found.config)

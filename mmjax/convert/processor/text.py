@@ -80,14 +80,14 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
     lead = lead_of(found, tokenizer)
+    writing = {} if family is None else family.writing
     convention = Convention(
+        **{"begin": tuple(map(Symbol, lead))} | (writing(known) if callable(writing) else dict(writing)),
         name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, lead)),
         pad=pad,
         stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
         placeholder=media.get("image", ""),
         placeholder_video=media.get("video", ""),
-        **({} if family is None else family.writing),
     )
     added = () if family is None else family.adds
     missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
@@ -128,6 +128,7 @@ def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
     inner = found.config.part("text_config")
     size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
+    size += found.config.whole("additional_vocab_size", 0, least=0)  # of Idefics, in a table of their own
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
     newline = chat.vocab.image if family is not None and family.newline else None
     return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
