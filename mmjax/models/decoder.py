@@ -12,8 +12,25 @@ from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import cache as caches
-from mmjax.nn import cross_attention, norm, transformer
+from mmjax.nn import cross_attention, norm, position_embed, transformer
 from mmjax.nn.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A learned vector of its position, added to every token and media token before the first block (GPT-2, OPT).
+
+    rows: of the table. first: the row of position 0 (OPT: 2). There is nothing past the last row: what stands there
+    becomes NaN, so whoever makes batches keeps them shorter.
+    """
+
+    rows: int
+    first: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest document."""
+        return self.rows - self.first
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,7 @@ class Config:
       see all that they see without a window (the prefix of PaliGemma 2, as transformers has it).
     embed_scale: what vectors of the token table are multiplied by (Gemma: sqrt(width)).
     softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+    positions: learned positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
     """
 
     vocab: int
@@ -38,6 +56,7 @@ class Config:
     window_ahead: bool = True
     embed_scale: float = 1.0
     softcap: float | None = None
+    positions: Positions | None = None
 
     def __post_init__(self):
         if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
@@ -50,6 +69,13 @@ class Config:
                 f"A cross-attention layer before each {self.cross.every} blocks does not divide {self.blocks.layers} "
                 f"blocks; choose a number that does."
             )
+        if self.positions is not None and not 0 <= self.positions.first < self.positions.rows:
+            raise InputError(f"The decoder's {self.positions} has no row for the first token; give it more rows.")
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens in the longest document; None where nothing bounds it."""
+        return None if self.positions is None else self.positions.longest
 
     @property
     def norm(self) -> norm.Config:
@@ -66,6 +92,8 @@ def spec(cfg: Config) -> Spec:
     }
     if cfg.cross is not None:
         out["cross"] = stack(cross_attention.spec(cfg.cross), cfg.blocks.layers // cfg.cross.every)
+    if cfg.positions is not None:
+        out["positions"] = ParamSpec((cfg.positions.rows, width), (None, "embed"), Normal(0.02))
     if not cfg.tied:
         out["head"] = ParamSpec((cfg.vocab, width), ("vocab", "embed"), fan_in(width))
     return out
@@ -105,7 +133,7 @@ def apply(
     """
     see = _see(cfg, order, order, lo, hi, position, length, added)
     look = _look(cfg, media, media_lo, media_hi)
-    x, _ = _blocks(params, x, cfg, see, look, None)
+    x, _ = _blocks(params, _positioned(params, x, position, cfg), cfg, see, look, None)
     return norm.apply(params["norm"], x, cfg.norm)
 
 
@@ -143,8 +171,17 @@ def cached(
     """
     labelled = caches.labelled(cache, order)
     see = _see(cfg, order, labelled.order, lo, hi, position, length, added)
-    x, new = _blocks(params, x, cfg, see, _look(cfg, media, media_lo, media_hi), cache)
+    look = _look(cfg, media, media_lo, media_hi)
+    x, new = _blocks(params, _positioned(params, x, position, cfg), cfg, see, look, cache)
     return norm.apply(params["norm"], x, cfg.norm), labelled.replace(k=new.k, v=new.v)
+
+
+def _positioned(params: dict, x: jax.Array, position: jax.Array, cfg: Config) -> jax.Array:
+    """Tokens with the vectors of their positions added, where there are such."""
+    if cfg.positions is None:
+        return x
+    at = position[..., 0].astype(jnp.int32) + cfg.positions.first
+    return x + position_embed.learned(params["positions"], at).astype(x.dtype)
 
 
 def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.Array, position, length, added) -> dict:

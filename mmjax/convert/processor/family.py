@@ -25,11 +25,14 @@ class Family:
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
     writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
     around: the types of media that its processor writes that around, where a template has but a marker for them.
-    writes: whether `writing` is all that its processor writes: it has no template, and its tokenizer adds nothing.
+    lead: the special tokens that its processor writes before every text; None: those that its tokenizer writes.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
     refined: the policy of pictures with what the image processor's settings do not say.
+    per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
+    prompts: whether a question is written as its text is: the family has no chat template.
+    adds: symbols that its own processor adds to a tokenizer that lacks them.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
@@ -39,12 +42,15 @@ class Family:
     sequence: Callable[[Settings, Tower], interleave.Config]
     writing: Mapping[str, Any] = field(default_factory=dict)
     around: tuple[str, ...] = ()
-    writes: bool = False
+    lead: tuple[str, ...] | None = None
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     newline: bool = False
+    per_picture: Callable[[Settings], int] = lambda config: 0
+    prompts: bool = False
+    adds: tuple[str, ...] = ()
 
 
 def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:

@@ -81,8 +81,7 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
-    writes = family is not None and family.writes
-    lead = () if writes else lead_of(found, tokenizer)
+    lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
     own = {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
     convention = Convention(
         name=found.config.text("model_type"),
@@ -91,7 +90,8 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
         **(own | ({} if family is None else dict(family.writing))),
     )
-    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
+    added = () if family is None else family.adds
+    missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
     if missing:
         raise InputError(
             f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
@@ -108,10 +108,6 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
                     f"{found.config.where} says {key!r} is {found.config.values[key]}, and the tokenizer has "
                     f"{plain.controls[symbol]} for {shown(symbol)}; use the files that belong together"
                 )
-    if writes and found.template is not None:
-        raise InputError(
-            f"{found.path} has a chat template, which the processor of a {convention.name} does not read; delete it"
-        )
     if found.template is None:
         return plain, plain
     symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= PRIVATE for c in s)]
