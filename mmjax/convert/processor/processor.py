@@ -125,7 +125,8 @@ class Processor:
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
         policy = self.resolution if alone else self.several
-        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
+        fuse = "sequence" if self.sequence.cross == "none" else "cross"
+        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, fuse=fuse, ask=ask)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
