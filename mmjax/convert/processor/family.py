@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import Tower
+from mmjax.convert.processor.images import Readers, Tower
 from mmjax.core.errors import InputError
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
@@ -27,6 +27,10 @@ class Family:
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
     refined: the policy of pictures with what the image processor's settings do not say.
+    readers: of image processors that this family alone has: from settings and the encoder's sizes to the policy, and
+      the mean and deviation where the settings have none.
+    wraps: whether `writing` stands around media behind a template's markers too, as the family's processor writes it.
+    spelled: symbols of `writing` that are words where the tokenizer has none such.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
@@ -39,6 +43,9 @@ class Family:
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
+    readers: Readers = field(default_factory=dict)
+    wraps: bool = False
+    spelled: tuple[str, ...] = ()
     newline: bool = False
 
 

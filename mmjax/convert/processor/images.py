@@ -5,7 +5,7 @@ otherwise, by 1/255 mostly.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmjax.convert.processor.files import Settings
@@ -20,6 +20,7 @@ from mmjax.tokenizers.view import Filter
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 SIDE, PIXELS = 2**13, 2**27  # the largest picture that a setting may ask for
 FACTOR = 1 / 255
+Readers = Mapping[str, tuple[Callable[[Settings, "Tower"], Policy], Colours]]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Tower:
     """What config.json says of the encoder: pixels a patch, patches a token, pictures in a patch of a clip.
 
     size: pixels of the pictures that its position table is for; 0 where it has none of a size.
+    latents: tokens that its connector makes of each picture, whatever its size; 0: as many as its patches say.
     """
 
     patch: int
     merge: int = 1
     group: int = 1
     size: int = 0
+    latents: int = 0
 
 
 def kind(of: Settings, default: str) -> str:
@@ -102,13 +105,14 @@ def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...])
     return side
 
 
-def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, Colours]:
+def still(of: Settings, tower: Tower, allowed: Sequence[str], more: Readers | None = None) -> tuple[Policy, Colours]:
     """The policy of pictures, and their mean and deviation.
 
     Args:
       of: the image processor's settings, which may be none.
       tower: the encoder's sizes.
       allowed: the image processors that the family's own processor works with; the first where none is named.
+      more: readers of those that the family alone has.
 
     Raises:
       InputError: a class or settings that mmjax does not reproduce, or that the encoder has no patches for.
@@ -118,7 +122,7 @@ def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, C
         raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(allowed)} for this")
     if not of.flag("do_resize", True):
         raise InputError(f"{of.where} does not resize pictures (do_resize), but these encoders take one size")
-    read, default_colours = READERS[name]
+    read, default_colours = {**READERS, **(more or {})}[name]
     return read(of, tower), colours(of, default_colours)
 
 

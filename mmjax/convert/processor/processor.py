@@ -34,7 +34,7 @@ from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.tiles import AnyRes, Splits
 from mmjax.tokenizers.vocab import Vocab
 
 FEWEST = 16  # tokens and patches of the smallest bucket
@@ -52,6 +52,7 @@ class Processor:
     several: the policy of pictures where a document has more than one (LLaVA-OneVision); None: the same.
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
     patch: pixels a side. group: pictures of a clip in a patch.
+    latents: tokens of each picture, whatever its size; 0: one for each square of `sequence.merge` patches a side.
     """
 
     chat: Chat
@@ -64,6 +65,7 @@ class Processor:
     patch: int = 0
     group: int = 1
     several: Policy | None = None
+    latents: int = 0
 
     @property
     def vocab(self) -> Vocab:
@@ -78,7 +80,7 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, repr(self.sequence))
+        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, f"{self.sequence} {self.latents}")
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -89,7 +91,7 @@ class Processor:
 
     def media_tokens(self, grid: Grid) -> int:
         """Tokens that a grid of patches takes in the sequence."""
-        return patches_of(grid) // self.sequence.merge**2
+        return self.latents or patches_of(grid) // self.sequence.merge**2
 
     def layout(self, document: Document, answer: int = 0, *, ask: bool | None = None) -> Layout:
         """What a document takes, before any pixel is decoded.
@@ -179,7 +181,7 @@ class Processor:
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
@@ -206,7 +208,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     if family is None:
         return Processor(chat, plain, interleave.Config(position="sequential"), ends)
     tower = family.tower(found.config)
-    policy, colours = settings.still(found.images, tower, family.processors)
+    policy, colours = settings.still(found.images, tower, family.processors, family.readers)
     family.check(found, policy, tower)
     policy = family.refined(found, policy)
     clips = None
@@ -228,6 +230,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         tower.patch,
         tower.group,
         None if family.several is None else family.several(found, tower, policy, colours),
+        tower.latents,
     )
 
 

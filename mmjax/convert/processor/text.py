@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 from typing import Any
 
 from mmjax.convert.processor.family import Family
@@ -12,7 +13,7 @@ from mmjax.sequence.document import Document, Text
 from mmjax.tokenizers import text
 from mmjax.tokenizers.base import Tokenizer
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.convention import Convention, places, spelled
 from mmjax.tokenizers.hub import Hub
 from mmjax.tokenizers.parts import NOTHING, Symbol
 from mmjax.tokenizers.template import Template
@@ -87,7 +88,7 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
         placeholder=media.get("image", ""),
         placeholder_video=media.get("video", ""),
-        **({} if family is None else family.writing),
+        **_writing(family, known),
     )
     missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
     if missing:
@@ -110,11 +111,19 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
-    nothing = dict.fromkeys(("image", "video"), NOTHING)
+    nothing = {} if family is not None and family.wraps else dict.fromkeys(("image", "video"), NOTHING)
     begin = () if family is None or not lead or _begun(template, found) else convention.begin
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
+
+
+def _writing(family: Family | None, known: Collection[str]) -> dict[str, Any]:
+    """What the family writes around media, as words where it may and the tokenizer has no such symbol."""
+    if family is None:
+        return {}
+    words = {symbol for symbol in family.spelled if not any(one in known for one in places(symbol))}
+    return {name: spelled(value, words) for name, value in family.writing.items()}
 
 
 def _begun(template: Template, found: Found) -> bool:
