@@ -67,6 +67,7 @@ COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_a
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 IDEFICS_SYMBOLS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 TAGS = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
+MEDIA = {"pad_token": "<|endoftext|>", "image_token": "<image>"}
 QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
 # model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
 DIRECTORIES = {
@@ -160,7 +161,7 @@ DIRECTORIES = {
     "idefics3": (  # whose tokenizer has no tokens for the places of tiles
         "short",
         ("<|endoftext|>", "<|begin_of_text|>", *IDEFICS_SYMBOLS),
-        {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", "pad_token": "<|endoftext|>"},
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", **MEDIA},
         "<|begin_of_text|>",
         UTTER.replace("START", "<|begin_of_text|>"),
         "Idefics3ImageProcessor",
@@ -171,7 +172,7 @@ DIRECTORIES = {
     "smolvlm": (
         "short",
         ("<|endoftext|>", "<|im_start|>", *IDEFICS_SYMBOLS, *TAGS),
-        {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|endoftext|>"},
+        {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", **MEDIA},
         "",
         UTTER.replace("START", "<|im_start|>"),
         "SmolVLMImageProcessor",
@@ -180,6 +181,7 @@ DIRECTORIES = {
         {"patch_size": 14, "image_size": 30},
     ),
 }
+NUMBERS = {4: "four", 9: "nine", 21: "twenty-one"}
 CONFIGS = {"idefics2": {"perceiver_config": {"resampler_n_latents": 4}}, "idefics3": {"scale_factor": 2}}
 PROCESSORS = {
     "smolvlm": processing_smolvlm.SmolVLMProcessor,
@@ -195,7 +197,6 @@ MODELS = {"qwen2_vl": Qwen2VLModel, "qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Q
 def _any_part(monkeypatch):
     """Processors ask of what class their parts are, which needs torchvision for the part for videos."""
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
-    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # a package, which it wants for videos
 
 
 @functools.cache
@@ -251,6 +252,8 @@ def reference(path, name):
     counted = DIRECTORIES[name][7] if name == "llava_onevision" else {}
     counted |= {"image_seq_len": 1} if name == "smolvlm" else {}
     videos = types.SimpleNamespace(num_frames=64, fps=1) if name == "smolvlm" else None
+    if name == "smolvlm":
+        processing_smolvlm.num2words = NUMBERS.__getitem__  # of a package that it wants whatever it is given
     return PROCESSORS[name](*parts, video_processor=videos, chat_template=DIRECTORIES[name][4], **counted)
 
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 
 from parity import vocabularies
 from parity.harness import twin
-from parity.test_processors import DIRECTORIES, directory, reference, write
+from parity.test_processors import CONFIGS, DIRECTORIES, directory, reference, write
 from parity.test_videos import SIZES, Videos, clip
 from PIL import Image as Pictures
 from transformers.processing_utils import ProcessorMixin
@@ -57,6 +57,21 @@ MODELS = {
         | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         TEXT | {"head_dim": 8, "rope_parameters": M_ROPE | {"mrope_interleaved": True}},
     ),
+    "idefics2": (
+        "Idefics2ForConditionalGeneration",
+        {"image_size": 56, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "mistral"},
+    ),
+    "idefics3": (
+        "Idefics3ForConditionalGeneration",
+        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "llama"},
+    ),
+    "smolvlm": (
+        "SmolVLMForConditionalGeneration",
+        {"image_size": 30, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "llama"},
+    ),
 }
 
 
@@ -72,6 +87,7 @@ def whole(folder, name):
     cls, vision, text = MODELS[name]
     cls = getattr(transformers, cls)
     ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k == "image_grid_pinpoints"}
+    ids |= CONFIGS.get(name, {})
     if name == "llava_onevision":
         ids["vision_aspect_ratio"] = "anyres_max_2"  # as its processor has it
     if "qwen" in name:
