@@ -50,6 +50,26 @@ GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_th
 GEMMA3 |= {"sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None, "rope_scaling": None}
 OPT_27B = {"model_type": "opt", "ffn_dim": 10240, "hidden_size": 2560, "num_attention_heads": 32}
 OPT_27B |= {"num_hidden_layers": 32, "word_embed_proj_dim": 2560, "_remove_final_layer_norm": False}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
+IDEFICS2 = {"model_type": "idefics2", "image_token_id": 32001, "perceiver_config": {"rms_norm_eps": 1e-5}}
+IDEFICS2 |= {"text_config": MISTRAL | {"vocab_size": 32003, "rope_theta": 10000.0, "sliding_window": 4096}}
+IDEFICS2 |= {"vision_config": SO400M | {"image_size": 980, "patch_size": 14, "model_type": "idefics2"}}
+LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8}
+LLAMA3 |= {"num_attention_heads": 32, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING}
+IDEFICS3 = {"model_type": "idefics3", "image_token_id": 128257, "scale_factor": 2, "tie_word_embeddings": False}
+IDEFICS3 |= {"vision_config": SO400M | {"image_size": 364, "patch_size": 14, "model_type": "idefics3"}}
+IDEFICS3 |= {"text_config": LLAMA3 | {"vocab_size": 128259, "max_position_embeddings": 131072}}
+
+
+def smolvlm(kind: str, layers: int, heads: int, kv: int, sizes: tuple[int, int], vocab: int = 49280, **more) -> dict:
+    """SmolLM2, and SigLIP of 512 pixels where nothing else is said."""
+    text = {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
+    text |= {"num_key_value_heads": kv, "hidden_size": sizes[0], "intermediate_size": sizes[1], "head_dim": 64}
+    text |= {"rms_norm_eps": 1e-5, "rope_theta": 100000, "is_llama_config": True, "qk_layer_norms": False}
+    seen = {"hidden_size": 768, "num_attention_heads": 12, "image_size": 512, "patch_size": 16}
+    out = {"model_type": kind, "text_config": text, "vision_config": seen, "image_token_id": 49190, "scale_factor": 4}
+    return out | {"tie_word_embeddings": False} | more
+
 
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
@@ -135,4 +155,20 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
     "Qwen/Qwen3-VL-2B-Instruct": (qwen3_vl(True, SMALL3, 2048, 6144, 28, 16, 8), 2_127_532_032),
     "Qwen/Qwen3-VL-4B-Instruct": (qwen3_vl(True, SMALL3, 2560, 9728, 36, 32, 8), 4_437_815_808),
     "Qwen/Qwen3-VL-8B-Instruct": (qwen3_vl(False, LARGE3, 4096, 12288, 36, 32, 8), 8_767_123_696),
+    "HuggingFaceM4/idefics2-8b": (IDEFICS2, 8_402_768_112),
+    "HuggingFaceM4/Idefics3-8B-Llama3": (IDEFICS3, 8_462_086_384),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": (smolvlm("idefics3", 30, 9, 3, (576, 1536)), 256_484_928),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": (smolvlm("idefics3", 32, 15, 5, (960, 2560)), 507_482_304),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (
+        smolvlm(
+            "smolvlm",
+            24,
+            32,
+            32,
+            (2048, 8192),
+            scale_factor=3,
+            vision_config=SO400M | {"image_size": 384, "patch_size": 14},
+        ),
+        2_246_784_880,
+    ),
 }

@@ -63,6 +63,9 @@ FAMILIES: dict[str, str] = {
     "gemma3": "siglip_vlm",
     "deepseek_vl": "siglip_vlm",
     "deepseek_vl_hybrid": "siglip_vlm",
+    "idefics2": "idefics2",
+    "idefics3": "idefics2",
+    "smolvlm": "idefics2",
 }
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000

@@ -22,13 +22,21 @@ from mmjax.sequence import behind
 
 @dataclass(frozen=True)
 class Table:
-    """Learned positions of a grid, interpolated for every other grid (see nn.position_embed.interpolate)."""
+    """Learned positions of a grid, for every other grid interpolated (see nn.position_embed.interpolate).
+
+    method: "bucket" interpolates nothing: a patch reads what stands at its share of the picture
+      (nn.position_embed.bucketised; Idefics2).
+    """
 
     rows: int
     columns: int
-    method: Literal["bilinear", "bicubic"] = "bicubic"
+    method: Literal["bilinear", "bicubic", "bucket"] = "bicubic"
     antialias: bool = False
     align_corners: bool = False
+
+    def __post_init__(self):
+        if self.method == "bucket" and (self.antialias or self.align_corners):
+            raise InputError("A table that is read by buckets is not interpolated; leave antialias and corners out.")
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,8 @@ def embed(
     own = sharding.take_rows(grid[..., 1:], image)
     place = position[..., -2:].astype(jnp.int32)
     table = cfg.table
+    if table.method == "bucket":
+        return x + position_embed.bucketised(params["table"], place, own).astype(x.dtype)
     added = position_embed.interpolate(
         params["table"],
         place,

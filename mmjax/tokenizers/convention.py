@@ -6,8 +6,8 @@ tokenizer by tokenizers.chat.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Audio, Document, Image, Video
@@ -19,8 +19,8 @@ from mmjax.tokenizers.writing import Fuse, Writer
 class Tiles:
     """What is written around each view of a picture that is shown as a whole and in tiles.
 
-    "{row}" and "{column}" in a symbol count a tile's place from 1. A picture of one view is written as the convention's
-    `image` says.
+    "{row}" and "{column}" in a symbol or in words count a tile's place from 1. A picture of one view is written as the
+    convention's `image` says.
 
     order: whether the tiles or the whole come first; as the resolution policy's views do.
     tile: around each tile.
@@ -168,7 +168,7 @@ class Convention:
 def _symbols(x: object) -> Iterator[str]:
     """All symbols inside, those of tiles for every place they may have."""
     if isinstance(x, Symbol):
-        yield from _spelled(x.symbol)
+        yield from places(x.symbol)
     elif isinstance(x, Around | Tiles | Frames):
         for f in fields(x):
             yield from _symbols(getattr(x, f.name))
@@ -189,7 +189,8 @@ def _symbols(x: object) -> Iterator[str]:
 MOST_TILES = 6  # a side, that families have symbols for
 
 
-def _spelled(symbol: str) -> Iterator[str]:
+def places(symbol: str) -> Iterator[str]:
+    """A symbol for every tile that there may be, if it counts them."""
     if "{row}" not in symbol:
         yield symbol
         return
@@ -233,7 +234,20 @@ def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] 
 
 
 def _placed(writing: Writing, row: int, column: int) -> list[Part]:
-    def fill(part: Part) -> Part:
-        return Symbol(part.symbol.format(row=row + 1, column=column + 1)) if isinstance(part, Symbol) else part
+    def fill(item: Symbol | str) -> Symbol | str:
+        text = item if isinstance(item, str) else item.symbol
+        if "{row}" not in text:
+            return item
+        text = text.format(row=row + 1, column=column + 1)
+        return text if isinstance(item, str) else Symbol(text)
 
-    return [fill(part) for part in plain(writing)]
+    return list(plain(tuple(map(fill, writing))))
+
+
+def spelled(x: Any, symbols: Collection[str]) -> Any:
+    """What is written, with these symbols as words: of a family whose tokenizer has no tokens for them."""
+    if isinstance(x, Symbol):
+        return x.symbol if x.symbol in symbols else x
+    if isinstance(x, Around | Tiles | Frames):
+        return replace(x, **{f.name: spelled(getattr(x, f.name), symbols) for f in fields(x)})
+    return tuple(spelled(item, symbols) for item in x) if isinstance(x, tuple) else x

@@ -173,6 +173,7 @@ IDEFICS2 = Convention(
     assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
     lead=(" ",),
     image=Around((_FAKE,), (_FAKE,)),
+    tiles=Tiles("whole_last", tile=Around((_FAKE,), (_FAKE,)), whole=Around((_FAKE,), (_FAKE,))),
     once=(_FAKE.symbol,),
     gap=(_FAKE.symbol,),
     pad="<unk>",

@@ -25,6 +25,9 @@ SAME = {
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "HuggingFaceM4/idefics2-8b": "idefics2",
+    "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm",
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
@@ -58,7 +61,7 @@ def test_the_config_of_the_same_name_is_the_published_model(name):
     model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
     assert found(PUBLISHED[name][0]).cfg == model
     refuse_model(cfg)
-    refuse_rows(cfg, 256)
+    refuse_rows(cfg, cfg.mesh.data * cfg.mesh.fsdp)
 
 
 def rope(**scaling):

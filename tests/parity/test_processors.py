@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch", reason="needs the `parity` extra")
 pytest.importorskip("transformers", reason="needs the `parity` extra")
 
 from parity import vocabularies
-from parity.test_conventions import CHATML, GEMMA, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
+from parity.test_conventions import CHATML, GEMMA, IDEFICS, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
 from PIL import Image as Pictures
 from transformers import (
     AutoImageProcessor,
@@ -38,6 +38,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import processor
@@ -74,6 +75,7 @@ DEEPSEEK = (
 CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 3}
 CROPS |= {"pan_and_scan_min_ratio_to_activate": 1.2}
 SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14}
+UTTER = IDEFICS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 NINE = [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
@@ -82,6 +84,9 @@ QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_to
 COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 GEMMA_MARKS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+IDEFICS_SYMBOLS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+TAGS = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
+MEDIA = {"pad_token": "<|endoftext|>", "image_token": "<image>"}
 QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
 # model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
 DIRECTORIES = {
@@ -195,9 +200,52 @@ DIRECTORIES = {
         {"processor_class": "DeepseekVLProcessor", "num_image_tokens": 4},
         SIGLIP | {"image_size": 30},
     ),
+    "idefics2": (
+        "llama",
+        ("<s>", "</s>", "<unk>", *IDEFICS_SYMBOLS),
+        {**LLAMA_NAMES, "pad_token": "<unk>", "image_token": "<image>", "image_boundary_token": IDEFICS_SYMBOLS[0]},
+        "<s>",
+        UTTER.replace("START", ""),
+        "Idefics2ImageProcessor",
+        {"size": {"shortest_edge": 28, "longest_edge": 60}, "do_image_splitting": True},
+        {"processor_class": "Idefics2Processor", "image_seq_len": 4},
+        {"patch_size": 14, "image_size": 56},
+    ),
+    "idefics3": (  # whose tokenizer has no tokens for the places of tiles
+        "short",
+        ("<|endoftext|>", "<|begin_of_text|>", *IDEFICS_SYMBOLS),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", **MEDIA},
+        "<|begin_of_text|>",
+        UTTER.replace("START", "<|begin_of_text|>"),
+        "Idefics3ImageProcessor",
+        {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}},
+        {"processor_class": "Idefics3Processor", "image_seq_len": 1},
+        {"patch_size": 14, "image_size": 28},
+    ),
+    "smolvlm": (
+        "short",
+        ("<|endoftext|>", "<|im_start|>", *IDEFICS_SYMBOLS, *TAGS),
+        {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", **MEDIA},
+        "",
+        UTTER.replace("START", "<|im_start|>"),
+        "SmolVLMImageProcessor",
+        {"size": {"longest_edge": 90}, "max_image_size": {"longest_edge": 30}},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 1},
+        {"patch_size": 14, "image_size": 30},
+    ),
 }
-CONFIGS = {"gemma3": {"mm_tokens_per_image": 4}}
+NUMBERS = {4: "four", 9: "nine", 21: "twenty-one"}
+CONFIGS = {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
+    "idefics3": {"scale_factor": 2},
+}
+    "gemma3": {"mm_tokens_per_image": 4},
+    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
+    "idefics3": {"scale_factor": 2},
+}
 PROCESSORS = {
+    "smolvlm": processing_smolvlm.SmolVLMProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
     "qwen2_vl": Qwen2VLProcessor,
     "qwen2_5_vl": Qwen2_5_VLProcessor,
@@ -241,8 +289,8 @@ def directory(folder, name, layout):
     pinpoints = {k: v for k, v in settings.items() if k == "image_grid_pinpoints"}
     flat = name.startswith("qwen") and layout == "hub"
     inside = {"vocab_size": size} if flat else {"text_config": {"vocab_size": size}}
-    more = CONFIGS.get(name, {}) | pinpoints
-    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **ids, **more})
+    more = {**ids, **pinpoints, **CONFIGS.get(name, {})}
+    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **more})
     write(out, "generation_config.json", {"eos_token_id": [3, 5]})
     images = {"image_processor_type": kind, **settings}
     if layout == "hub":
@@ -271,7 +319,11 @@ def reference(path, name):
     # The part for videos needs torchvision.
     parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     counted = DIRECTORIES[name][7] if name == "llava_onevision" else {}
-    return PROCESSORS[name](*parts, video_processor=None, chat_template=DIRECTORIES[name][4], **counted)
+    counted |= {"image_seq_len": 1} if name == "smolvlm" else {}
+    videos = types.SimpleNamespace(num_frames=64, fps=1) if name == "smolvlm" else None
+    if name == "smolvlm":
+        processing_smolvlm.num2words = NUMBERS.__getitem__  # of a package that it wants whatever it is given
+    return PROCESSORS[name](*parts, video_processor=videos, chat_template=DIRECTORIES[name][4], **counted)
 
 
 def conversation(rng, pictures, first):
@@ -325,12 +377,23 @@ def normalised(ours, patches):
     return np.asarray(patch_embed.normalise(jnp.asarray(patches), cfg))
 
 
+def in_patches(views, p):
+    """Whole patches [n, values] of views [views, 3, height, width], row by row."""
+    n, _, height, width = views.shape
+    cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
+    return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
+
+
 def expected_patches(name, ours, output):
     """transformers' pixels as patches [n, values], picture after picture, row by row."""
     found = output.get("pixel_values")
     if found is None:
         return np.zeros((0, ours.patch**2 * 3), np.float32)
     p = ours.patch
+    if "pixel_attention_mask" in output:  # canvases of one size, of which a part is the picture
+        sides = [(int(m[:, 0].sum()), int(m[0].sum())) for m in np.asarray(output["pixel_attention_mask"])[0]]
+        views = [view[:, :tall, :wide] for view, (tall, wide) in zip(np.asarray(found)[0], sides, strict=True)]
+        return np.concatenate([in_patches(view[None], p) for view in views])
     if "image_grid_thw" not in output:
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
         if "image_sizes" in output:  # every picture has as many tiles as the one that has most
@@ -339,10 +402,7 @@ def expected_patches(name, ours, output):
             grids, tile = (PINPOINTS, 28) if name == "llava_next" else (NINE, 60)
             counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sides]
             views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
-        views = np.concatenate(views)
-        n, _, height, width = views.shape
-        cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
-        return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
+        return in_patches(np.concatenate(views), p)
     out, at = [], 0
     found = np.asarray(found).reshape(-1, 3, 2, p, p)
     np.testing.assert_array_equal(found[:, :, 0], found[:, :, 1])

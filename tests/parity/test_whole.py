@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 
 from parity import vocabularies
 from parity.harness import twin
-from parity.test_processors import DIRECTORIES, directory, encoded, reference, write
+from parity.test_processors import CONFIGS, DIRECTORIES, directory, encoded, reference, write
 from parity.test_videos import SIZES, Videos, clip
 from PIL import Image as Pictures
 from transformers.processing_utils import ProcessorMixin
@@ -71,6 +71,21 @@ MODELS = {
         | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
     "deepseek_vl": ("DeepseekVLForConditionalGeneration", SIGLIP | {"image_size": 30}, TEXT | {"model_type": "llama"}),
+    "idefics2": (
+        "Idefics2ForConditionalGeneration",
+        {"image_size": 56, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "mistral"},
+    ),
+    "idefics3": (
+        "Idefics3ForConditionalGeneration",
+        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "llama"},
+    ),
+    "smolvlm": (
+        "SmolVLMForConditionalGeneration",
+        {"image_size": 30, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "llama"},
+    ),
 }
 # A tied head says the same token again and again.
 APART = {"tie_word_embeddings": False}
@@ -88,9 +103,8 @@ def whole(folder, name):
     config = json.loads((path / "config.json").read_text())
     cls, vision, text = MODELS[name]
     cls = getattr(transformers, cls)
-    kept = ("image_grid_pinpoints", "mm_tokens_per_image")
-    ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k in kept}
-    ids |= MORE.get(name, {})
+    ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k == "image_grid_pinpoints"}
+    ids |= CONFIGS.get(name, {}) | MORE.get(name, {})
     if name == "llava_onevision":
         ids["vision_aspect_ratio"] = "anyres_max_2"  # as its processor has it
     if "qwen" in name:

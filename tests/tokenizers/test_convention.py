@@ -10,7 +10,7 @@ from mmjax.sequence.document import Audio, Document, Image, Text, Video
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers import text
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import Convention, views
+from mmjax.tokenizers.convention import Convention, places, spelled, views
 from mmjax.tokenizers.conventions import (
     CHATML,
     CONVENTIONS,
@@ -18,6 +18,7 @@ from mmjax.tokenizers.conventions import (
     GEMMA3,
     GENERIC,
     IDEFICS,
+    IDEFICS2,
     IDEFICS3,
     LLAVA_LLAMA_3,
     LLAVA_V0,
@@ -455,6 +456,23 @@ def test_views_of_idefics_3():
         f"{tile(1, 1)}{tile(1, 2)}{tile(1, 3)}\n{tile(2, 1)}{tile(2, 2)}{tile(2, 3)}\n\n{F}{GLOBAL}(6){F}"
     )
     assert drawn_views(IDEFICS3, 3, 2) == f"{tile(1, 1)}\n{F}⟨<row_2_col_1>⟩(1)\n\n{F}{GLOBAL}(2){F}"
+
+
+def test_views_of_idefics_2_are_quarters_apart():
+    assert drawn_views(IDEFICS2, 5, 2) == "".join(f"{F}({n}){F}" for n in range(5))
+
+
+def test_places_of_tiles_as_words():
+    """Idefics 3's own tokenizer has no tokens for them."""
+    worded = replace(
+        IDEFICS3,
+        **{name: spelled(getattr(IDEFICS3, name), {"<row_{row}_col_{column}>"}) for name in ("image", "tiles")},
+    )
+    assert drawn_views(worded, 3, 1) == (f"{F}<row_1_col_1>(0){F}<row_1_col_2>(1)\n\n{F}{GLOBAL}(2){F}")
+    assert worded.image == IDEFICS3.image
+    assert set(IDEFICS3.symbols) - set(worded.symbols) == set(places("<row_{row}_col_{column}>"))
+    with pytest.raises(InputError, match="tiles are more than the 6 × 6"):
+        views(worded, 8, 7)
 
 
 def test_views_of_gemma_3():

@@ -1,12 +1,13 @@
 """Whose processors mmjax has: every family by the model_type in config.json, one file each beside this one."""
 
-from mmjax.convert.processor import blip, llava, qwen_vl, siglip_vlm
+from mmjax.convert.processor import blip, idefics2, llava, qwen_vl, siglip_vlm
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
 
 FAMILIES: dict[str, Family] = {
     **blip.FAMILIES,
+    **idefics2.FAMILIES,
     **llava.FAMILIES,
     **qwen_vl.FAMILIES,
     **siglip_vlm.FAMILIES,

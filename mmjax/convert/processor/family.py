@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import Tower
+from mmjax.convert.processor.images import Readers, Tower
 from mmjax.core.errors import InputError
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
@@ -33,6 +33,9 @@ class Family:
     per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
     prompts: whether a question is written as its text is: the family has no chat template.
     adds: symbols that its own processor adds to a tokenizer that lacks them.
+    readers: of image processors that this family alone has: from settings and the encoder's sizes to the policy, and
+      the mean and deviation where the settings have none.
+    spelled: symbols of `writing` that are words where the tokenizer has none such.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
@@ -47,6 +50,8 @@ class Family:
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
+    readers: Readers = field(default_factory=dict)
+    spelled: tuple[str, ...] = ()
     newline: bool = False
     per_picture: Callable[[Settings], int] = lambda config: 0
     prompts: bool = False

@@ -5,7 +5,7 @@ otherwise, by 1/255 mostly.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmjax.convert.processor.files import Settings
@@ -20,6 +20,7 @@ from mmjax.tokenizers.view import Filter
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 SIDE, PIXELS = 2**13, 2**27  # the largest picture that a setting may ask for
 FACTOR = 1 / 255
+Readers = Mapping[str, tuple[Callable[[Settings, "Tower"], Policy], Colours]]
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,14 @@ def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...])
     return side
 
 
-def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, Colours]:
+def still(of: Settings, tower: Tower, allowed: Sequence[str], more: Readers | None = None) -> tuple[Policy, Colours]:
     """The policy of pictures, and their mean and deviation.
 
     Args:
       of: the image processor's settings, which may be none.
       tower: the encoder's sizes.
       allowed: the image processors that the family's own processor works with; the first where none is named.
+      more: readers of those that the family alone has.
 
     Raises:
       InputError: a class or settings that mmjax does not reproduce, or that the encoder has no patches for.
@@ -118,7 +120,7 @@ def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, C
         raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(allowed)} for this")
     if not of.flag("do_resize", True):
         raise InputError(f"{of.where} does not resize pictures (do_resize), but these encoders take one size")
-    read, default_colours = READERS[name]
+    read, default_colours = {**READERS, **(more or {})}[name]
     return read(of, tower), colours(of, default_colours)
 
 

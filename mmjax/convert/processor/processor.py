@@ -34,7 +34,7 @@ from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.tiles import AnyRes, Splits
 from mmjax.tokenizers.vocab import Vocab
 
 FEWEST = 16  # tokens and patches of the smallest bucket
@@ -82,7 +82,12 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, repr(self.sequence))
+        parts = (
+            self.chat.fingerprint,
+            self.plain.fingerprint,
+            self.preprocessing,
+            f"{self.sequence} {self.per_picture}",
+        )
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -184,7 +189,7 @@ class Processor:
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
@@ -211,7 +216,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     if family is None:
         return Processor(chat, plain, interleave.Config(position="sequential"), ends)
     tower = family.tower(found.config)
-    policy, colours = settings.still(found.images, tower, family.processors)
+    policy, colours = settings.still(found.images, tower, family.processors, family.readers)
     family.check(found, policy, tower)
     policy = family.refined(found, policy)
     clips = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 from typing import Any
 
 from mmjax.convert.families.decoder import FAMILIES
@@ -13,7 +14,7 @@ from mmjax.sequence.document import Document, Text
 from mmjax.tokenizers import text
 from mmjax.tokenizers.base import Tokenizer
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.convention import Convention, places, spelled
 from mmjax.tokenizers.hub import Hub
 from mmjax.tokenizers.parts import NOTHING, Symbol
 from mmjax.tokenizers.template import Template
@@ -88,7 +89,7 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         begin=tuple(map(Symbol, lead)),
         pad=pad,
         stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        **(own | ({} if family is None else dict(family.writing))),
+        **(own | _writing(family, known)),
     )
     added = () if family is None else family.adds
     missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
@@ -119,6 +120,14 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
+
+
+def _writing(family: Family | None, known: Collection[str]) -> dict[str, Any]:
+    """What the family writes around media, as words where it may and the tokenizer has no such symbol."""
+    if family is None:
+        return {}
+    words = {symbol for symbol in family.spelled if not any(one in known for one in places(symbol))}
+    return {name: spelled(value, words) for name, value in family.writing.items()}
 
 
 def _begun(template: Template, found: Found) -> bool:
