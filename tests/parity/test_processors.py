@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -29,8 +30,10 @@ from transformers import (
     AutoTokenizer,
     image_processing_backends,  # noqa: F401  (the *Pil classes ask for it)
 )
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
@@ -44,6 +47,10 @@ from mmjax.nn import patch_embed
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
 
+# The one that computes with torchvision, of which its processor wants one function.
+sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
 COUNT = 8
 NATIVE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -56,6 +63,11 @@ QWEN = (
     .replace("{% endgeneration %}", "")
 )
 LLAVA = LLAVA_HF.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'][0]['text'] + eos_token }}{% else %}{{ '[INST]' }}{% for content in message['content'] %}"
+    "{{ '[IMG]' if content['type'] == 'image' else content['text'] }}{% endfor %}{{ '[/INST]' }}{% endif %}{% endfor %}"
+)
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 NINE = [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
@@ -142,9 +154,48 @@ DIRECTORIES = {
         {"processor_class": "Qwen3VLProcessor"},
         {"patch_size": 16, "spatial_merge_size": 2},
     ),
+    "internvl": (
+        "short",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_token": "<video>"}
+        | {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"},
+        "",
+        QWEN.replace("SYSTEM", "").replace(QWEN_IMAGE, "<IMG_CONTEXT>\n").replace(VIDEO, "<video>\n"),
+        "GotOcr2ImageProcessor",
+        {"size": square(56), "crop_to_patches": False, "max_patches": 6},
+        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        {"patch_size": [14, 14], "image_size": [56, 56]},
+    ),
+    "pixtral": (
+        "llama",
+        ("<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        {**LLAMA_NAMES, "image_token": "[IMG]"},
+        "<s>",
+        MISTRAL,
+        "PixtralImageProcessor",
+        {"size": {"longest_edge": 64}, "patch_size": {"height": 16, "width": 16}},
+        {"processor_class": "PixtralProcessor", "patch_size": 16, "image_token": "[IMG]"},
+        {"model_type": "pixtral", "patch_size": 16, "image_size": 64},
+    ),
+    "mistral3": (
+        "llama",
+        ("<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "[IMG]", "[BREAK]", "[IMG_END]"),
+        {**LLAMA_NAMES, "image_token": "[IMG]"},
+        "<s>",
+        MISTRAL,
+        "PixtralImageProcessor",
+        {"size": {"longest_edge": 70}, "patch_size": 14},
+        {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
+        | {"image_break_token": "[BREAK]"},
+        {"model_type": "pixtral", "patch_size": 14, "image_size": 84},
+    ),
 }
+TYPES = {"pixtral": "llava"}  # what config.json calls the model
 PROCESSORS = {
     "llava_onevision": LlavaOnevisionProcessor,
+    "internvl": InternVLProcessor,
+    "pixtral": PixtralProcessor,
+    "mistral3": PixtralProcessor,
     "qwen2_vl": Qwen2VLProcessor,
     "qwen2_5_vl": Qwen2_5_VLProcessor,
     "qwen3_vl": Qwen3VLProcessor,
@@ -169,6 +220,8 @@ def tokenizer(name):
     made.save_pretrained(out)
     path.replace(out / "tokenizer.json")
     media = {k: names[f"{k}_token"] for k in ("image", "video") if f"{k}_token" in names}
+    if "context_image_token" in names:  # also where videos go
+        media = {"image": names["context_image_token"]}
     return out, {f"{k}_token_id": made.convert_tokens_to_ids(v) for k, v in media.items()}, len(made)
 
 
@@ -184,7 +237,8 @@ def directory(folder, name, layout):
     pinpoints = {k: v for k, v in settings.items() if k == "image_grid_pinpoints"}
     flat = name.startswith("qwen") and layout == "hub"
     inside = {"vocab_size": size} if flat else {"text_config": {"vocab_size": size}}
-    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **ids, **pinpoints})
+    kind_of = {"model_type": TYPES.get(name, name), "vision_config": vision}
+    write(out, "config.json", kind_of | inside | ids | pinpoints)
     write(out, "generation_config.json", {"eos_token_id": [3, 5]})
     images = {"image_processor_type": kind, **settings}
     if layout == "hub":
@@ -207,7 +261,7 @@ def reference(path, name):
         return AutoProcessor.from_pretrained(path)
     # The part for videos needs torchvision.
     parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    counted = DIRECTORIES[name][7] if name == "llava_onevision" else {}
+    counted = {} if name.startswith("qwen") else DIRECTORIES[name][7]
     return PROCESSORS[name](*parts, video_processor=None, chat_template=DIRECTORIES[name][4], **counted)
 
 
@@ -262,6 +316,13 @@ def normalised(ours, patches):
     return np.asarray(patch_embed.normalise(jnp.asarray(patches), cfg))
 
 
+def patchified(view, p):
+    """f32[3, H, W] → f32[P, values], row by row, without what fills no patch."""
+    height, width = (side // p * p for side in view.shape[1:])
+    cut = view[:, :height, :width].reshape(3, height // p, p, width // p, p)
+    return cut.transpose(1, 3, 2, 4, 0).reshape(-1, p * p * 3)
+
+
 def expected_patches(name, ours, output):
     """transformers' pixels as patches [n, values], picture after picture, row by row."""
     found = output.get("pixel_values")
@@ -270,16 +331,15 @@ def expected_patches(name, ours, output):
     p = ours.patch
     if "image_grid_thw" not in output:
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
-        if "image_sizes" in output:  # every picture has as many tiles as the one that has most
-            sides = np.asarray(output["image_sizes"]).tolist()
-            alone = name == "llava_next" or len(sides) == 1
+        sizes = np.asarray(output["image_sizes"]).tolist() if "image_sizes" in output else []
+        if "pixtral" in DIRECTORIES[name][-1].values():  # every picture is as large as the largest
+            views = [own[:, :, :height, :width] for own, (height, width) in zip(views, sizes, strict=True)]
+        elif sizes:  # every picture has as many tiles as the one that has most
+            alone = name == "llava_next" or len(sizes) == 1
             grids, tile = (PINPOINTS, 28) if name == "llava_next" else (NINE, 60)
-            counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sides]
+            counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sizes]
             views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
-        views = np.concatenate(views)
-        n, _, height, width = views.shape
-        cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
-        return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
+        return np.concatenate([patchified(view, p) for own in views for view in own])
     out, at = [], 0
     found = np.asarray(found).reshape(-1, 3, 2, p, p)
     np.testing.assert_array_equal(found[:, :, 0], found[:, :, 1])

@@ -23,6 +23,7 @@ class Family:
     markers: what its template writes for a medium of each type, which is also what stands where media tokens go.
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
     writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
+    always: the same of what its own processor writes, also where a template writes the turns.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
@@ -35,6 +36,7 @@ class Family:
     tower: Callable[[Settings], Tower]
     sequence: Callable[[Settings, Tower], interleave.Config]
     writing: Mapping[str, Any] = field(default_factory=dict)
+    always: Callable[[Found], Mapping[str, Any]] = lambda found: {}
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None

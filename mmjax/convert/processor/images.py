@@ -12,8 +12,8 @@ from mmjax.convert.processor.files import Settings
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
-from mmjax.tokenizers.resolution import Ended, Fixed, Native, Policy
-from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
+from mmjax.tokenizers.tiles import AnyRes, Tiles
 from mmjax.tokenizers.video import Grouped, Pooled
 from mmjax.tokenizers.view import Filter
 
@@ -252,6 +252,23 @@ def _same(of: Settings, tower: Tower) -> None:
             )
 
 
+def _got(of: Settings, tower: Tower) -> Tiles:
+    """InternVL's; its processor asks for tiles whatever `crop_to_patches` says here."""
+    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    _fixed(of, tower, side)
+    least, most = (of.whole(f"{n}_patches", d, most=MOST_TILES) for n, d in (("min", 1), ("max", 12)))
+    return Tiles(tower.patch, side, least, most, filter=_filter(of))
+
+
+def _pixtral(of: Settings, tower: Tower) -> Pixtral:
+    """Pixtral's and Mistral 3's; its processor gives it the encoder's patches, whatever `patch_size` says here."""
+    if of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures (do_center_crop), which mmjax does not do after Pixtral's resize")
+    size = _size(of, "size", {"longest_edge": 1024}, square=True)
+    longest = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("longest_edge",))
+    return Pixtral(tower.patch, longest, tower.merge, filter=_filter(of))
+
+
 READERS = {
     "CLIPImageProcessor": (_clip, OPENAI),
     "LlavaImageProcessor": (_llava, OPENAI),
@@ -259,6 +276,8 @@ READERS = {
     "LlavaNextImageProcessor": (_next, OPENAI),
     "LlavaOnevisionImageProcessor": (_onevision, OPENAI),
     "Qwen2VLImageProcessor": (_qwen, OPENAI),
+    "GotOcr2ImageProcessor": (_got, OPENAI),
+    "PixtralImageProcessor": (_pixtral, OPENAI),
 }
 
 

@@ -79,16 +79,17 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
+    always = {} if family is None else family.always(found)
     lead = lead_of(found, tokenizer)
-    convention = Convention(
-        name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, lead)),
-        pad=pad,
-        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        placeholder=media.get("image", ""),
-        placeholder_video=media.get("video", ""),
-        **({} if family is None else family.writing),
-    )
+    fields = {
+        "name": found.config.text("model_type"),
+        "begin": tuple(map(Symbol, lead)),
+        "pad": pad,
+        "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        "placeholder": media.get("image", ""),
+        "placeholder_video": media.get("video", ""),
+    }
+    convention = Convention(**fields | ({} if family is None else dict(family.writing)) | dict(always))
     missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
     if missing:
         raise InputError(
@@ -110,9 +111,9 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
-    nothing = dict.fromkeys(("image", "video"), NOTHING)
+    around = {kind: always.get(kind, NOTHING) for kind in ("image", "video")}
     begin = () if family is None or not lead or _begun(template, found) else convention.begin
-    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
+    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **around))
     chat.vocab = plain.vocab
     return chat, plain
 
@@ -128,5 +129,5 @@ def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     inner = found.config.part("text_config")
     size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
-    newline = chat.vocab.image if family is not None and family.newline else None
+    newline = chat.vocab.image if family is not None and family.newline else chat.vocab.image_newline
     return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))

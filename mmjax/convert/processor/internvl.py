@@ -1,0 +1,58 @@
+"""The processor of InternVL: tiles and the whole, their tokens between `<img>` and `</img>`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.convert.processor.family import Family
+from mmjax.convert.processor.files import Found, Settings
+from mmjax.convert.processor.images import Tower
+from mmjax.core.errors import InputError
+from mmjax.sequence import interleave
+from mmjax.tokenizers.parts import Around, Symbol
+from mmjax.tokenizers.resolution import Policy
+
+
+def _markers(found: Found) -> Mapping[str, str]:
+    return {"image": found.named.get("context_image_token", "<IMG_CONTEXT>")}
+
+
+def _always(found: Found) -> Mapping[str, Any]:
+    start, end = found.named.get("start_image_token", "<img>"), found.named.get("end_image_token", "</img>")
+    return {"image": Around((Symbol(start),), (Symbol(end),))}
+
+
+def _tower(config: Settings) -> Tower:
+    inner = config.part("vision_config")
+    patch, size = _square(inner, "patch_size", 14), _square(inner, "image_size", 448)
+    return Tower(patch, int(1 / config.number("downsample_ratio", 0.5)), size=size)
+
+
+def _square(of: Settings, key: str, default: int) -> int:
+    """A size given as one number or as two equal ones."""
+    value = of.values.get(key)
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        of = Settings({key: value[0]}, of.where)
+    return of.whole(key, default, most=2**13)
+
+
+def _check(found: Found, policy: Policy, tower: Tower) -> None:
+    """Raises InputError where a tile is counted as other tokens than the connector makes of it."""
+    side = tower.size // tower.patch // tower.merge
+    for of in (found.processor, found.config):
+        if of.whole("image_seq_length", side * side) != side * side:
+            raise InputError(
+                f"{of.where} says 'image_seq_length' is {of.values['image_seq_length']}, and the connector makes "
+                f"{side * side} tokens of a tile; use the files that belong together"
+            )
+
+
+FAMILIES: dict[str, Family] = {
+    "internvl": Family(
+        ("GotOcr2ImageProcessor",),
+        _markers,
+        _tower,
+        lambda config, tower: interleave.Config(position="sequential", merge=tower.merge),
+        always=_always,
+        check=_check,
+    ),
+}
