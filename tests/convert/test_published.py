@@ -104,6 +104,8 @@ REFUSED = [
     (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is '0.5'"),
     (LLAMA | {"num_key_value_heads": 2}, "9 heads and 2 of keys"),
     (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
+    ({"model_type": "opt", "do_layer_norm_before": False}, "'do_layer_norm_before' is 'False'"),
+    ({"model_type": "opt", "word_embed_proj_dim": 512}, "'word_embed_proj_dim' is '512'"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),

@@ -186,6 +186,8 @@ def _activation(config: dict, family: Family) -> str:
 
 
 def _cap(config: dict, key: str, family: Family) -> float | None:
+    if family.gemma == 3:
+        raw.refuse(config, "attn_logit_softcapping")  # transformers does not read it there
     if family.gemma < 2:
         return None
     default = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}[key] if family.gemma == 2 else None
