@@ -58,5 +58,7 @@ PUBLISHED = {
     "internvl-3": Published(Tiles(14, 448), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 2),
     "idefics3": Published(Splits(14, 364, 1456), HALF, HALF, 2),
     "smolvlm2": Published(Splits(16, 512, 2048), HALF, HALF, 4),
+    "paligemma": Published(Fixed(14, 224, 224), HALF, HALF),
+    "deepseek-vl": Published(Fixed(16, 384, 384, "inset", 14)),
     "gemma-3": Published(PanAndScan(14, 896), HALF, HALF, 4),
 }

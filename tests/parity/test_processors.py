@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch", reason="needs the `parity` extra")
 pytest.importorskip("transformers", reason="needs the `parity` extra")
 
 from parity import vocabularies
-from parity.test_conventions import CHATML, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
+from parity.test_conventions import CHATML, GEMMA, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
 from PIL import Image as Pictures
 from transformers import (
     AutoImageProcessor,
@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
 from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -68,12 +69,30 @@ MISTRAL = (
     "{{ message['content'][0]['text'] + eos_token }}{% else %}{{ '[INST]' }}{% for content in message['content'] %}"
     "{{ '[IMG]' if content['type'] == 'image' else content['text'] }}{% endfor %}{{ '[/INST]' }}{% endif %}{% endfor %}"
 )
+TURNS_OF_GEMMA = GEMMA.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+# As deepseek-community/deepseek-vl-1.3b-chat has it.
+DEEPSEEK = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language.\n\n{% for message in messages %}"
+    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% else %}"
+    "{{ message['role'].capitalize() }}: {% endif %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<image_placeholder>{% else %}{% set text = content['text'] %}"
+    "{% if loop.first %}{% set text = text.lstrip() %}{% endif %}{% if loop.last %}{% set text = text.rstrip() %}"
+    "{% endif %}{{ text }}{% endif %}{% endfor %}{% if not loop.last or add_generation_prompt %}"
+    "{% if message['role'] == 'user' %}{{ '\n\n' }}{% else %}{{ 'END' }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+).replace("END", DEEPSEEK_END)
+CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 3}
+CROPS |= {"pan_and_scan_min_ratio_to_activate": 1.2}
+SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14}
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 NINE = [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_token": "<|video_pad|>"}
 COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+GEMMA_MARKS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
 # model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
@@ -189,8 +208,42 @@ DIRECTORIES = {
         | {"image_break_token": "[BREAK]"},
         {"model_type": "pixtral", "patch_size": 14, "image_size": 84},
     ),
+    "paligemma": (
+        "gemma",
+        ("<pad>", "<eos>", "<bos>", "<image>"),
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "image_token": "<image>"},
+        "<bos>",
+        None,
+        "SiglipImageProcessor",
+        {"size": square(28), "image_seq_length": 4},
+        {"processor_class": "PaliGemmaProcessor"},
+        SIGLIP | {"image_size": 28},
+    ),
+    "gemma3": (
+        "gemma",
+        ("<pad>", "<eos>", "<bos>", *GEMMA_MARKS),
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "boi_token": "<start_of_image>"}
+        | {"eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
+        "<bos>",
+        TURNS_OF_GEMMA,
+        "Gemma3ImageProcessor",
+        {"size": square(56), **CROPS},
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+        SIGLIP | {"image_size": 56},
+    ),
+    "deepseek_vl": (
+        "short",
+        (DEEPSEEK_BEGIN, DEEPSEEK_END, "<image_placeholder>"),
+        {"bos_token": DEEPSEEK_BEGIN, "eos_token": DEEPSEEK_END, "image_token": "<image_placeholder>"},
+        DEEPSEEK_BEGIN,
+        DEEPSEEK,
+        "DeepseekVLImageProcessor",
+        {"size": square(30), "image_mean": [0.5] * 3, "image_std": [0.25] * 3},
+        {"processor_class": "DeepseekVLProcessor", "num_image_tokens": 4},
+        SIGLIP | {"image_size": 30},
+    ),
 }
-TYPES = {"pixtral": "llava"}  # what config.json calls the model
+CONFIGS = {"pixtral": {"model_type": "llava"}, "gemma3": {"mm_tokens_per_image": 4}}
 PROCESSORS = {
     "llava_onevision": LlavaOnevisionProcessor,
     "internvl": InternVLProcessor,
@@ -217,8 +270,11 @@ def tokenizer(name):
     _folders.append(folder)
     path, made = vocabularies.pair(Path(folder.name), vocabulary, symbols, begin, **names)
     out = Path(folder.name) / "saved"
+    if name == "paligemma":
+        made.add_tokens(EXTRA_TOKENS)
     made.save_pretrained(out)
-    path.replace(out / "tokenizer.json")
+    if name != "paligemma":
+        path.replace(out / "tokenizer.json")
     media = {k: names[f"{k}_token"] for k in ("image", "video") if f"{k}_token" in names}
     if "context_image_token" in names:  # also where videos go
         media = {"image": names["context_image_token"]}
@@ -237,17 +293,19 @@ def directory(folder, name, layout):
     pinpoints = {k: v for k, v in settings.items() if k == "image_grid_pinpoints"}
     flat = name.startswith("qwen") and layout == "hub"
     inside = {"vocab_size": size} if flat else {"text_config": {"vocab_size": size}}
-    kind_of = {"model_type": TYPES.get(name, name), "vision_config": vision}
-    write(out, "config.json", kind_of | inside | ids | pinpoints)
+    more = CONFIGS.get(name, {}) | pinpoints
+    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **ids} | more)
     write(out, "generation_config.json", {"eos_token_id": [3, 5]})
     images = {"image_processor_type": kind, **settings}
     if layout == "hub":
         write(out, "preprocessor_config.json", images | {"processor_class": counted["processor_class"]})
-        write(out, "chat_template.json", {"chat_template": template})
+        if template is not None:
+            write(out, "chat_template.json", {"chat_template": template})
         write(out, "processor_config.json", counted)
     else:
         write(out, "processor_config.json", counted | {"image_processor": images})
-        (out / "chat_template.jinja").write_text(template)
+        if template is not None:
+            (out / "chat_template.jinja").write_text(template)
     return out
 
 
@@ -258,7 +316,10 @@ def write(folder, name, what):
 def reference(path, name):
     """transformers' processor of the directory."""
     if name not in PROCESSORS:
-        return AutoProcessor.from_pretrained(path)
+        out = AutoProcessor.from_pretrained(path)
+        if name == "gemma3":  # which it sets back to its own, where no call says otherwise
+            out.images_kwargs = out.images_kwargs | {k: DIRECTORIES[name][6].get(k, v) for k, v in CROPS.items()}
+        return out
     # The part for videos needs torchvision.
     parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     counted = {} if name.startswith("qwen") else DIRECTORIES[name][7]
@@ -352,8 +413,17 @@ def expected_patches(name, ours, output):
     return np.concatenate(out)
 
 
+def encoded(theirs, messages, asked=True, **how):
+    """What transformers makes of a conversation; PaliGemma has one question and one answer, and no template."""
+    if theirs.chat_template is not None:
+        return theirs.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=asked, **how)
+    said = ["".join(i.get("text", "<image>") for i in message["content"]) for message in messages]
+    images = [item["image"] for item in messages[0]["content"] if item["type"] == "image"]
+    return theirs(images=[images], text=[said[0]], suffix=said[1:] or None, **how)
+
+
 @pytest.mark.parametrize("layout", ["hub", "five"])
-@pytest.mark.parametrize("name", DIRECTORIES)
+@pytest.mark.parametrize("name", [name for name in DIRECTORIES if DIRECTORIES[name][4]])
 def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
     path = directory(tmp_path, name, layout)
     ours, theirs = processor.load(path), reference(path, name)
@@ -364,7 +434,7 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
     examples = [ours.example(document)[0] for _, document in made]
     for row, (messages, _) in enumerate(made):
         asked = messages[-1]["role"] == "user"
-        want = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=asked)
+        want = encoded(theirs, messages, asked)
         ids = np.asarray(want["input_ids"]).reshape(-1)
         n, x = len(ids), examples[row]
         got = batch.tokens[row]
@@ -386,6 +456,36 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_array_equal(batch.position[row, :n], expected)
         else:
             assert batch.position[row, :n, 0].tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("layout", ["hub", "five"])
+def test_a_processor_without_a_template(layout, tmp_path):
+    """PaliGemma's: the question is the prefix, up to the answer; places in the picture are ids of their own."""
+    path = directory(tmp_path, "paligemma", layout)
+    ours, theirs = processor.load(path), reference(path, "paligemma")
+    rng = random.Random(layout)
+    for n in range(COUNT):
+        noise = np.random.default_rng(n).integers(0, 256, (30 + n, 50, 3), np.uint8)
+        views = [Pictures.fromarray(noise[: 20 + 5 * i]) for i in range(1 + n % 3)]
+        question, answer = words(rng, False), f"<loc0{n:03}><seg0{n:02}> {words(rng, False)}"
+        shown = [{"type": "image", "image": view} for view in views]
+        turns = [{"content": [*shown, {"type": "text", "text": question}]}, {"content": [{"text": answer}]}]
+        spans = [Image(*np.shape(view)[:2], np.asarray(view)) for view in views]
+        spans.insert(n % 2, Text(question))
+        for asked in (True, False):
+            document = Document("d", tuple(spans) + (() if asked else (Text(answer, "assistant", True),)))
+            want, batch = encoded(theirs, turns[: 2 - asked]), ours.batch([document])
+            ids, length = list(want["input_ids"][0]), len(want["input_ids"][0])
+            assert batch.tokens[0, :length].tolist() == ids
+            learnt = np.asarray(want["token_type_ids"][0])
+            assert batch.hi[0, :length].tolist() == np.maximum(np.arange(length), (learnt == 0).sum() - 1).tolist()
+            assert (batch.weight[0, : length - 1] == learnt[1:]).all()
+            raster = expected_patches("paligemma", ours, want)
+            np.testing.assert_allclose(normalised(ours, batch.patches[0, None])[0, : len(raster)], raster, atol=1e-6)
+        assert ids[-1] == theirs.tokenizer.eos_token_id
+        assert theirs.tokenizer.convert_tokens_to_ids(f"<loc0{n:03}>") in ids
+    text = ours.example(Document("d", (Text("x"),)))[0].tokens.tolist()
+    assert text == theirs.tokenizer("<bos>x\n", add_special_tokens=False)["input_ids"]
 
 
 INSTRUCT = (

@@ -20,10 +20,13 @@ class Family:
     """A family of vision-language models.
 
     processors: the image processors that its own works with; the first where no file names one.
-    markers: what its template writes for a medium of each type, which is also what stands where media tokens go.
+    markers: what its template writes for a medium of each type, which is also what stands where media tokens go, unless
+      `writing` has another placeholder.
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
-    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
-    always: the same of what its own processor writes, also where a template writes the turns.
+    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames;
+      or what makes them of the files, where these have names for it.
+    around: the types of media that its processor writes that around, where a template has but a marker for them.
+    writes: whether `writing` is all that its processor writes: it has no template, and its tokenizer adds nothing.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
@@ -38,8 +41,9 @@ class Family:
     markers: Callable[[Found], Mapping[str, str]]
     tower: Callable[[Settings], Tower]
     sequence: Callable[[Settings, Tower], interleave.Config]
-    writing: Mapping[str, Any] = field(default_factory=dict)
-    always: Callable[[Found], Mapping[str, Any]] = lambda found: {}
+    writing: Mapping[str, Any] | Callable[[Found], Mapping[str, Any]] = field(default_factory=dict)
+    around: tuple[str, ...] = ()
+    writes: bool = False
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None

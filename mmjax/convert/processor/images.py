@@ -13,7 +13,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
 from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
-from mmjax.tokenizers.tiles import AnyRes, Tiles
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
 from mmjax.tokenizers.video import Grouped, Pooled
 from mmjax.tokenizers.view import Filter
 
@@ -163,13 +163,37 @@ def _siglip(of: Settings, tower: Tower) -> Fixed:
     return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
 
 
-def _fixed(of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, **more) -> Fixed:
+def _gemma3(of: Settings, tower: Tower) -> Fixed | PanAndScan:
+    """Gemma 3's: SigLIP's, and with `do_pan_and_scan` crops of long pictures, whose sizes are its processor's own."""
+    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    whole = _fixed(of, tower, side, default="bilinear")
+    if not of.flag("do_pan_and_scan", False):
+        return whole
+    least = of.whole("pan_and_scan_min_crop_size", 256, most=SIDE)
+    most = of.whole("pan_and_scan_max_num_crops", 4, most=MOST_TILES)
+    ratio = of.number("pan_and_scan_min_ratio_to_activate", 1.2)
+    return PanAndScan(tower.patch, side, least, most, ratio, whole.filter)
+
+
+def _deepseek(of: Settings, tower: Tower) -> Fixed:
+    """DeepSeek-VL's: the longer side to a size, on a square canvas of the mean colour."""
+    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    if not of.flag("do_pad", True):
+        raise InputError(f"{of.where} does not pad pictures to squares (do_pad), which this encoder takes alone")
+    mean = _triple(of, "image_mean", OPENAI[0])
+    short = of.whole("min_size", 14, most=SIDE)
+    return _fixed(of, tower, side, "inset", short, fill=tuple(int(m * 255) for m in mean))
+
+
+def _fixed(
+    of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, default: Filter = "bicubic", **more
+) -> Fixed:
     if side < tower.patch or (tower.size and side // tower.patch != tower.size // tower.patch):
         raise InputError(
             f"{of.where} makes pictures of {side} pixels, where config.json has an encoder for {tower.size or 'more'} "
             f"in patches of {tower.patch}; use the files that belong together"
         )
-    return Fixed(tower.patch, side, side, fit, short, filter=_filter(of), drop=side % tower.patch > 0, **more)
+    return Fixed(tower.patch, side, side, fit, short, filter=_filter(of, default), drop=side % tower.patch > 0, **more)
 
 
 def _tiled(of: Settings, tower: Tower, size: dict[str, int], crop: dict[str, int] | None) -> AnyRes:
@@ -287,6 +311,8 @@ READERS = {
     "Qwen2VLImageProcessor": (_qwen, OPENAI),
     "GotOcr2ImageProcessor": (_got, OPENAI),
     "PixtralImageProcessor": (_pixtral, OPENAI),
+    "Gemma3ImageProcessor": (_gemma3, HALF),
+    "DeepseekVLImageProcessor": (_deepseek, OPENAI),
 }
 
 

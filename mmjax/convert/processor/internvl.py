@@ -16,7 +16,7 @@ def _markers(found: Found) -> Mapping[str, str]:
     return {"image": found.named.get("context_image_token", "<IMG_CONTEXT>")}
 
 
-def _always(found: Found) -> Mapping[str, Any]:
+def _writing(found: Found) -> Mapping[str, Any]:
     start, end = found.named.get("start_image_token", "<img>"), found.named.get("end_image_token", "</img>")
     return {"image": Around((Symbol(start),), (Symbol(end),))}
 
@@ -52,7 +52,8 @@ FAMILIES: dict[str, Family] = {
         _markers,
         _tower,
         lambda config, tower: interleave.Config(position="sequential", merge=tower.merge),
-        always=_always,
+        writing=_writing,
+        around=("image",),
         check=_check,
     ),
 }

@@ -16,7 +16,7 @@ def _markers(found: Found) -> Mapping[str, str]:
     return {"image": found.processor.text("image_token", "[IMG]")}
 
 
-def _always(found: Found) -> Mapping[str, Any]:
+def _writing(found: Found) -> Mapping[str, Any]:
     of = found.processor
     end = Symbol(of.text("image_end_token", "[IMG_END]"))
     return {"image": Around((), (end,)), "newline": of.text("image_break_token", "[IMG_BREAK]")}
@@ -45,7 +45,8 @@ PIXTRAL = Family(
     _markers,
     tower,
     lambda config, tower: interleave.Config(position="sequential", merge=tower.merge),
-    always=_always,
+    writing=_writing,
+    around=("image",),
     check=_check,
 )
 FAMILIES: dict[str, Family] = {"mistral3": PIXTRAL}

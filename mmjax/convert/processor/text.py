@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+from mmjax.convert.families.decoder import FAMILIES
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
@@ -16,6 +17,7 @@ from mmjax.tokenizers.convention import Convention
 from mmjax.tokenizers.hub import Hub
 from mmjax.tokenizers.parts import NOTHING, Symbol
 from mmjax.tokenizers.template import Template
+from mmjax.tokenizers.template_marks import PRIVATE
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -79,17 +81,18 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
-    always = {} if family is None else family.always(found)
-    lead = lead_of(found, tokenizer)
-    fields = {
-        "name": found.config.text("model_type"),
-        "begin": tuple(map(Symbol, lead)),
-        "pad": pad,
-        "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        "placeholder": media.get("image", ""),
-        "placeholder_video": media.get("video", ""),
-    }
-    convention = Convention(**fields | ({} if family is None else dict(family.writing)) | dict(always))
+    writes = family is not None and family.writes
+    writing = {} if family is None else family.writing
+    writing = writing(found) if callable(writing) else writing
+    lead = () if writes else lead_of(found, tokenizer)
+    own = {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
+    convention = Convention(
+        name=found.config.text("model_type"),
+        begin=tuple(map(Symbol, lead)),
+        pad=pad,
+        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        **(own | dict(writing)),
+    )
     added = () if family is None else family.adds
     missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
     if missing:
@@ -99,22 +102,28 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         )
     plain = Chat(tokenizer, convention)
     plain.vocab = _vocab(plain, found, family)
-    for kind, symbol in media.items():
+    for kind, symbol in (("image", convention.placeholder), ("video", convention.placeholder_video)):
+        if not symbol:
+            continue
         for key in (f"{kind}_token_id", f"{kind}_token_index"):
             if found.config.whole(key, plain.controls[symbol], least=0) != plain.controls[symbol]:
                 raise InputError(
                     f"{found.config.where} says {key!r} is {found.config.values[key]}, and the tokenizer has "
                     f"{plain.controls[symbol]} for {shown(symbol)}; use the files that belong together"
                 )
+    if writes and found.template is not None:
+        raise InputError(
+            f"{found.path} has a chat template, which the processor of a {convention.name} does not read; delete it"
+        )
     if found.template is None:
         return plain, plain
-    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= 0xE000 for c in s)]
+    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= PRIVATE for c in s)]
     given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
-    around = {kind: always.get(kind, NOTHING) for kind in ("image", "video")}
+    nothing = {kind: NOTHING for kind in ("image", "video") if family is None or kind not in family.around}
     begin = () if family is None or not lead or _begun(template, found) else convention.begin
-    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **around))
+    chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
 
@@ -128,7 +137,9 @@ def _begun(template: Template, found: Found) -> bool:
 def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
     inner = found.config.part("text_config")
-    size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
+    own = FAMILIES.get(inner.text("model_type"))  # where config.json has not even that
+    size = found.config.whole("vocab_size", chat.size if own is None else own.vocab)
+    size = inner.whole("vocab_size", size)
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
     newline = chat.vocab.image if family is not None and family.newline else chat.vocab.image_newline
     return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
