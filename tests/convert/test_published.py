@@ -25,6 +25,10 @@ SAME = {
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "mistral-community/pixtral-12b": "pixtral",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
+    "microsoft/kosmos-2-patch14-224": "kosmos2",
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]

@@ -126,6 +126,8 @@ def _clip(of: Settings, tower: Tower) -> Fixed:
     """CLIP's: the shorter side to a size, then the middle."""
     size = _size(of, "size", {"shortest_edge": 224}, square=False)
     crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    if of.flag("use_square_size", False):  # Kosmos-2, whatever `size` says
+        size = {"height": 224, "width": 224}
     cropped = of.flag("do_center_crop", True)
     if "shortest_edge" in size and cropped:
         short = _square(of, "size", size, ("shortest_edge",))

@@ -6,6 +6,7 @@ from parity import documents
 from parity.documents import VOCAB, words
 from parity.harness import Compare, system, twin
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
+from transformers.models.kosmos2 import modeling_kosmos2
 
 from mmjax.nn.patch_embed import OPENAI
 from mmjax.sequence import interleave
@@ -15,6 +16,15 @@ PATCH, SIDE, LATENTS = 8, 24, 5
 VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 VISION |= {"image_size": SIDE, "patch_size": PATCH}
 TEXT = {"embed_dim": 32, "layers": 2, "attention_heads": 4, "ffn_dim": 48, "vocab_size": VOCAB.size}
+
+
+def causal(shape: torch.Size, dtype: torch.dtype, device: torch.device, past_key_values_length: int = 0):
+    """The reference's own mask, which it cannot make in float64."""
+    n = shape[1]
+    return torch.full((n, n), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None].expand(shape[0], 1, n, n)
+
+
+modeling_kosmos2._make_causal_mask = causal
 
 
 def picture(seed: int) -> tuple[documents.Part, np.ndarray]:
