@@ -9,6 +9,7 @@ from mmjax.convert.families.clip import prefixed
 from mmjax.convert.families.decoder import tie
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule
+from mmjax.core.errors import InputError
 from mmjax.models import decoder, vlm
 from mmjax.nn import linear, transformer
 
@@ -60,6 +61,9 @@ def configure(config: dict, tied: bool) -> decoder.Config:
     """
     raw.refuse(config, "add_cross_attention", False)
     raw.refuse(config, "quantization_config")
+    pad = config.get("pad_token_id", 1)
+    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < 2**31:
+        raise InputError(f"config.json says 'pad_token_id' is {str(pad)[:100]!r}; positions count from behind it.")
     width, heads = raw.size(config, "embed_dim", 2048), raw.size(config, "attention_heads", 32)
     of = transformer.Config(
         width=width,
@@ -80,7 +84,7 @@ def configure(config: dict, tied: bool) -> decoder.Config:
         of,
         tied,
         embed_scale=width**0.5 if raw.flag(config, "scale_embedding", True) else 1.0,
-        positions=decoder.Positions(None, raw.size(config, "pad_token_id", 1) + 1),
+        positions=decoder.Positions(None, pad + 1),
     )
 
 
