@@ -37,13 +37,12 @@ def _square(of: Settings, key: str, default: int) -> int:
 
 def _check(found: Found, policy: Policy, tower: Tower) -> None:
     """Raises InputError where a tile is counted as other tokens than the connector makes of it."""
-    side = tower.size // tower.patch // tower.merge
-    for of in (found.processor, found.config):
-        if of.whole("image_seq_length", side * side) != side * side:
-            raise InputError(
-                f"{of.where} says 'image_seq_length' is {of.values['image_seq_length']}, and the connector makes "
-                f"{side * side} tokens of a tile; use the files that belong together"
-            )
+    side, of = tower.size // tower.patch // tower.merge, found.processor
+    if of.whole("image_seq_length", 256) != side * side:
+        raise InputError(
+            f"{of.where} says 'image_seq_length' is {of.whole('image_seq_length', 256)}, and the connector makes "
+            f"{side * side} tokens of a tile; use the files that belong together"
+        )
 
 
 FAMILIES: dict[str, Family] = {

@@ -85,14 +85,15 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     writing = {} if family is None else family.writing
     writing = writing(found) if callable(writing) else writing
     lead = () if writes else lead_of(found, tokenizer)
-    own = {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
-    convention = Convention(
-        name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, lead)),
-        pad=pad,
-        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        **(own | dict(writing)),
-    )
+    own = {
+        "name": found.config.text("model_type"),
+        "begin": tuple(map(Symbol, lead)),
+        "pad": pad,
+        "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        "placeholder": media.get("image", ""),
+        "placeholder_video": media.get("video", ""),
+    }
+    convention = Convention(**own | dict(writing))
     added = () if family is None else family.adds
     missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
     if missing:
