@@ -40,12 +40,14 @@ class Tiles:
 class Frames:
     """What is written around each frame of a video.
 
-    stamp: words before it, in which "{seconds:.1f}" is its time.
+    stamp: words before it, in which "{seconds:.1f}" is its time and "{number}" its number, from 1.
     around: its tokens.
+    between: between two frames.
     """
 
     stamp: str
     around: Around = NOTHING
+    between: Writing = ()
 
 
 @runtime_checkable

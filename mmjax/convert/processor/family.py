@@ -11,7 +11,7 @@ from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.video import Grouped, Pooled, Stills
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -45,7 +45,7 @@ class Family:
     around: tuple[str, ...] = ()
     writes: bool = False
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
-    videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     newline: bool = False

@@ -14,7 +14,7 @@ from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
 from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
-from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.video import Grouped, Pooled, Stills
 from mmjax.tokenizers.view import Filter
 
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -321,9 +321,26 @@ READERS = {
 def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
     """The policy of videos of LLaVA-OneVision, and their mean and deviation; errors as for `still`."""
     allowed = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
+    each, frames = _frames(of, tower, allowed)
+    return Pooled(each, **frames), colours(of, OPENAI)
+
+
+def stills(of: Settings, tower: Tower) -> tuple[Stills, Colours]:
+    """The same of InternVL."""
+    each, frames = _frames(of, tower, ("InternVLVideoProcessor", "GotOcr2ImageProcessor"))
+    shift, said = None, of.values.get("initial_shift")
+    if frames and said is not None and said is not True:
+        shift = 0.0 if said is False else of.number("initial_shift")
+    if frames and set(frames.values()) == {None}:
+        raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
+    return Stills(each, **frames, shift=shift), colours(of, OPENAI)
+
+
+def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, float | None]]:
+    """How frames of one size become patches, and which are chosen: nothing where all are shown."""
     name = of.text("video_processor_type") or kind(of, allowed[0])
     if name not in allowed:
-        raise InputError(f"{of.where} names the video processor {shown(name)}; LLaVA-OneVision has {allowed[0]}")
+        raise InputError(f"{of.where} names the video processor {shown(name)}; mmjax has {allowed[0]} for this")
     if not of.flag("do_resize", True) or of.flag("do_center_crop", False):
         raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
     size = _size(of, "size", {"height": 384, "width": 384}, square=False)
@@ -331,7 +348,7 @@ def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
     frames: dict[str, float | None] = {}
     if of.flag("do_sample_frames", False):
         frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
-    return Pooled(_fixed(of, tower, side), **frames), colours(of, OPENAI)
+    return _fixed(of, tower, side), frames
 
 
 def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) -> tuple[Grouped, Colours]:

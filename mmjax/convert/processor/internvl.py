@@ -5,20 +5,24 @@ from typing import Any
 
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import Tower
+from mmjax.convert.processor.images import Tower, stills
 from mmjax.core.errors import InputError
 from mmjax.sequence import interleave
+from mmjax.tokenizers.convention import Frames
 from mmjax.tokenizers.parts import Around, Symbol
 from mmjax.tokenizers.resolution import Policy
 
 
 def _markers(found: Found) -> Mapping[str, str]:
-    return {"image": found.named.get("context_image_token", "<IMG_CONTEXT>")}
+    video = {"video": found.named["video_token"]} if "video_token" in found.named else {}
+    return {"image": found.named.get("context_image_token", "<IMG_CONTEXT>")} | video
 
 
 def _writing(found: Found) -> Mapping[str, Any]:
     start, end = found.named.get("start_image_token", "<img>"), found.named.get("end_image_token", "</img>")
-    return {"image": Around((Symbol(start),), (Symbol(end),))}
+    around = Around((Symbol(start),), (Symbol(end),))
+    # Tokens of videos carry the id of those of pictures.
+    return {"image": around, "frames": Frames("Frame{number}: ", around, ("\n",)), "placeholder_video": ""}
 
 
 def _tower(config: Settings) -> Tower:
@@ -54,5 +58,6 @@ FAMILIES: dict[str, Family] = {
         writing=_writing,
         around=("image",),
         check=_check,
+        videos=lambda found, tower: stills(found.videos, tower),
     ),
 }
