@@ -134,11 +134,6 @@ class Convention:
     template: Template | None = field(default=None, compare=False)
 
     @property
-    def turns(self) -> bool:
-        """Whether it says how a conversation is written."""
-        return self.template is not None or NOTHING not in (self.user, self.assistant)
-
-    @property
     def symbols(self) -> tuple[str, ...]:
         """Every control token of the convention, in a fixed order."""
         written = () if self.template is None else self.template.symbols

@@ -26,7 +26,7 @@ class Family:
     writing: fields of its convention: what stands around media that no template wrote, and around a video's frames;
       or what makes them of the files, where these have names for it.
     around: the types of media that its processor writes that around, where a template has but a marker for them.
-    writes: whether `writing` is all that its processor writes: it has no template, and its tokenizer adds nothing.
+    lead: the special tokens that its processor writes before every text; None: those that its tokenizer writes.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
@@ -43,7 +43,7 @@ class Family:
     sequence: Callable[[Settings, Tower], interleave.Config]
     writing: Mapping[str, Any] | Callable[[Found], Mapping[str, Any]] = field(default_factory=dict)
     around: tuple[str, ...] = ()
-    writes: bool = False
+    lead: tuple[str, ...] | None = None
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None

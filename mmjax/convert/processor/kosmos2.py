@@ -5,13 +5,13 @@ markers of a picture are not.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from mmjax.convert.processor.family import Family, sequential
 from mmjax.convert.processor.files import Found, Settings
 from mmjax.convert.processor.images import Tower
+from mmjax.core.errors import InputError
 from mmjax.tokenizers.conventions import KOSMOS2
-from mmjax.tokenizers.parts import Symbol
+from mmjax.tokenizers.resolution import Policy
 
 WRITTEN = ("image", "assistant", "prompt", "media", "strip", "one_turn", "numbered")
 
@@ -20,14 +20,15 @@ def _markers(found: Found) -> Mapping[str, str]:
     return {"image": found.named.get("unk_token", "<unk>")}  # the ids behind it stand where media tokens go
 
 
-def _writing(found: Found) -> Mapping[str, Any]:
-    begin = (Symbol(found.named.get("bos_token", "<s>")),)
-    return {"begin": begin} | {key: getattr(KOSMOS2, key) for key in WRITTEN}
-
-
 def _tower(config: Settings) -> Tower:
     inner = config.part("vision_config")
     return Tower(inner.whole("patch_size", 14, most=2**10), size=inner.whole("image_size", 224, most=2**13))
+
+
+def _check(found: Found, policy: Policy, tower: Tower) -> None:
+    """Raises InputError for a chat template."""
+    if found.template is not None:
+        raise InputError(f"{found.path} has a chat template, which the processor of a kosmos-2 does not read; delete it")
 
 
 FAMILIES: dict[str, Family] = {
@@ -36,8 +37,9 @@ FAMILIES: dict[str, Family] = {
         _markers,
         _tower,
         sequential,
-        _writing,
-        writes=True,
+        {key: getattr(KOSMOS2, key) for key in WRITTEN},
+        lead=tuple(part.symbol for part in KOSMOS2.begin),
+        check=_check,
         prompts=True,
         per_picture=lambda config: config.whole("latent_query_num", 64, most=2**16),
     ),

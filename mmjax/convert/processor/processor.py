@@ -44,7 +44,7 @@ FEWEST = 16  # tokens and patches of the smallest bucket
 class Processor:
     """Documents to what a model reads.
 
-    chat: writes conversations, where `chat.convention.turns`: the directory has a template, or the family needs none.
+    chat: writes conversations; `chat.convention.template` is None where the directory has no template.
     plain: the same tokenizer, for documents outside of conversations.
     sequence: which descriptors the model wants.
     stops: token ids that end an answer.
@@ -114,7 +114,7 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if not self.chat.convention.turns and not self.prompts:
+        if self.chat.convention.template is None and not self.prompts:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
@@ -125,7 +125,8 @@ class Processor:
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
         policy = self.resolution if alone else self.several
-        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
+        fuse = "sequence" if self.sequence.cross == "none" else "cross"
+        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, fuse=fuse, ask=ask)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None

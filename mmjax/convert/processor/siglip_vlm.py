@@ -78,17 +78,22 @@ def _counted(place: str, key: str, default: int | None) -> Check:
     return check
 
 
+def _asked(found: Found, policy: Policy, tower: Tower) -> None:
+    _counted("images", "image_seq_length", None)(found, policy, tower)
+    if found.template is not None:
+        raise InputError(f"{found.path} has a chat template, which PaliGemma's processor does not read; delete it")
+
+
 _PALIGEMMA = Family(
     ("SiglipImageProcessor",),
     _named("<image>", image_token="<image>", bos_token="<bos>"),
     _tower(14, 224),
     lambda config, tower: interleave.Config(position="sequential", see="prefix"),
-    {
-        **{key: getattr(PALIGEMMA, key) for key in ("user", "assistant", "prompt", "media", "apart", "one_turn")},
-        "document": Around(PALIGEMMA.user.before),
-    },
-    check=_counted("images", "image_seq_length", None),
-    writes=True,
+    {key: getattr(PALIGEMMA, key) for key in ("assistant", "prompt", "apart", "one_turn")}
+    | {"user": Around((), PALIGEMMA.user.after), "media": "before_all"},
+    check=_asked,
+    lead=("<bos>",),
+    prompts=True,
 )
 _GEMMA3 = Family(
     ("Gemma3ImageProcessor",),

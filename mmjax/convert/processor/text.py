@@ -81,10 +81,9 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
-    writes = family is not None and family.writes
     writing = {} if family is None else family.writing
     writing = writing(found) if callable(writing) else writing
-    lead = () if writes else lead_of(found, tokenizer)
+    lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
     own = {
         "name": found.config.text("model_type"),
         "begin": tuple(map(Symbol, lead)),
@@ -112,10 +111,6 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
                     f"{found.config.where} says {key!r} is {found.config.values[key]}, and the tokenizer has "
                     f"{plain.controls[symbol]} for {shown(symbol)}; use the files that belong together"
                 )
-    if writes and found.template is not None:
-        raise InputError(
-            f"{found.path} has a chat template, which the processor of a {convention.name} does not read; delete it"
-        )
     if found.template is None:
         return plain, plain
     symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= PRIVATE for c in s)]
