@@ -71,6 +71,13 @@ def smolvlm(kind: str, layers: int, heads: int, kv: int, sizes: tuple[int, int],
     return out | {"tie_word_embeddings": False} | more
 
 
+INTERNVIT = {"attention_bias": True, "hidden_size": 1024, "image_size": [448, 448], "intermediate_size": 4096}
+INTERNVIT |= {"layer_scale_init_value": 0.1, "model_type": "internvl_vision", "norm_type": "layer_norm"}
+INTERNVIT |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": [14, 14], "use_qk_norm": False}
+DYNAMIC = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+NEMO = {"head_dim": 128, "hidden_size": 5120, "model_type": "mistral", "num_hidden_layers": 40, "rms_norm_eps": 1e-5}
+NEMO |= {"num_key_value_heads": 8, "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072}
+
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
     "meta-llama/Llama-2-7b-hf": ({"model_type": "llama", "rms_norm_eps": 1e-5, "pretraining_tp": 1}, 6_738_415_616),
@@ -171,4 +178,23 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         ),
         2_246_784_880,
     ),
+    "OpenGVLab/InternVL3-8B-hf": (
+        {"model_type": "internvl", "image_token_id": 151667, "vision_config": INTERNVIT, "tie_word_embeddings": False}
+        | {"text_config": QWEN2_7B | {"model_type": "qwen2", "rope_scaling": DYNAMIC, "vocab_size": 151674}},
+        7_944_373_760,
+    ),
+    "mistral-community/pixtral-12b": (
+        {"model_type": "llava", "image_token_index": 10, "image_seq_length": 1, "vision_feature_layer": -1}
+        | {"text_config": NEMO | {"intermediate_size": 14336, "max_position_embeddings": 1024000}}
+        | {"vision_config": {"head_dim": 64, "hidden_act": "silu", "model_type": "pixtral", "rope_theta": 10000.0}}
+        | {"vision_feature_select_strategy": "full"},
+        12_682_739_712,
+    ),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": (
+        {"model_type": "mistral3", "image_token_index": 10, "vision_feature_layer": -1, "tie_word_embeddings": False}
+        | {"text_config": NEMO | {"intermediate_size": 32768}, "spatial_merge_size": 2}
+        | {"vision_config": {"head_dim": 64, "model_type": "pixtral", "patch_size": 14, "image_size": 1540}},
+        24_011_361_280,
+    ),
+    "microsoft/kosmos-2-patch14-224": ({"model_type": "kosmos-2", "latent_query_num": 64}, 1_664_485_376),
 }

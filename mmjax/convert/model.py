@@ -56,6 +56,7 @@ FAMILIES: dict[str, str] = {
     "llava_onevision": "llava",
     "internvl": "llava",
     "mistral3": "llava",
+    "kosmos-2": "kosmos2",
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",

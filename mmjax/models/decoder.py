@@ -17,19 +17,20 @@ from mmjax.nn.cache import KVCache
 
 @dataclass(frozen=True)
 class Positions:
-    """A learned vector of its position, added to every token and media token before the first block (GPT-2, OPT).
+    """A vector of its position, added to every token and media token before the first block (GPT-2, OPT, Kosmos-2).
 
-    rows: of the table. first: the row of position 0 (OPT: 2). There is nothing past the last row: what stands there
-    becomes NaN, so whoever makes batches keeps them shorter.
+    rows: of a learned table. There is nothing past the last one: what stands there becomes NaN, so whoever makes
+      batches keeps them shorter. None: sines and cosines in fairseq's order, which never end.
+    first: the row of position 0 (fairseq counts from behind its padding id: 2).
     """
 
-    rows: int
+    rows: int | None
     first: int = 0
 
     @property
-    def longest(self) -> int:
-        """Tokens in the longest document."""
-        return self.rows - self.first
+    def longest(self) -> int | None:
+        """Tokens in the longest document; None where nothing bounds it."""
+        return None if self.rows is None else self.rows - self.first
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Config:
       see all that they see without a window (the prefix of PaliGemma 2, as transformers has it).
     embed_scale: what vectors of the token table are multiplied by (Gemma: sqrt(width)).
     softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
-    positions: learned positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
+    positions: vectors of positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
     """
 
     vocab: int
@@ -73,7 +74,8 @@ class Config:
                 f"A cross-attention layer is to stand before block {self.crossed[-1]}, but there are only "
                 f"{self.blocks.layers}."
             )
-        if self.positions is not None and not 0 <= self.positions.first < self.positions.rows:
+        own = self.positions
+        if own is not None and not 0 <= own.first < (own.first + 1 if own.rows is None else own.rows):
             raise InputError(f"The decoder's {self.positions} has no row for the first token; give it more rows.")
 
     @property
@@ -101,7 +103,7 @@ def spec(cfg: Config) -> Spec:
     }
     if cfg.cross is not None:
         out["cross"] = stack(cross_attention.spec(cfg.cross), len(cfg.crossed))
-    if cfg.positions is not None:
+    if cfg.positions is not None and cfg.positions.rows is not None:
         out["positions"] = ParamSpec((cfg.positions.rows, width), (None, "embed"), Normal(0.02))
     if not cfg.tied:
         out["head"] = ParamSpec((cfg.vocab, width), ("vocab", "embed"), fan_in(width))
@@ -210,6 +212,8 @@ def _positioned(params: dict, x: jax.Array, position: jax.Array, cfg: Config) ->
     if cfg.positions is None:
         return x
     at = position[..., 0].astype(jnp.int32) + cfg.positions.first
+    if cfg.positions.rows is None:
+        return x + position_embed.sinusoidal(at[..., None], cfg.blocks.width, closed=True).astype(x.dtype)
     return x + position_embed.learned(params["positions"], at).astype(x.dtype)
 
 

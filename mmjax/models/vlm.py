@@ -34,6 +34,7 @@ class Config:
       its own, all like `deep` (Meng et al. 2024, DeepStack; Qwen3-VL).
     segments: whether a learnt vector of its modality is added to every token (the segment or token-type embedding of
       Devlin et al. 2019, BERT, section 3.2, as Li et al. 2019, VisualBERT, section 3.2, uses it).
+    scaled: whether media tokens are multiplied by the decoder's `embed_scale` as well (Kosmos-2).
     newline: whether a learnt vector stands at those places of a picture that show none of its media tokens (the ends of
       its rows: `image_newline` of LLaVA-NeXT and LLaVA-OneVision), whatever token id they carry.
     """
@@ -44,6 +45,7 @@ class Config:
     placeholder: int | tuple[int, ...] | None = None
     segments: bool = False
     newline: bool = False
+    scaled: bool = False
     deepstack: tuple[int, ...] = ()
     deep: merger.Config | None = None
 
@@ -223,6 +225,7 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         see["media"] = (found.tokens, labels)
     else:
         at = _mixed(found.tokens, batch)
+        at = at * jnp.asarray(cfg.decoder.embed_scale, at.dtype) if cfg.scaled else at
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
         if cfg.newline:
             ends = (batch.slot < 0) & ((batch.modality == IMAGE) | (batch.modality == VIDEO))

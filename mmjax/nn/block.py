@@ -38,6 +38,7 @@ class Config:
     layer_scale: both branches times a vector that starts at this value (Touvron et al. 2021, CaiT, eq. 4; DINOv2).
     norm_offset: what scales of norms are counted from (Gemma: 1).
     post_norm: whether a norm stands after each branch as well, before it is added (Gemma 2 and 3).
+    inner_norm: whether a norm stands before the last map of each branch (Sub-LN: Wang et al. 2022, MAGNETO, section 2).
     query_scale: what scores are multiplied by; 1 / sqrt(head) where left out.
     softcap: scores become softcap · tanh(score / softcap) (Gemma 2).
     rope: the rotary embedding of queries and keys, if any.
@@ -68,6 +69,7 @@ class Config:
     layer_scale: float | None = None
     norm_offset: float = 0.0
     post_norm: bool = False
+    inner_norm: bool = False
     query_scale: float | None = None
     softcap: float | None = None
     rope: rotary.Config | None = None
@@ -104,7 +106,13 @@ class Config:
 
     @property
     def mlp(self) -> mlp.Config:
-        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias)
+        inner = norm.Config(self.hidden, self.norm_kind, self.epsilon, self.norm_offset) if self.inner_norm else None
+        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias, inner)
+
+    @property
+    def attended_norm(self) -> norm.Config:
+        """The norm of what attention puts together, all heads as one vector, where there is one (inner_norm)."""
+        return norm.Config(self.heads * self.head, self.norm_kind, self.epsilon, self.norm_offset)
 
 
 def spec(cfg: Config) -> Spec:
@@ -125,6 +133,8 @@ def spec(cfg: Config) -> Spec:
     }
     if cfg.qk_norm != "none":
         attention |= {"q_norm": norm.spec(cfg.head_norm(cfg.heads)), "k_norm": norm.spec(cfg.head_norm(cfg.kv_heads))}
+    if cfg.inner_norm:
+        attention["inner_norm"] = norm.spec(cfg.attended_norm)
     block = {
         "attention_norm": norm.spec(cfg.norm_config),
         "attention": attention,
@@ -186,5 +196,8 @@ def _attention(
         else:
             past = caches.put(past, k, v)
             out = attend_cached(q, *caches.layer(past), see.order, see.lo, see.hi, **how)
+    if cfg.inner_norm:
+        flat = out.reshape(*out.shape[:2], -1)
+        out = norm.apply(params["inner_norm"], flat, cfg.attended_norm).reshape(out.shape)
     y = sharding.dense(out, params["out"]["kernel"], PLACE)
     return (linear.plus(y, params["out"]["bias"]) if cfg.has_bias("out") else y), past

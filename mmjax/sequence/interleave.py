@@ -108,7 +108,8 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             except InputError as error:
                 raise InputError(f"Document {layout.id!r}: {error}") from error
             written = within == -2
-            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _newline(piece, vocab))
+            stands = _placeholder(piece, vocab) + (1 + within if vocab.numbered else 0)
+            tokens[span] = np.where(within >= 0, stands, _newline(piece, vocab))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
             _mixed(piece, at, made[table], mix, layout.id, cfg)

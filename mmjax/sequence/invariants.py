@@ -57,7 +57,8 @@ def check(batch: Batch, vocab: Vocab, ids: Sequence[Sequence[str]] = (), media: 
     Raises:
       InputError: what is broken, in which row, and which documents (`ids`, by row) it holds.
     """
-    found = _count(batch, vocab.size, vocab.placeholders, media, _Host, vocab.image_newline in vocab.placeholders)
+    known = None if vocab.numbered else vocab.placeholders
+    found = _count(batch, vocab.size, known, media, _Host, vocab.image_newline in vocab.placeholders)
     if found.any():
         raise InputError(describe(found, ids))
 

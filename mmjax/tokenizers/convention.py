@@ -40,12 +40,14 @@ class Tiles:
 class Frames:
     """What is written around each frame of a video.
 
-    stamp: words before it, in which "{seconds:.1f}" is its time.
+    stamp: words before it, in which "{seconds:.1f}" is its time and "{number}" its number, from 1.
     around: its tokens.
+    between: between two frames.
     """
 
     stamp: str
     around: Around = NOTHING
+    between: Writing = ()
 
 
 @runtime_checkable
@@ -91,6 +93,7 @@ class Convention:
     frames: the same of the frames of a video.
     pad, stop, placeholder, placeholder_video, placeholder_audio, newline: symbols of the padding token, of the one that
       ends an answer, of those that stand where media tokens go ("" where a family has none), and of a row's end.
+    numbered: as of Vocab.
     template: writes the turns instead of all that is above `tiles` but `begin`; `image`, `video` and `audio` are then
       written around a medium where the template has its marker: what transformers' processor adds, and no template.
     """
@@ -126,6 +129,7 @@ class Convention:
     placeholder_video: str = ""
     placeholder_audio: str = ""
     newline: str = ""
+    numbered: bool = False
     more: tuple[str, ...] = ()  # control tokens of the family that nothing here writes
     template: Template | None = field(default=None, compare=False)
 

@@ -5,6 +5,8 @@
     llava-v1    <s>{system} USER: <image>\\n{text} ASSISTANT: {text}</s>
     chatml      <|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{text}<|im_end|>\\n
     flamingo    <image>{text}<|endofchunk|>
+    pixtral     <s>[INST][IMG]…[IMG_BREAK][IMG]…[IMG_END]{text}[/INST]{text}</s>
+    kosmos-2    <s><image>…</image> {text}</s>
     paligemma   <image>…<bos>{text}\\n{text}<eos>
     segments    [CLS]{text}[SEP]{text}[SEP]
 
@@ -148,6 +150,47 @@ INTERNVL = replace(
     CHATML, name="internvl", image=Around((S("<img>"),), (S("</img>"), "\n")), placeholder="<IMG_CONTEXT>"
 )
 
+# Agrawal et al. 2024, Pixtral 12B, with the tokens of mistral-common's v3; the system's text stands in the question.
+PIXTRAL = Convention(
+    "pixtral",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around((S("[INST]"),), (S("[/INST]"),)),
+    assistant=Around((), (S("</s>"),)),
+    image=Around((), (S("[IMG_END]"),)),
+    prompt=(),
+    system_into_user=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="[IMG]",
+    newline="[IMG_BREAK]",
+)
+# Mistral Small 3.1: v7, whose system has tokens of its own.
+MISTRAL3 = replace(
+    PIXTRAL,
+    name="mistral-3",
+    system=Around((S("[SYSTEM_PROMPT]"),), (S("[/SYSTEM_PROMPT]"),)),
+    system_into_user=False,
+)
+
+# Peng et al. 2023, Kosmos-2, section 3: a picture, and text that goes on; places in pictures are words.
+KOSMOS2 = Convention(
+    "kosmos-2",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    assistant=Around((), (S("</s>"),)),
+    image=Around((S("<image>"),), (S("</image>"), " ")),
+    prompt=(),
+    media="first",
+    strip="text",
+    one_turn=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<unk>",
+    numbered=True,
+)
+
 # Laurençon et al. 2023, OBELICS and IDEFICS: a picture is one token, looked at by cross-attention.
 _FAKE = S("<fake_token_around_image>")
 IDEFICS = Convention(
@@ -288,6 +331,9 @@ CONVENTIONS = {
         QWEN_VL,
         QWEN3_VL,
         INTERNVL,
+        PIXTRAL,
+        MISTRAL3,
+        KOSMOS2,
         IDEFICS,
         IDEFICS2,
         IDEFICS3,

@@ -55,6 +55,7 @@ PUBLISHED = {
     "qwen3-vl": Published(Native(16, 2, 65_536, 16_777_216), HALF, HALF, 2),
     "pixtral-12b": Published(Pixtral(16, 1024)),
     "mistral-small-3.1": Published(Pixtral(14, 1540, 2), merge=2),
+    "kosmos-2": Published(Fixed(14, 224, 224), latents=64),
     "internvl-3": Published(Tiles(14, 448), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 2),
     "idefics2": Published(Bounded(14, 378, 980), HALF, HALF, latents=64),
     "idefics3": Published(Splits(14, 364, 1456), HALF, HALF, 2),

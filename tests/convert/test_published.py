@@ -28,6 +28,10 @@ SAME = {
     "HuggingFaceM4/idefics2-8b": "idefics2",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
     "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "mistral-community/pixtral-12b": "pixtral",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
+    "microsoft/kosmos-2-patch14-224": "kosmos2",
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 import types
 from pathlib import Path
@@ -29,9 +30,13 @@ from transformers import (
     AutoTokenizer,
     image_processing_backends,  # noqa: F401  (the *Pil classes ask for it)
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.kosmos2.processing_kosmos2 import Kosmos2Processor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
+from transformers.models.pixtral import image_processing_pil_pixtral
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
@@ -46,6 +51,10 @@ from mmjax.nn import patch_embed
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
 
+# The one that computes with torchvision, of which its processor wants one function.
+sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
+from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
 COUNT = 8
 NATIVE = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -58,6 +67,11 @@ QWEN = (
     .replace("{% endgeneration %}", "")
 )
 LLAVA = LLAVA_HF.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ message['content'][0]['text'] + eos_token }}{% else %}{{ '[INST]' }}{% for content in message['content'] %}"
+    "{{ '[IMG]' if content['type'] == 'image' else content['text'] }}{% endfor %}{{ '[/INST]' }}{% endif %}{% endfor %}"
+)
 TURNS_OF_GEMMA = GEMMA.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 # As deepseek-community/deepseek-vl-1.3b-chat has it.
@@ -166,6 +180,41 @@ DIRECTORIES = {
         {"processor_class": "Qwen3VLProcessor"},
         {"patch_size": 16, "spatial_merge_size": 2},
     ),
+    "internvl": (
+        "short",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_token": "<video>"}
+        | {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"},
+        "",
+        QWEN.replace("SYSTEM", "").replace(QWEN_IMAGE, "<IMG_CONTEXT>\n").replace(VIDEO, "<video>\n"),
+        "GotOcr2ImageProcessor",
+        {"size": square(56), "crop_to_patches": False, "max_patches": 6},
+        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        {"patch_size": [14, 14], "image_size": [56, 56]},
+    ),
+    "pixtral": (
+        "llama",
+        ("<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        {**LLAMA_NAMES, "image_token": "[IMG]"},
+        "<s>",
+        MISTRAL,
+        "PixtralImageProcessor",
+        {"size": {"longest_edge": 64}, "patch_size": {"height": 16, "width": 16}},
+        {"processor_class": "PixtralProcessor", "patch_size": 16, "image_token": "[IMG]"},
+        {"model_type": "pixtral", "patch_size": 16, "image_size": 64},
+    ),
+    "mistral3": (
+        "llama",
+        ("<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "[IMG]", "[BREAK]", "[IMG_END]"),
+        {**LLAMA_NAMES, "image_token": "[IMG]"},
+        "<s>",
+        MISTRAL,
+        "PixtralImageProcessor",
+        {"size": {"longest_edge": 70}, "patch_size": 14},
+        {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
+        | {"image_break_token": "[BREAK]"},
+        {"model_type": "pixtral", "patch_size": 14, "image_size": 84},
+    ),
     "paligemma": (
         "gemma",
         ("<pad>", "<eos>", "<bos>", "<image>"),
@@ -239,14 +288,14 @@ CONFIGS = {
     "gemma3": {"mm_tokens_per_image": 4},
     "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
     "idefics3": {"scale_factor": 2},
-}
-    "gemma3": {"mm_tokens_per_image": 4},
-    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
-    "idefics3": {"scale_factor": 2},
+    "pixtral": {"model_type": "llava"},
 }
 PROCESSORS = {
     "smolvlm": processing_smolvlm.SmolVLMProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
+    "internvl": InternVLProcessor,
+    "pixtral": PixtralProcessor,
+    "mistral3": PixtralProcessor,
     "qwen2_vl": Qwen2VLProcessor,
     "qwen2_5_vl": Qwen2_5_VLProcessor,
     "qwen3_vl": Qwen3VLProcessor,
@@ -274,6 +323,8 @@ def tokenizer(name):
     if name != "paligemma":
         path.replace(out / "tokenizer.json")
     media = {k: names[f"{k}_token"] for k in ("image", "video") if f"{k}_token" in names}
+    if "context_image_token" in names:  # also where videos go
+        media = {"image": names["context_image_token"]}
     return out, {f"{k}_token_id": made.convert_tokens_to_ids(v) for k, v in media.items()}, len(made)
 
 
@@ -290,7 +341,7 @@ def directory(folder, name, layout):
     flat = name.startswith("qwen") and layout == "hub"
     inside = {"vocab_size": size} if flat else {"text_config": {"vocab_size": size}}
     more = {**ids, **pinpoints, **CONFIGS.get(name, {})}
-    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **more})
+    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside} | more)
     write(out, "generation_config.json", {"eos_token_id": [3, 5]})
     images = {"image_processor_type": kind, **settings}
     if layout == "hub":
@@ -318,8 +369,7 @@ def reference(path, name):
         return out
     # The part for videos needs torchvision.
     parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    counted = DIRECTORIES[name][7] if name == "llava_onevision" else {}
-    counted |= {"image_seq_len": 1} if name == "smolvlm" else {}
+    counted = {} if name.startswith("qwen") else {k: v for k, v in DIRECTORIES[name][7].items() if "class" not in k}
     videos = types.SimpleNamespace(num_frames=64, fps=1) if name == "smolvlm" else None
     if name == "smolvlm":
         processing_smolvlm.num2words = NUMBERS.__getitem__  # of a package that it wants whatever it is given
@@ -396,13 +446,15 @@ def expected_patches(name, ours, output):
         return np.concatenate([in_patches(view[None], p) for view in views])
     if "image_grid_thw" not in output:
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
-        if "image_sizes" in output:  # every picture has as many tiles as the one that has most
-            sides = np.asarray(output["image_sizes"]).tolist()
-            alone = name == "llava_next" or len(sides) == 1
+        sizes = np.asarray(output["image_sizes"]).tolist() if "image_sizes" in output else []
+        if "pixtral" in DIRECTORIES[name][-1].values():  # every picture is as large as the largest
+            views = [own[:, :, :height, :width] for own, (height, width) in zip(views, sizes, strict=True)]
+        elif sizes:  # every picture has as many tiles as the one that has most
+            alone = name == "llava_next" or len(sizes) == 1
             grids, tile = (PINPOINTS, 28) if name == "llava_next" else (NINE, 60)
-            counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sides]
+            counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sizes]
             views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
-        return in_patches(np.concatenate(views), p)
+        return np.concatenate([in_patches(view[None], p) for own in views for view in own])
     out, at = [], 0
     found = np.asarray(found).reshape(-1, 3, 2, p, p)
     np.testing.assert_array_equal(found[:, :, 0], found[:, :, 1])
@@ -491,6 +543,50 @@ def test_a_processor_without_a_template(layout, tmp_path):
     for text, span in (("<bos>x\n", Text("x")), ("<bos>x", Text("x", "document"))):
         want = theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ours.example(Document("d", (span,)))[0].tokens.tolist() == want
+
+
+PHRASES = "<grounding> An image of<phrase> a cat</phrase><object><patch_index_0003><patch_index_0012></object>"
+TOLD = ("An image of", " <grounding>Describe this image in detail: ", PHRASES, "a", "<b> is bold, <image-like> is not")
+
+
+def kosmos2(folder, layout, patch=14):
+    """A directory, transformers' processor of it, and how many tokens there are."""
+    _, made = vocabularies.pair(folder, "llama", tuple(LLAMA_NAMES.values()), **LLAMA_NAMES)
+    settings = {"size": {"shortest_edge": 224}, "use_square_size": True}
+    theirs = Kosmos2Processor(CLIPImageProcessorPil(**settings), made, 16)
+    out = folder / layout
+    theirs.tokenizer.save_pretrained(out)
+    vision = {"image_size": 224, "patch_size": patch}
+    inner = {"text_config": {"vocab_size": len(made)}, "vision_config": vision}
+    write(out, "config.json", {"model_type": "kosmos-2", "latent_query_num": 7} | inner)
+    images = {"image_processor_type": "CLIPImageProcessor", **settings}
+    if layout == "hub":
+        write(out, "preprocessor_config.json", images)
+    else:
+        write(out, "processor_config.json", {"image_processor": images})
+    return out, theirs, len(made)
+
+
+@pytest.mark.parametrize("layout", ["hub", "five"])
+def test_kosmos2(layout, tmp_path):
+    """Pictures before text, and text alone; phrases and places are tokens that its processor adds to the tokenizer."""
+    path, theirs, _ = kosmos2(tmp_path, layout)
+    ours = processor.load(path)
+    for n, text in enumerate(TOLD):
+        view = np.random.default_rng(n).integers(0, 256, (60 + 40 * n, 100, 3), np.uint8)
+        want = theirs(images=Pictures.fromarray(view), text=text, num_image_tokens=7)
+        document = Document("d", (Image(*view.shape[:2], view), Text(text)))
+        batch = ours.batch([document])
+        ids = np.asarray(want["input_ids"]).reshape(-1).tolist()
+        got = batch.tokens[0, : len(ids)].tolist()
+        assert got == ids, (theirs.tokenizer.decode(ids), ours.chat.decode(got))
+        assert (batch.order[0, len(ids) :] == -1).all()
+        shows = np.asarray(want["image_embeds_position_mask"]).reshape(-1)
+        np.testing.assert_array_equal(batch.slot[0, : len(ids)] >= 0, shows == 1)
+        pixels = patchified(np.asarray(want["pixel_values"])[0], 14)
+        np.testing.assert_allclose(normalised(ours, batch.patches[:, : len(pixels)])[0], pixels, atol=1e-6)
+        example, _ = ours.example(Document("d", (Text(text),)))
+        assert example.tokens.tolist() == np.asarray(theirs(text=text)["input_ids"]).reshape(-1).tolist()
 
 
 INSTRUCT = (

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 
 from parity import vocabularies
 from parity.harness import twin
-from parity.test_processors import CONFIGS, DIRECTORIES, directory, encoded, reference, write
+from parity.test_processors import CONFIGS, DIRECTORIES, directory, encoded, kosmos2, reference, write
 from parity.test_videos import SIZES, Videos, clip
 from PIL import Image as Pictures
 from transformers.processing_utils import ProcessorMixin
@@ -70,6 +70,23 @@ MODELS = {
         | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16}
         | {"layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        {"model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14], "num_hidden_layers": 2}
+        | {"attention_bias": True, "layer_scale_init_value": 0.5}
+        | BLOCKS,
+        TEXT | {"model_type": "qwen2"},
+    ),
+    "pixtral": (
+        "LlavaForConditionalGeneration",
+        {"model_type": "pixtral", "image_size": 64, "patch_size": 16, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "mistral", "sliding_window": None},
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {"model_type": "pixtral", "image_size": 84, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "mistral", "sliding_window": None},
+    ),
     "deepseek_vl": ("DeepseekVLForConditionalGeneration", SIGLIP | {"image_size": 30}, TEXT | {"model_type": "llama"}),
     "idefics2": (
         "Idefics2ForConditionalGeneration",
@@ -90,6 +107,8 @@ MODELS = {
 # A tied head says the same token again and again.
 APART = {"tie_word_embeddings": False}
 MORE = {"paligemma": {"projection_dim": 32} | APART, "gemma3": APART, "deepseek_vl": APART}
+MORE |= {"internvl": APART, "mistral3": APART}
+MORE["pixtral"] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +123,7 @@ def whole(folder, name):
     cls, vision, text = MODELS[name]
     cls = getattr(transformers, cls)
     ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k == "image_grid_pinpoints"}
-    ids |= CONFIGS.get(name, {}) | MORE.get(name, {})
+    ids |= {k: v for k, v in CONFIGS.get(name, {}).items() if k != "model_type"} | MORE.get(name, {})
     if name == "llava_onevision":
         ids["vision_aspect_ratio"] = "anyres_max_2"  # as its processor has it
     if "qwen" in name:
@@ -167,6 +186,27 @@ def test_greedy_answers(name, tmp_path):
     # Pictures matter.
     swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
     assert Session(loaded, ours).answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
+
+
+def test_greedy_answers_of_kosmos2(tmp_path):
+    """It has no chat template: a picture, and text that goes on."""
+    torch.set_num_threads(1)
+    path, theirs, size = kosmos2(tmp_path, "five", 56)
+    vision = BLOCKS | {"image_size": 224, "patch_size": 56, "num_hidden_layers": 2}
+    inner = {"embed_dim": 32, "layers": 2, "attention_heads": 4, "ffn_dim": 48, "vocab_size": size, "pad_token_id": 0}
+    cls = transformers.Kosmos2ForConditionalGeneration
+    more = {"latent_query_num": 7} | APART
+    model = twin(cls, cls.config_class(vision_config=vision, text_config=inner | APART, **more))
+    model.save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [END]}))
+    ours = processor.load(path)
+    views = [np.random.default_rng(n).integers(0, 256, (60, 90, 3), np.uint8) for n in range(2)]
+    texts = ["An image of", "<grounding> What is this? It is"]
+    shown = [Document(t, (Image(*v.shape[:2], v), Text(t))) for t, v in zip(texts, views, strict=True)]
+    session = Session(processor.with_colours(huggingface.load(path), ours), ours)
+    answers = session.answer(shown, max_tokens=STEPS)
+    how = {"num_image_tokens": 7, "return_tensors": "pt"}
+    same(model, [theirs(Pictures.fromarray(v), t, **how) for t, v in zip(texts, views, strict=True)], answers)
 
 
 def test_an_answer_after_a_video(tmp_path):

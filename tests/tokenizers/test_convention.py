@@ -135,6 +135,22 @@ EXPECTED = {
         "⟨<|im_start|>⟩user\n⟨<img>⟩[1]⟨</img>⟩\n or ⟨<img>⟩[3]⟨</img>⟩\n best? ⟨<|im_end|>⟩\n",
         *QWEN[2:],
     ),
+    "pixtral": (
+        (),
+        "⟨<s>⟩⟨[INST]⟩Be brief.\n\n[1]⟨[IMG_END]⟩ or [3]⟨[IMG_END]⟩ best? ⟨[/INST]⟩",
+        "*This.**⟨</s>⟩*",
+        "⟨[INST]⟩Why?⟨[/INST]⟩",
+        "So.⟨</s>⟩",
+    ),
+    "mistral-3": (
+        (),
+        "⟨<s>⟩⟨[SYSTEM_PROMPT]⟩Be brief.⟨[/SYSTEM_PROMPT]⟩",
+        "⟨[INST]⟩[1]⟨[IMG_END]⟩ or [3]⟨[IMG_END]⟩ best? ⟨[/INST]⟩",
+        "*This.**⟨</s>⟩*",
+        "⟨[INST]⟩Why?⟨[/INST]⟩",
+        "So.⟨</s>⟩",
+    ),
+    "kosmos-2": ((0, 6, 7), "⟨<s>⟩⟨<image>⟩[1]⟨</image>⟩ ⟨<image>⟩[3]⟨</image>⟩ orbest?", "*This.**⟨</s>⟩*"),
     "idefics": ((0,), "⟨<s>⟩", f"User:{F}[1]{F} or {F}[3]{F} best? {E}\n", *IDEFICS_REST),
     "idefics2": (
         (),
@@ -203,6 +219,8 @@ OPENS = {
     "llava-llama-3": "Why?⟨<|eot_id|>⟩⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩\n\n",
     **dict.fromkeys(("chatml", "qwen-vl", "qwen3-vl", "internvl"), "Why?⟨<|im_end|>⟩\n⟨<|im_start|>⟩assistant\n"),
     **dict.fromkeys(("idefics", "idefics2", "idefics3", "smolvlm"), f"[0]{F}Why?{E}\nAssistant:"),
+    **dict.fromkeys(("pixtral", "mistral-3"), "Why?⟨[/INST]⟩"),
+    "kosmos-2": "⟨</image>⟩ Why?",
     "paligemma": "⟨<bos>⟩Why?\n",
     "gemma-3": "Why?⟨<end_of_turn>⟩\n⟨<start_of_turn>⟩model\n",
     "flamingo": "Question:Why? Short answer:",
@@ -229,6 +247,8 @@ CAPTIONED = {
     "llava-llama-3": "⟨<|begin_of_text|>⟩[0]\n* A cat. **⟨<|end_of_text|>⟩*",
     **dict.fromkeys(("chatml", "qwen-vl", "qwen3-vl"), f"{VISION.format(0)}* A cat. **⟨<|endoftext|>⟩*"),
     "internvl": "⟨<img>⟩[0]⟨</img>⟩\n* A cat. **⟨<|endoftext|>⟩*",
+    **dict.fromkeys(("pixtral", "mistral-3"), "⟨<s>⟩[0]⟨[IMG_END]⟩* A cat. **⟨</s>⟩*"),
+    "kosmos-2": "⟨<s>⟩⟨<image>⟩[0]⟨</image>⟩ * A cat. **⟨</s>⟩*",
     "idefics": f"⟨<s>⟩{F}[0]{F}* A cat. **⟨</s>⟩*",
     "idefics2": f"⟨<s>⟩{F}[0]{F}* A cat. **⟨</s>⟩*",
     "idefics3": f"⟨<|begin_of_text|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
@@ -384,7 +404,7 @@ def symbols_in(parts):
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_symbols_are_all_that_is_written(name):
     convention = CONVENTIONS[name]
-    skip = (6, 7, 8, 9) if name == "paligemma" else ()
+    skip = (6, 7, 8, 9) if convention.one_turn else ()
     found = {convention.pad, convention.stop, convention.placeholder, convention.newline} - {""}
     for fuse in ("sequence", "cross"):
         for answer in (False, True):

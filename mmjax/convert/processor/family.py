@@ -11,7 +11,7 @@ from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.video import Grouped, Pooled, Stills
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -23,7 +23,8 @@ class Family:
     markers: what its template writes for a medium of each type, which is also what stands where media tokens go, unless
       `writing` has another placeholder.
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
-    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
+    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames;
+      or what makes them of the files, where these have names for it.
     around: the types of media that its processor writes that around, where a template has but a marker for them.
     lead: the special tokens that its processor writes before every text; None: those that its tokenizer writes.
     check: raises InputError where files contradict each other.
@@ -43,11 +44,11 @@ class Family:
     markers: Callable[[Found], Mapping[str, str]]
     tower: Callable[[Settings], Tower]
     sequence: Callable[[Settings, Tower], interleave.Config]
-    writing: Mapping[str, Any] = field(default_factory=dict)
+    writing: Mapping[str, Any] | Callable[[Found], Mapping[str, Any]] = field(default_factory=dict)
     around: tuple[str, ...] = ()
     lead: tuple[str, ...] | None = None
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
-    videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     readers: Readers = field(default_factory=dict)

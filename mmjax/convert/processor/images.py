@@ -12,9 +12,9 @@ from mmjax.convert.processor.files import Settings
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
-from mmjax.tokenizers.resolution import Ended, Fixed, Native, Policy
-from mmjax.tokenizers.tiles import AnyRes, PanAndScan
-from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
+from mmjax.tokenizers.video import Grouped, Pooled, Stills
 from mmjax.tokenizers.view import Filter
 
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -128,6 +128,8 @@ def _clip(of: Settings, tower: Tower) -> Fixed:
     """CLIP's: the shorter side to a size, then the middle."""
     size = _size(of, "size", {"shortest_edge": 224}, square=False)
     crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    if of.flag("use_square_size", False):  # Kosmos-2, whatever `size` says
+        size = {"height": 224, "width": 224}
     cropped = of.flag("do_center_crop", True)
     if "shortest_edge" in size and cropped:
         short = _square(of, "size", size, ("shortest_edge",))
@@ -278,6 +280,23 @@ def _same(of: Settings, tower: Tower) -> None:
             )
 
 
+def _got(of: Settings, tower: Tower) -> Tiles:
+    """InternVL's; its processor asks for tiles whatever `crop_to_patches` says here."""
+    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    _fixed(of, tower, side)
+    least, most = (of.whole(f"{n}_patches", d, most=MOST_TILES) for n, d in (("min", 1), ("max", 12)))
+    return Tiles(tower.patch, side, least, most, filter=_filter(of))
+
+
+def _pixtral(of: Settings, tower: Tower) -> Pixtral:
+    """Pixtral's and Mistral 3's; its processor gives it the encoder's patches, whatever `patch_size` says here."""
+    if of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures (do_center_crop), which mmjax does not do after Pixtral's resize")
+    size = _size(of, "size", {"longest_edge": 1024}, square=True)
+    longest = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("longest_edge",))
+    return Pixtral(tower.patch, longest, tower.merge, filter=_filter(of))
+
+
 def _blip(of: Settings, tower: Tower) -> Fixed:
     """BLIP's: stretched to a square."""
     size = _size(of, "size", {"height": 384, "width": 384}, square=True)
@@ -294,6 +313,8 @@ READERS = {
     "LlavaNextImageProcessor": (_next, OPENAI),
     "LlavaOnevisionImageProcessor": (_onevision, OPENAI),
     "Qwen2VLImageProcessor": (_qwen, OPENAI),
+    "GotOcr2ImageProcessor": (_got, OPENAI),
+    "PixtralImageProcessor": (_pixtral, OPENAI),
     "Gemma3ImageProcessor": (_gemma3, HALF),
     "DeepseekVLImageProcessor": (_deepseek, OPENAI),
 }
@@ -302,9 +323,26 @@ READERS = {
 def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
     """The policy of videos of LLaVA-OneVision, and their mean and deviation; errors as for `still`."""
     allowed = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
+    each, frames = _frames(of, tower, allowed)
+    return Pooled(each, **frames), colours(of, OPENAI)
+
+
+def stills(of: Settings, tower: Tower) -> tuple[Stills, Colours]:
+    """The same of InternVL."""
+    each, frames = _frames(of, tower, ("InternVLVideoProcessor", "GotOcr2ImageProcessor"))
+    shift, said = None, of.values.get("initial_shift")
+    if frames and said is not None and said is not True:
+        shift = 0.0 if said is False else of.number("initial_shift")
+    if frames and set(frames.values()) == {None}:
+        raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
+    return Stills(each, **frames, shift=shift), colours(of, OPENAI)
+
+
+def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, float | None]]:
+    """How frames of one size become patches, and which are chosen: nothing where all are shown."""
     name = of.text("video_processor_type") or kind(of, allowed[0])
     if name not in allowed:
-        raise InputError(f"{of.where} names the video processor {shown(name)}; LLaVA-OneVision has {allowed[0]}")
+        raise InputError(f"{of.where} names the video processor {shown(name)}; mmjax has {allowed[0]} for this")
     if not of.flag("do_resize", True) or of.flag("do_center_crop", False):
         raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
     size = _size(of, "size", {"height": 384, "width": 384}, square=False)
@@ -312,7 +350,7 @@ def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
     frames: dict[str, float | None] = {}
     if of.flag("do_sample_frames", False):
         frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
-    return Pooled(_fixed(of, tower, side), **frames), colours(of, OPENAI)
+    return _fixed(of, tower, side), frames
 
 
 def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) -> tuple[Grouped, Colours]:

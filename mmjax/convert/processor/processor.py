@@ -34,7 +34,7 @@ from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.tiles import AnyRes, Splits
+from mmjax.tokenizers.tiles import AnyRes, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
 FEWEST = 16  # tokens and patches of the smallest bucket
@@ -189,7 +189,7 @@ class Processor:
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes | Splits):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0

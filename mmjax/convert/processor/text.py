@@ -83,14 +83,15 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
     lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
-    own = {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
-    convention = Convention(
-        name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, lead)),
-        pad=pad,
-        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        **(own | _writing(family, known)),
-    )
+    own = {
+        "name": found.config.text("model_type"),
+        "begin": tuple(map(Symbol, lead)),
+        "pad": pad,
+        "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        "placeholder": media.get("image", ""),
+        "placeholder_video": media.get("video", ""),
+    }
+    convention = Convention(**own | _writing(family, found, known))
     added = () if family is None else family.adds
     missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
     if missing:
@@ -122,12 +123,13 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     return chat, plain
 
 
-def _writing(family: Family | None, known: Collection[str]) -> dict[str, Any]:
+def _writing(family: Family | None, found: Found, known: Collection[str]) -> dict[str, Any]:
     """What the family writes around media, as words where it may and the tokenizer has no such symbol."""
     if family is None:
         return {}
+    writing = family.writing(found) if callable(family.writing) else family.writing
     words = {symbol for symbol in family.spelled if not any(one in known for one in places(symbol))}
-    return {name: spelled(value, words) for name, value in family.writing.items()}
+    return {name: spelled(value, words) for name, value in writing.items()}
 
 
 def _begun(template: Template, found: Found) -> bool:
@@ -143,5 +145,5 @@ def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     size = found.config.whole("vocab_size", chat.size if own is None else own.vocab)
     size = inner.whole("vocab_size", size)
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
-    newline = chat.vocab.image if family is not None and family.newline else None
+    newline = chat.vocab.image if family is not None and family.newline else chat.vocab.image_newline
     return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
