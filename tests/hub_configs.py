@@ -50,6 +50,8 @@ GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_th
 GEMMA3 |= {"sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None, "rope_scaling": None}
 OPT_27B = {"model_type": "opt", "ffn_dim": 10240, "hidden_size": 2560, "num_attention_heads": 32}
 OPT_27B |= {"num_hidden_layers": 32, "word_embed_proj_dim": 2560, "_remove_final_layer_norm": False}
+BLIP2 = {"model_type": "blip-2", "image_token_index": 50265, "num_query_tokens": 32, "vision_config": {}}
+BLIP2 |= {"qformer_config": {"model_type": "blip_2_qformer"}, "text_config": OPT_27B | {"vocab_size": 50304}}
 
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
@@ -85,6 +87,7 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         596_049_920,
     ),
     "facebook/opt-2.7b": (OPT_27B, 2_651_596_800),
+    "Salesforce/blip2-opt-2.7b": (BLIP2, 3_744_761_856),
     "google/gemma-2b": (
         {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048}
         | {"intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},

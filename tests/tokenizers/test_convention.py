@@ -157,6 +157,7 @@ EXPECTED = {
         *IDEFICS_REST,
     ),
     "paligemma": ((0, 6, 7), "[1][3]⟨<bos>⟩ or  best? \n", "|*This.**⟨<eos>⟩*"),
+    "blip-2": ((0, 6, 7), "[1][3]⟨</s>⟩ or  best?  ", "*This.**\n*"),
     "gemma-3": (
         (),
         "⟨<bos>⟩",
@@ -203,6 +204,7 @@ OPENS = {
     **dict.fromkeys(("chatml", "qwen-vl", "qwen3-vl", "internvl"), "Why?⟨<|im_end|>⟩\n⟨<|im_start|>⟩assistant\n"),
     **dict.fromkeys(("idefics", "idefics2", "idefics3", "smolvlm"), f"[0]{F}Why?{E}\nAssistant:"),
     "paligemma": "⟨<bos>⟩Why?\n",
+    "blip-2": "⟨</s>⟩Why?",
     "gemma-3": "Why?⟨<end_of_turn>⟩\n⟨<start_of_turn>⟩model\n",
     "flamingo": "Question:Why? Short answer:",
     "segments": "Why?⟨[SEP]⟩",
@@ -233,6 +235,7 @@ CAPTIONED = {
     "idefics3": f"⟨<|begin_of_text|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
     "smolvlm": f"⟨<|im_start|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
     "paligemma": "[0]* A cat. **⟨<eos>⟩*",
+    "blip-2": "[0]⟨</s>⟩* A cat. **\n*",
     "gemma-3": "⟨<bos>⟩\n\n⟨<start_of_image>⟩[0]⟨<end_of_image>⟩\n\n* A cat. **⟨<eos>⟩*",
     "flamingo": "⟨<s>⟩[0]* A cat. **⟨<|endofchunk|>⟩**⟨</s>⟩*",
     "segments": "⟨[CLS]⟩[0]* A cat. **⟨[SEP]⟩*",
@@ -383,7 +386,7 @@ def symbols_in(parts):
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_symbols_are_all_that_is_written(name):
     convention = CONVENTIONS[name]
-    skip = (6, 7, 8, 9) if name == "paligemma" else ()
+    skip = (6, 7, 8, 9) if convention.one_turn else ()
     found = {convention.pad, convention.stop, convention.placeholder, convention.newline} - {""}
     for fuse in ("sequence", "cross"):
         for answer in (False, True):
