@@ -1,7 +1,7 @@
 """Whole models compared on documents: our batch and the reference's tensors from the same ids and the same pixels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -79,12 +79,22 @@ class Given:
     there: np.ndarray
 
 
-def given(documents: Sequence[Sequence[Part]], values: int, cfg: interleave.Config = interleave.PLAIN) -> Given:
-    """A row for each document, with two places more than the longest needs."""
+def given(
+    documents: Sequence[Sequence[Part]],
+    values: int,
+    cfg: interleave.Config = interleave.PLAIN,
+    said: Sequence[np.ndarray | None] | None = None,
+) -> Given:
+    """A row for each document, with two places more than the longest needs.
+
+    said: of each, what the connector reads beside its pictures (interleave.Example.instruction).
+    """
     rows, sizes = [], []
     for i, parts in enumerate(documents):
         layout = Layout.of(str(i), tuple(p for p, _ in parts))
-        rows.append([(interleave.interleave(layout, VOCAB, cfg), [x for _, x in parts if x is not None])])
+        example = interleave.interleave(layout, VOCAB, cfg)
+        example = example if said is None else replace(example, instruction=said[i])
+        rows.append([(example, [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
     tokens, patches, images, _ = np.max(sizes, axis=0)
     bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)

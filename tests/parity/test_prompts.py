@@ -24,14 +24,16 @@ from mmjax.sequence.document import Document, Image, Text
 
 QUERIES, SIDE = 3, 28
 VISION = BLOCKS | {"num_hidden_layers": 2, "image_size": SIDE, "patch_size": 14}
-QFORMER = BLOCKS | {"num_hidden_layers": 3, "vocab_size": 30, "encoder_hidden_size": 32}
+QFORMER = BLOCKS | {"num_hidden_layers": 3, "vocab_size": 21_200, "encoder_hidden_size": 32}
 OPT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 48, "word_embed_proj_dim": 32}
 OPT |= {"model_type": "opt", "max_position_embeddings": 200}
 # name: (its class, vocabulary, symbols, names, begin, the language model)
 SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>", "<image>")
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+LLAMA = BLOCKS | {"model_type": "llama", "num_key_value_heads": 2, "num_hidden_layers": 2}
 DIRECTORIES = {
     "blip-2": ("Blip2", "short", SYMBOLS, NAMES, "<s>", OPT),
+    "instructblip": ("InstructBlip", "llama", SYMBOLS, NAMES, "<s>", LLAMA),
 }
 
 
@@ -68,6 +70,9 @@ def directory(folder, name, layout):
         write(out, "processor_config.json", own)
         write(out, "preprocessor_config.json", images)
     write(out, "generation_config.json", {"eos_token_id": END})
+    if kind == "InstructBlip":
+        bert = transformers.BertTokenizer(vocab=str(vocabularies.file("bert")))
+        bert.save_pretrained(out / "qformer_tokenizer")
     if older:
         said = json.loads((out / "config.json").read_text())
         write(out, "config.json", {k: v for k, v in said.items() if k != "image_token_index"})
@@ -84,7 +89,16 @@ def questions(rng, count):
         yield (text, None if view is None else Pictures.fromarray(view)), Document(str(n), spans)
 
 
-@pytest.mark.parametrize(("name", "layout"), [("blip-2", "older"), ("blip-2", "hub"), ("blip-2", "five")])
+LAYOUTS = [
+    ("blip-2", "older"),
+    ("blip-2", "hub"),
+    ("blip-2", "five"),
+    ("instructblip", "hub"),
+    ("instructblip", "five"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_prompts(name, layout, tmp_path):
     """Ids, pixels and positions of questions; then greedy answers of 64 tokens."""
     torch.set_num_threads(1)
@@ -107,7 +121,9 @@ def test_prompts(name, layout, tmp_path):
         if p:
             np.testing.assert_allclose(normalised(ours, batch.patches[row, None, :p])[0], raster, atol=1e-6)
             inputs.append(want)
-    if layout == "hub":
+            if ours.reader is not None:
+                assert example.instruction.tolist() == want["qformer_input_ids"].tolist()
+    if (name, layout) == ("blip-2", "hub"):
         return
     some = [document for (_, view), document in made if view is not None][:3]
     session = Session(processor.with_colours(huggingface.load(path), ours), ours)

@@ -29,6 +29,7 @@ class Family:
     refined: the policy of pictures with what the image processor's settings do not say.
     per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
     prompts: whether a question is written as its text is: the family has no chat template.
+    reader: the folder of the tokenizer of what its connector reads beside a picture, where it does.
     adds: symbols that its own processor adds to a tokenizer that lacks them.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
@@ -45,6 +46,7 @@ class Family:
     newline: bool = False
     per_picture: Callable[[Settings], int] = lambda config: 0
     prompts: bool = False
+    reader: str = ""
     adds: tuple[str, ...] = ()
 
 
