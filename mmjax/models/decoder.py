@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
@@ -41,6 +41,8 @@ class Config:
     cross: layers between the blocks through which text looks at media.
     window: of the blocks that `blocks.windowed` names, how many tokens one sees backwards, itself included (Mistral,
       Gemma: see sequence.intervals.sliding_window).
+    window_ahead: whether that holds for tokens of a block that see each other too (Gemma 3's pictures). If not, they
+      see all that they see without a window (the prefix of PaliGemma 2, as transformers has it).
     embed_scale: what vectors of the token table are multiplied by (Gemma: sqrt(width)).
     softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
     positions: learned positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
@@ -51,6 +53,7 @@ class Config:
     tied: bool = True
     cross: cross_attention.Config | None = None
     window: int = 0
+    window_ahead: bool = True
     embed_scale: float = 1.0
     softcap: float | None = None
     positions: Positions | None = None
@@ -186,7 +189,16 @@ def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.A
     see = {"order": order, "lo": lo, "hi": hi, "position": position, "length": length, "added": added}
     if not cfg.window:
         return see
-    return see | {"window": (jnp.maximum(lo, own - (cfg.window - 1)), hi)}
+    near = jnp.maximum(lo, own - (cfg.window - 1))
+    return see | {"window": (near if cfg.window_ahead else jnp.where(_in_block(own, hi), lo, near), hi)}
+
+
+@sharding.whole_rows("own", "hi")
+def _in_block(own: Int[Array, "b l"], hi: Int[Array, "b l"]) -> Bool[Array, "b l"]:
+    """Which tokens see later ones, or are the last that the token before them sees."""
+    ahead = hi > own
+    before = jnp.pad(jnp.where(ahead, hi, -2)[:, :-1], ((0, 0), (1, 0)), constant_values=-2)
+    return ahead | (before == own)
 
 
 def _look(cfg: Config, media: tuple | None, lo: jax.Array | None, hi: jax.Array | None) -> tuple:

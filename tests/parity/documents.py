@@ -84,21 +84,24 @@ def given(
     values: int,
     cfg: interleave.Config = interleave.PLAIN,
     said: Sequence[np.ndarray | None] | None = None,
+    **vocab: int,
 ) -> Given:
     """A row for each document, with two places more than the longest needs.
 
     said: of each, what the connector reads beside its pictures (interleave.Example.instruction).
+    vocab: ids that are not VOCAB's.
     """
+    known = replace(VOCAB, **vocab)
     rows, sizes = [], []
     for i, parts in enumerate(documents):
         layout = Layout.of(str(i), tuple(p for p, _ in parts))
-        example = interleave.interleave(layout, VOCAB, cfg)
+        example = interleave.interleave(layout, known, cfg)
         example = example if said is None else replace(example, instruction=said[i])
         rows.append([(example, [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
     tokens, patches, images, _ = np.max(sizes, axis=0)
     bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)
-    batch = build(rows, bucket, values, VOCAB, cfg)
+    batch = build(rows, bucket, values, known, cfg)
     ids = np.where(batch.order >= 0, batch.tokens, VOCAB.pad)[:, :tokens]
     return Given(batch, ids, (batch.order >= 0)[:, :tokens])
 
