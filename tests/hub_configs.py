@@ -77,6 +77,8 @@ INTERNVIT |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 
 DYNAMIC = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
 NEMO = {"head_dim": 128, "hidden_size": 5120, "model_type": "mistral", "num_hidden_layers": 40, "rms_norm_eps": 1e-5}
 NEMO |= {"num_key_value_heads": 8, "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072}
+BLIP2 = {"model_type": "blip-2", "image_token_index": 50265, "num_query_tokens": 32, "vision_config": {}}
+BLIP2 |= {"qformer_config": {"model_type": "blip_2_qformer"}, "text_config": OPT_27B | {"vocab_size": 50304}}
 
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
@@ -112,6 +114,7 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         596_049_920,
     ),
     "facebook/opt-2.7b": (OPT_27B, 2_651_596_800),
+    "Salesforce/blip2-opt-2.7b": (BLIP2, 3_744_761_856),
     "google/gemma-2b": (
         {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048}
         | {"intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},

@@ -51,6 +51,7 @@ FAMILIES: dict[str, str] = {
     "gemma3_text": "decoder",
     "opt": "opt",
     "blip-2": "blip",
+    "instructblip": "blip",
     "llava": "llava",
     "llava_next": "llava",
     "llava_onevision": "llava",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mmjax.connectors import Connector, connect, merger, module
+from mmjax.connectors.qformer_labels import Text
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, stack
@@ -79,6 +80,11 @@ class Config:
                 f"sequence.cross is {sequence.cross!r}; set it to 'last_image' or 'all_images' with cross-attention, "
                 f"and to 'none' without."
             )
+        if self.connector.reads_text != bool(sequence.instruction):
+            raise InputError(
+                f"The connector {'reads' if self.connector.reads_text else 'does not read'} a text beside each "
+                f"picture, but sequence.instruction is {sequence.instruction}; set it to such texts' tokens, or 0."
+            )
         if bool(self.vision.blocks.windowed) != bool(sequence.window):
             raise InputError(
                 f"The vision blocks {self.vision.blocks.windowed} are windowed, but sequence.window is "
@@ -137,7 +143,7 @@ def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None 
     seen = see(params, batch, cfg) if seen is None else seen
     read, at = _read(seen, batch, cfg)
     with jax.named_scope("connector"):
-        tokens = connect(params["connector"], read, cfg.connector, **at)
+        tokens = connect(params["connector"], read, cfg.connector, text=_instruction(batch, cfg), **at)
         if cfg.deep is None:
             return Media(tokens)
         # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.
@@ -160,6 +166,15 @@ def _read(seen: vit.Features, batch: Batch, cfg: Config) -> tuple[Float[Array, "
     read = jnp.concatenate([patches, seen.prefix.reshape(b, n * many, width)], axis=1)
     image = jnp.concatenate([image, jnp.repeat(number, many, axis=1)], axis=1)
     return read, {"image": image, "grid": batch.grid, "order": labels}
+
+
+def _instruction(batch: Batch, cfg: Config) -> Text | None:
+    """What the connector reads beside the pictures."""
+    if not cfg.connector.reads_text:
+        return None
+    if (said := batch.instruction) is None:
+        raise InputError("This connector reads a text beside each picture; make batches with sequence.instruction.")
+    return Text(said.tokens, said.document, said.order)
 
 
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:

@@ -26,6 +26,7 @@ class Config:
       their window's (Qwen2.5-VL).
     frames: whether patches see all frames of their video.
     mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
+    instruction: above 0, the connector reads a text beside each picture, of at most so many tokens (InstructBLIP).
     """
 
     see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
@@ -36,6 +37,7 @@ class Config:
     window: int = 0
     frames: Literal["apart", "together"] = "apart"
     mixes: bool = False
+    instruction: int = 0
 
 
 PLAIN = Config()
@@ -71,6 +73,7 @@ class Example:
     frame_hi: np.ndarray  # i32[f]
     mix_slot: np.ndarray | None = None  # i32[n, 3]
     mix_share: np.ndarray | None = None  # f32[n, 4]
+    instruction: np.ndarray | None = None  # i32[images, words]; what the connector reads beside each, -1 behind its end
 
     @property
     def size(self) -> tuple[int, int, int, int]:

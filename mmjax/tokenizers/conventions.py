@@ -266,6 +266,20 @@ PALIGEMMA = Convention(
     placeholder="<image>",
 )
 
+# Li et al. 2023, BLIP-2, with OPT: queries, then </s>, the prompt and what is said, which a line's end ends.
+BLIP2 = Convention(
+    "blip-2",
+    begin=(S("</s>"),),
+    end=("\n",),
+    assistant=Around((" ",)),
+    prompt=(),
+    media="before_all",
+    one_turn=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<image>",
+)
+
 _GEMMA_IMAGE = Around(("\n\n", S("<start_of_image>")), (S("<end_of_image>"), "\n\n"))
 # Gemma Team 2025, Gemma 3.
 GEMMA3 = Convention(
@@ -339,6 +353,7 @@ CONVENTIONS = {
         IDEFICS3,
         SMOLVLM,
         PALIGEMMA,
+        BLIP2,
         GEMMA3,
         FLAMINGO,
         SEGMENTS,

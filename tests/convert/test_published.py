@@ -19,6 +19,7 @@ from mmjax.train.prepare import refuse_model, refuse_rows
 UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304}
 # The config that is the same model.
 SAME = {
+    "Salesforce/blip2-opt-2.7b": "blip2_opt",
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
@@ -35,6 +36,7 @@ SAME = {
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
+BLIP2, _ = PUBLISHED["Salesforce/blip2-opt-2.7b"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
 NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
@@ -113,6 +115,9 @@ REFUSED = [
     (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
     ({"model_type": "opt", "do_layer_norm_before": False}, "'do_layer_norm_before' is 'False'"),
     ({"model_type": "opt", "word_embed_proj_dim": 512}, "'word_embed_proj_dim' is '512'"),
+    (BLIP2 | {"text_config": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
+    (BLIP2 | {"image_token_index": -1}, "'image_token_index' is '-1'"),
+    (BLIP2 | {"qformer_config": {"position_embedding_type": "relative"}}, "'position_embedding_type'"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),

@@ -174,6 +174,7 @@ EXPECTED = {
         *IDEFICS_REST,
     ),
     "paligemma": ((0, 6, 7), "[1][3]⟨<bos>⟩ or  best? \n", "|*This.**⟨<eos>⟩*"),
+    "blip-2": ((0, 6, 7), "[1][3]⟨</s>⟩ or  best?  ", "*This.**\n*"),
     "gemma-3": (
         (),
         "⟨<bos>⟩",
@@ -222,6 +223,7 @@ OPENS = {
     **dict.fromkeys(("pixtral", "mistral-3"), "Why?⟨[/INST]⟩"),
     "kosmos-2": "⟨</image>⟩ Why?",
     "paligemma": "⟨<bos>⟩Why?\n",
+    "blip-2": "⟨</s>⟩Why?",
     "gemma-3": "Why?⟨<end_of_turn>⟩\n⟨<start_of_turn>⟩model\n",
     "flamingo": "Question:Why? Short answer:",
     "segments": "Why?⟨[SEP]⟩",
@@ -254,6 +256,7 @@ CAPTIONED = {
     "idefics3": f"⟨<|begin_of_text|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
     "smolvlm": f"⟨<|im_start|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
     "paligemma": "[0]* A cat. **⟨<eos>⟩*",
+    "blip-2": "[0]⟨</s>⟩* A cat. **\n*",
     "gemma-3": "⟨<bos>⟩\n\n⟨<start_of_image>⟩[0]⟨<end_of_image>⟩\n\n* A cat. **⟨<eos>⟩*",
     "flamingo": "⟨<s>⟩[0]* A cat. **⟨<|endofchunk|>⟩**⟨</s>⟩*",
     "segments": "⟨[CLS]⟩[0]* A cat. **⟨[SEP]⟩*",

@@ -33,6 +33,7 @@ class Family:
     refined: the policy of pictures with what the image processor's settings do not say.
     per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
     prompts: whether a question is written as its text is: the family has no chat template.
+    reader: the folder of the tokenizer of what its connector reads beside a picture, where it does.
     adds: symbols that its own processor adds to a tokenizer that lacks them.
     readers: of image processors that this family alone has: from settings and the encoder's sizes to the policy, and
       the mean and deviation where the settings have none.
@@ -56,6 +57,7 @@ class Family:
     newline: bool = False
     per_picture: Callable[[Settings], int] = lambda config: 0
     prompts: bool = False
+    reader: str = ""
     adds: tuple[str, ...] = ()
 
 

@@ -14,13 +14,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import files
 from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
-from mmjax.convert.processor.family import stops
+from mmjax.convert.processor.family import Family, stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import chats, load_tokenizer
+from mmjax.convert.processor.text import Reader, chats, load_tokenizer, reader
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -53,6 +55,7 @@ class Processor:
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
     per_picture: media tokens of a picture, where their number is fixed.
     prompts: whether a question is written as its text is, where the directory has no template.
+    reader: tokenizes what the connector reads beside each picture, the question (InstructBLIP).
     patch: pixels a side. group: pictures of a clip in a patch.
     """
 
@@ -68,6 +71,7 @@ class Processor:
     several: Policy | None = None
     per_picture: int = 0
     prompts: bool = False
+    reader: Reader | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -82,12 +86,9 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (
-            self.chat.fingerprint,
-            self.plain.fingerprint,
-            self.preprocessing,
-            f"{self.sequence} {self.per_picture}",
-        )
+        counted = f"{self.sequence} {self.per_picture}"
+        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, counted)
+        parts += () if self.reader is None else (self.reader.fingerprint,)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -147,8 +148,26 @@ class Processor:
         """
         laid = self.layout(document, answer, ask=ask)
         example = interleave.interleave(laid, self.vocab, self.sequence)
+        if self.reader is not None:
+            example = dataclasses.replace(example, instruction=self._said(document, len(example.grid)))
         frames = self.frames([document]) if frames is None else frames
         return example, media.read(document, laid, self.patch, frames)
+
+    def _said(self, document: Document, pictures: int) -> np.ndarray:
+        """The question's ids beside each picture, i32[pictures, words]."""
+        said = "".join(s.text for s in document.spans if isinstance(s, Text) and s.role != "assistant")
+        try:
+            ids = self.reader.ids(said)
+        except InputError as error:
+            raise InputError(f"Document {document.id!r}: {error}") from error
+        return np.tile(np.array(ids, np.int32), (pictures, 1))
+
+    def described(self, examples: Sequence[Example]) -> interleave.Config:
+        """The descriptors of a batch of these: `sequence`, with room for what is read beside their pictures."""
+        if self.reader is None:
+            return self.sequence
+        longest = max(x.instruction.shape[1] for x in examples)
+        return dataclasses.replace(self.sequence, instruction=max(FEWEST, ladder(longest)))
 
     def frames(self, documents: Sequence[Document]) -> int:
         """How many pictures a patch has in a batch of these documents."""
@@ -179,7 +198,8 @@ class Processor:
         made = [self.example(document, answer, ask=ask, frames=frames) for document in documents]
         bucket = self.bucket([example.size for example, _ in made]) if bucket is None else bucket
         values = Values(self.values.patch * frames)
-        return batches.build([[one] for one in made], bucket, values, self.vocab, self.sequence)
+        cfg = self.described([example for example, _ in made])
+        return batches.build([[one] for one in made], bucket, values, self.vocab, cfg)
 
     def bucket(self, sizes: Sequence[tuple[int, ...]]) -> Bucket:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
@@ -240,7 +260,22 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         None if family.several is None else family.several(found, tower, policy, colours),
         family.per_picture(found.config),
         family.prompts,
+        _reader(found, family, model),
     )
+
+
+def _reader(found: Found, family: Family, model: Model | None) -> Reader | None:
+    """The tokenizer of what the connector reads; InputError where the model's words are fewer."""
+    if not family.reader:
+        return None
+    out = reader(found.path / family.reader)
+    rows = getattr(getattr(None if model is None else model.cfg, "connector", None), "vocab", None)
+    if rows is not None and rows < out.tokenizer.size:
+        raise InputError(
+            f"The model's connector has a table of {rows:,} words, and the tokenizer in {found.path / family.reader} "
+            f"{out.tokenizer.size:,}; use the files that belong together"
+        )
+    return out
 
 
 def _refuse_model(vocab: Vocab, model: Model | None, found: Found) -> None:

@@ -1,8 +1,11 @@
 """The tokenizer of a Hugging Face directory, bound to the conventions that its documents are written in."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmjax.convert.families.decoder import FAMILIES
@@ -45,18 +48,72 @@ def lead_of(found: Found, tokenizer: Tokenizer) -> tuple[str, ...]:
     """
     if not isinstance(tokenizer, Hub):
         return (found.named.get("bos_token", "<s>"),) if found.tokens.flag("add_bos_token", False) else ()
-    out: list[str] = []
+    before, after = around(tokenizer, found.path)
+    if after:
+        raise InputError(f"The tokenizer in {found.path} writes a token after every text, so no prompt could go on")
+    return before
+
+
+def around(tokenizer: Hub, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The special tokens that a tokenizer.json has before and after every text.
+
+    Raises:
+      InputError: it says it in a way that is none; `path` is its directory.
+    """
+    before: list[str] = []
+    after: list[str] = []
     try:
         for step in _steps(tokenizer.post_processor):
             if step["type"] in ("BertProcessing", "RobertaProcessing"):
-                raise InputError(
-                    f"The tokenizer in {found.path} writes tokens around every text; no model that chats does"
-                )
+                before.append(step["cls"][0])
+                after.append(step["sep"][0])
             if step["type"] == "TemplateProcessing":
-                out += _before(step["single"], found)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"The post_processor in {found.path}/tokenizer.json is broken ({error!r}); copy it") from error
-    return tuple(out)
+                single = step["single"]
+                at = next((n for n, item in enumerate(single) if "Sequence" in item), len(single))
+                before += [item["SpecialToken"]["id"] for item in single[:at]]
+                after += [item["SpecialToken"]["id"] for item in single[at + 1 :]]
+        if not all(isinstance(symbol, str) for symbol in before + after):
+            raise TypeError("a token is no text")
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise InputError(f"The post_processor in {path}/tokenizer.json is broken ({error!r}); copy it") from error
+    return tuple(before), tuple(after)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A tokenizer of its own for what the connector reads beside a picture (InstructBLIP: BERT's).
+
+    before, after: ids around every text.
+    """
+
+    tokenizer: Tokenizer
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal: equal ones give equal ids."""
+        return hashlib.sha256(f"{self.tokenizer.fingerprint} {self.before} {self.after}".encode()).hexdigest()
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text; InputError where it cannot be encoded."""
+        return [*self.before, *self.tokenizer.encode(text), *self.after]
+
+
+def reader(path: Path) -> Reader:
+    """The tokenizer in a directory, with what it writes around every text.
+
+    Raises:
+      InputError: there is no tokenizer.json, or a broken one.
+    """
+    tokenizer = text.load(path)
+    if not isinstance(tokenizer, Hub):
+        raise InputError(f"{path} holds no tokenizer.json; download it with the model")
+    parts = around(tokenizer, path)
+    missing = [symbol for symbol in (*parts[0], *parts[1]) if symbol not in tokenizer.controls]
+    if missing:
+        raise InputError(f"The tokenizer in {path} writes {shown(missing[0])} around texts, and has no such token")
+    return Reader(tokenizer, *(tuple(tokenizer.controls[symbol] for symbol in part) for part in parts))
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
@@ -64,14 +121,6 @@ def _steps(part: Any) -> list[dict[str, Any]]:
     if part is None:
         return []
     return [step for one in part["processors"] for step in _steps(one)] if "processors" in part else [part]
-
-
-def _before(single: list[dict[str, Any]], found: Found) -> list[str]:
-    """The special tokens before a text; InputError where some stand after it, which would end every prompt."""
-    at = next((n for n, item in enumerate(single) if "Sequence" in item), len(single))
-    if any("SpecialToken" in item for item in single[at:]):
-        raise InputError(f"The tokenizer in {found.path} writes a token after every text, so no prompt could go on")
-    return [item["SpecialToken"]["id"] for item in single[:at]]
 
 
 def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Chat]:
