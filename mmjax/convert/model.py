@@ -55,6 +55,7 @@ FAMILIES: dict[str, str] = {
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "mllama": "mllama",
 }
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000

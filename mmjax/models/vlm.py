@@ -13,7 +13,9 @@ from mmjax.connectors import Connector, connect, merger, module
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, stack
-from mmjax.encoders import vit
+from mmjax.encoders import Encoder, vit
+from mmjax.encoders import module as encoder
+from mmjax.encoders import see as look_at
 from mmjax.models import decoder
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
@@ -38,7 +40,7 @@ class Config:
       its rows: `image_newline` of LLaVA-NeXT and LLaVA-OneVision), whatever token id they carry.
     """
 
-    vision: vit.Config
+    vision: Encoder
     connector: Connector
     decoder: decoder.Config
     placeholder: int | tuple[int, ...] | None = None
@@ -54,6 +56,11 @@ class Config:
             raise InputError(
                 f"DeepStack of {len(self.deepstack)} blocks adds to media tokens in the sequence, after as many blocks "
                 f"of the decoder; leave cross-attention out, and give the decoder enough blocks."
+            )
+        if self.vision.per_picture and self.vision.per_picture != self.connector.per_picture:
+            raise InputError(
+                f"The encoder makes {self.vision.per_picture} features of every picture, and the connector "
+                f"{self.connector.per_picture} media tokens; set its per_picture to that."
             )
         if self.connector.alone:
             raise InputError(
@@ -72,19 +79,25 @@ class Config:
         if (self.decoder.cross is not None) != (sequence.cross != "none"):
             raise InputError(
                 f"The decoder {'looks' if self.decoder.cross else 'does not look'} at media by cross-attention, but "
-                f"sequence.cross is {sequence.cross!r}; set it to 'last_image' or 'all_images' with cross-attention, "
+                f"sequence.cross is {sequence.cross!r}; set it to 'last_image' (or its kin) with cross-attention, "
                 f"and to 'none' without."
             )
-        if bool(self.vision.blocks.windowed) != bool(sequence.window):
+        windows = self.vision.window
+        if (windows is None and not sequence.window) or (windows is not None and sequence.window != windows):
             raise InputError(
-                f"The vision blocks {self.vision.blocks.windowed} are windowed, but sequence.window is "
-                f"{sequence.window}; set both or neither."
+                f"The encoder reads patches in windows of {windows or 'any'} patches a side (0: in none), but "
+                f"sequence.window is {sequence.window}; set both or neither."
+            )
+        if self.vision.canvas != sequence.canvas:
+            raise InputError(
+                f"The encoder has {self.vision.canvas} tiles of every picture, but sequence.canvas is "
+                f"{sequence.canvas}; set it to that."
             )
 
 
 def spec(cfg: Config) -> Spec:
     out = {
-        "vision": vit.spec(cfg.vision),
+        "vision": encoder(cfg.vision).spec(cfg.vision),
         "connector": module(cfg.connector).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
@@ -110,7 +123,7 @@ def costs(cfg: Config) -> budget.Costs:
 def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
     """What the vision encoder sees of the row's pictures: its features, and its blocks' for DeepStack."""
     with jax.named_scope("vision"):
-        return vit.encode(
+        return look_at(
             params["vision"],
             batch.patches,
             cfg.vision,
@@ -118,7 +131,7 @@ def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
             lo=batch.patch_lo,
             hi=batch.patch_hi,
             position=batch.patch_position,
-            window=(batch.window_lo, batch.window_hi) if cfg.vision.blocks.windowed else None,
+            window=(batch.window_lo, batch.window_hi) if cfg.vision.window is None else None,
             taps=cfg.deepstack,
             image=batch.patch_image,
             grid=batch.grid,

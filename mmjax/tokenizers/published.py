@@ -8,6 +8,7 @@ LLaVA-OneVision's is that of its pixels; its model resizes maps of media tokens 
 
 from dataclasses import dataclass
 
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral, Policy
 from mmjax.tokenizers.slices import UHD, Slices
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
@@ -58,5 +59,6 @@ PUBLISHED = {
     "internvl-3": Published(Tiles(14, 448), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 2),
     "idefics3": Published(Splits(14, 364, 1456), HALF, HALF, 2),
     "smolvlm2": Published(Splits(16, 512, 2048), HALF, HALF, 4),
+    "llama-3.2-vision": Published(Canvas(14, 560), latents=4 * 1601),
     "gemma-3": Published(PanAndScan(14, 896), HALF, HALF, 4),
 }
