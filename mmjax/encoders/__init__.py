@@ -11,6 +11,7 @@ class Encoder:
 
     embed: the patch embedding. stacks: the transformers that its tokens go through, by name, in turn.
     per_picture: features of every picture, where that number is fixed; 0: one for each of its patches.
+    prefix: class and register tokens that each picture has besides its patches.
     window: patches a side of what lies together in a row (sequence.interleave.Config.window); 0: nothing does. None:
       whatever that config says, as long as it says something.
     canvas: windows of every picture, where it has as many features as those whatever its size (sequence.interleave).
@@ -18,6 +19,7 @@ class Encoder:
     """
 
     per_picture: int = 0
+    prefix: int = 0
     window: int | None = 0
     canvas: int = 0
 
