@@ -158,6 +158,5 @@ def _decoder(cfg: decoder.Config, row: Row, see: str, media: int) -> float:
         near += len(row.pictures) * each * (each - 1) / 2
     out = _pairs(blocks, (blocks.layers - len(blocks.windowed)) * pairs + len(blocks.windowed) * near)
     if cfg.cross is not None and row.pictures:  # one picture for each token
-        layers = cfg.blocks.layers // cfg.cross.every
-        out += 4.0 * cfg.cross.heads * cfg.cross.head * layers * row.tokens * media / len(row.pictures)
+        out += 4.0 * cfg.cross.heads * cfg.cross.head * len(cfg.crossed) * row.tokens * media / len(row.pictures)
     return out

@@ -200,8 +200,17 @@ def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = Non
 def prefill(
     params: dict, batch: Batch, cfg: Config, cache: KVCache, *, media: Media | None = None
 ) -> tuple[Float[Array, "b l d"], KVCache]:
-    """The same, and the cache with the batch's tokens in it (see models.decoder.cached). For inference."""
+    """The same, and the cache with the batch's tokens in it (see models.decoder.cached). For inference.
+
+    With cross-attention, the media tokens go to the cache as well: they are given, or there as patches, with the first
+    part of a batch that is read in parts.
+    """
     x, see = _placed(params, batch, cfg, media)
+    if "media" in see:
+        # Those of this batch are counted on from those in the cache, as `media_lo` and `media_hi` are.
+        tokens, labels = see["media"]
+        before = cache.media.order.max(-1, keepdims=True) + 1
+        see["media"] = tokens, jnp.where(labels < 0, labels, labels + before)
     with jax.named_scope("decoder"):
         return decoder.cached(params["decoder"], x, cfg.decoder, cache, **see)
 
@@ -215,14 +224,16 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         see["length"] = positions.lengths(batch.document, batch.position)
     with jax.named_scope("decoder"):
         x = decoder.embed(params["decoder"], batch.tokens, cfg.decoder)
-    if known is None and batch.patches.shape[1] == 0 and cfg.decoder.cross is None:
-        return _marked(params, x, batch, cfg), see  # rows of text alone
+    if cfg.decoder.cross is not None:
+        see |= {"media_lo": batch.media_lo, "media_hi": batch.media_hi}
+    if known is None and batch.patches.shape[1] == 0:
+        return _marked(params, x, batch, cfg), see  # rows of text alone, or whose media were read before
     found = media(params, batch, cfg) if known is None else known
     if cfg.decoder.cross is not None:
         exists = present(batch, cfg)
         exists = batch.patch_order >= 0 if exists is None else exists
         labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
-        see |= {"media": (found.tokens, labels), "media_lo": batch.media_lo, "media_hi": batch.media_hi}
+        see["media"] = (found.tokens, labels)
     else:
         at = _mixed(found.tokens, batch)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)

@@ -118,6 +118,9 @@ def last_image(length: int, at: Sequence[int], media: Sequence[int]) -> Interval
         t        x x
         t        x x
 
+    What is between hi and lo of a token before the first picture are all media tokens of the document: those that a
+    layer shows it which shows such tokens everything (nn.cross_attention.Config.blind).
+
     Args:
       length: tokens in the document.
       at: for every picture the token from which on it is seen, rising.
@@ -126,7 +129,8 @@ def last_image(length: int, at: Sequence[int], media: Sequence[int]) -> Interval
     which = np.searchsorted(np.asarray(at, np.int64), np.arange(length), side="right") - 1
     stops = np.cumsum(np.asarray(media, np.int64))
     starts = stops - np.asarray(media, np.int64)
-    lo, hi = (np.append(x, y)[which].astype(np.int32) for x, y in ((starts, 0), (stops - 1, -1)))
+    total = sum(media)
+    lo, hi = (np.append(x, y)[which].astype(np.int32) for x, y in ((starts, total), (stops - 1, -1)))
     return lo, hi
 
 
@@ -140,7 +144,7 @@ def all_images(length: int, at: Sequence[int], media: Sequence[int]) -> Interval
     t  x x x x x
     """
     lo, hi = last_image(length, at, media)
-    return np.zeros_like(lo), hi
+    return np.where(hi < 0, lo, np.int32(0)), hi
 
 
 def last_images(length: int, at: Sequence[int], media: Sequence[int], hidden: int = 0) -> Intervals:
