@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.connectors import Connector, connect, merger, module
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, stack
-from mmjax.encoders import Encoder, vit
+from mmjax.encoders import Encoder, tiled, vit
 from mmjax.encoders import module as encoder
 from mmjax.encoders import see as look_at
 from mmjax.models import decoder
@@ -159,7 +159,11 @@ def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None 
 
 def _read(seen: vit.Features, batch: Batch, cfg: Config) -> tuple[Float[Array, "b s d"], dict]:
     """The features that the connector reads, and where they are: patches, and class and register tokens behind them."""
-    image, order = batch.patch_image, batch.patch_order
+    image, order, many = batch.patch_image, batch.patch_order, cfg.vision.per_picture
+    if many:
+        number = jnp.where(batch.grid.prod(-1) > 0, jnp.arange(batch.grid.shape[1], dtype=jnp.int32)[None], -1)
+        image = jnp.repeat(number, many, axis=1)
+        order = jnp.where(image >= 0, jnp.arange(image.shape[1], dtype=jnp.int32)[None], -1)
     if not cfg.connector.prefix:
         return seen.patches, {"image": image, "grid": batch.grid, "order": order}
     if seen.prefix is None:
@@ -230,10 +234,7 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         return _marked(params, x, batch, cfg), see  # rows of text alone, or whose media were read before
     found = media(params, batch, cfg) if known is None else known
     if cfg.decoder.cross is not None:
-        exists = present(batch, cfg)
-        exists = batch.patch_order >= 0 if exists is None else exists
-        labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
-        see["media"] = (found.tokens, labels)
+        see["media"] = (found.tokens, _labels(batch, cfg, found.tokens.shape[1]))
     else:
         at = _mixed(found.tokens, batch)
         x = jnp.where((batch.slot >= 0)[:, :, None], at.astype(x.dtype), x)
@@ -244,6 +245,24 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         # Zeros where there is no media token.
         see["added"] = sharding.take_rows(found.deep.transpose(1, 2, 0, 3), batch.slot)
     return _marked(params, x, batch, cfg), see
+
+
+def _labels(batch: Batch, cfg: Config, count: int) -> Int[Array, "b m"]:
+    """Labels of the row's media tokens that text looks at by cross-attention, -1 where there is none."""
+    if cfg.vision.canvas:
+        return tiled.labels(batch.grid, _firsts(batch, cfg.connector.per_picture), cfg.vision)
+    exists = present(batch, cfg)
+    exists = batch.patch_order >= 0 if exists is None else exists
+    return jnp.where(exists, jnp.arange(count, dtype=jnp.int32)[None], -1)
+
+
+def _firsts(batch: Batch, per_picture: int) -> Int[Array, "b n"]:
+    """The first picture of each picture's document: a document's first token looks at it, or sees all from it on."""
+    document, lo, hi = sharding.unsplit((batch.document, batch.media_lo, batch.media_hi))
+    begins = (document >= 0) & (document != jnp.pad(document, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])
+    first = jnp.where(begins, jnp.where(lo <= hi, lo, hi + 1) // per_picture, 0)[:, None]
+    number = jnp.arange(batch.grid.shape[1], dtype=jnp.int32)[None, :, None]
+    return jnp.where(first <= number, first, 0).max(-1)
 
 
 def _mixed(tokens: Float[Array, "b m d"], batch: Batch) -> Float[Array, "b l d"]:

@@ -41,6 +41,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import processor
 from mmjax.nn import patch_embed
+from mmjax.nn.patch_embed import OPENAI
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
 
@@ -64,6 +65,13 @@ QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_to
 COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
+HEADED_MEDIA = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<|image|>' }}{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 # model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
 DIRECTORIES = {
     "llava": (
@@ -103,6 +111,17 @@ DIRECTORIES = {
             "vision_aspect_ratio": "anyres_max_2",
         },
         {"model_type": "siglip_vision_model", "patch_size": 14, "image_size": 60},
+    ),
+    "mllama": (
+        "llama3",
+        ("<|finetune_right_pad_id|>", *LLAMA3_SYMBOLS, "<|image|>"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "image_token": "<|image|>"},
+        "",
+        HEADED_MEDIA,
+        "MllamaImageProcessor",
+        {"size": square(28), "max_image_tiles": 4, "image_mean": OPENAI[0], "image_std": OPENAI[1]},
+        {"processor_class": "MllamaProcessor"},
+        {"patch_size": 14, "image_size": 28, "max_num_tiles": 4},
     ),
     "qwen2_vl": (
         "short",
@@ -262,12 +281,41 @@ def normalised(ours, patches):
     return np.asarray(patch_embed.normalise(jnp.asarray(patches), cfg))
 
 
+def canvases(ours, output):
+    """transformers' tiles, put together again: [3, height, width] of each picture."""
+    shapes, side = ours.resolution.shapes, ours.resolution.tile
+    for found, number in zip(np.asarray(output["pixel_values"])[0], np.ravel(output["aspect_ratio_ids"]), strict=True):
+        rows, columns = shapes[number - 1]
+        tiles = found[: rows * columns].reshape(rows, columns, 3, side, side)
+        yield tiles.transpose(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
+
+
+def looked_at(ours, x, output):
+    """Which tiles every token looks at [tokens, pictures, tiles], and which transformers says."""
+    want = np.asarray(output["cross_attention_mask"])[0]
+    counts = x.grid.prod(-1) // ours.sequence.window**2
+    first = np.cumsum(counts) - counts
+    label = np.full(want.shape[1:], -1)
+    for n, count in enumerate(counts):
+        label[n, :count] = (first[n] + np.arange(count)) * (ours.per_picture // ours.sequence.canvas)
+    return (x.media_lo[:, None, None] <= label) & (label <= x.media_hi[:, None, None]) & (label >= 0), want
+
+
+def patched(views, p):
+    """[n, 3, H, W] as patches, row by row."""
+    n, _, height, width = views.shape
+    cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
+    return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
+
+
 def expected_patches(name, ours, output):
     """transformers' pixels as patches [n, values], picture after picture, row by row."""
     found = output.get("pixel_values")
     if found is None:
         return np.zeros((0, ours.patch**2 * 3), np.float32)
     p = ours.patch
+    if "aspect_ratio_ids" in output:
+        return np.concatenate([patched(canvas[None], p) for canvas in canvases(ours, output)])
     if "image_grid_thw" not in output:
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
         if "image_sizes" in output:  # every picture has as many tiles as the one that has most
@@ -277,9 +325,7 @@ def expected_patches(name, ours, output):
             counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sides]
             views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
         views = np.concatenate(views)
-        n, _, height, width = views.shape
-        cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
-        return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
+        return patched(views, p)
     out, at = [], 0
     found = np.asarray(found).reshape(-1, 3, 2, p, p)
     np.testing.assert_array_equal(found[:, :, 0], found[:, :, 1])
@@ -317,6 +363,8 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_allclose(
                 normalised(ours, batch.patches[row, None, :p])[0], raster[x.patch_raster], atol=1e-6
             )
+        if "cross_attention_mask" in want:
+            np.testing.assert_array_equal(*looked_at(ours, x, want))
         if name in MODELS:
             grids = {"image_grid_thw": torch.as_tensor(np.asarray(want["image_grid_thw"]))} if p else {}
             if p:
@@ -346,7 +394,6 @@ PLAIN_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GEMMA_SYMBOLS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 LEGACY = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 # name: (vocabulary, symbols, names, begin, template, settings of the tokenizer that are changed)

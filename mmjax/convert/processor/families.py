@@ -1,6 +1,6 @@
 """Whose processors mmjax has: every family by the model_type in config.json, one file each beside this one."""
 
-from mmjax.convert.processor import blip, llava, qwen_vl
+from mmjax.convert.processor import blip, llava, mllama, qwen_vl
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
@@ -8,6 +8,7 @@ from mmjax.core.errors import InputError
 FAMILIES: dict[str, Family] = {
     **blip.FAMILIES,
     **llava.FAMILIES,
+    **mllama.FAMILIES,
     **qwen_vl.FAMILIES,
 }
 

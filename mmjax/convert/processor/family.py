@@ -31,6 +31,9 @@ class Family:
     prompts: whether a question is written as its text is: the family has no chat template.
     adds: symbols that its own processor adds to a tokenizer that lacks them.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
+    cross: whether text looks at media by cross-attention: their markers alone stand in the sequence.
+    begins: whether its processor writes `bos_token` before every text of its own accord.
+    more: rows of its token table beyond what config.json calls vocab_size.
     """
 
     processors: tuple[str, ...]
@@ -46,6 +49,9 @@ class Family:
     per_picture: Callable[[Settings], int] = lambda config: 0
     prompts: bool = False
     adds: tuple[str, ...] = ()
+    cross: bool = False
+    begins: bool = False
+    more: int = 0
 
 
 def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Fixed, Policy
 from mmjax.tokenizers.tiles import AnyRes
 from mmjax.tokenizers.vocab import Vocab
@@ -125,7 +126,8 @@ class Processor:
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
         policy = self.resolution if alone else self.several
-        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
+        fuse = "sequence" if self.sequence.cross == "none" else "cross"
+        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask, fuse=fuse)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
@@ -179,11 +181,11 @@ class Processor:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
         Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size: so that a few compiled programs serve all lengths.
+        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes):
+        if isinstance(self.resolution, Fixed | AnyRes | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from mmjax.convert.processor.family import Family
@@ -14,7 +15,7 @@ from mmjax.tokenizers.base import Tokenizer
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.convention import Convention
 from mmjax.tokenizers.hub import Hub
-from mmjax.tokenizers.parts import NOTHING, Symbol
+from mmjax.tokenizers.parts import NOTHING, Around, Symbol
 from mmjax.tokenizers.template import Template
 from mmjax.tokenizers.vocab import Vocab
 
@@ -80,13 +81,14 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
     lead = lead_of(found, tokenizer)
+    if family is not None and family.begins:
+        lead += (found.named.get("bos_token", "<|begin_of_text|>"),)
     convention = Convention(
         name=found.config.text("model_type"),
         begin=tuple(map(Symbol, lead)),
         pad=pad,
         stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        placeholder=media.get("image", ""),
-        placeholder_video=media.get("video", ""),
+        **_places(media, family),
         **({} if family is None else family.writing),
     )
     added = () if family is None else family.adds
@@ -111,11 +113,18 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
-    nothing = dict.fromkeys(("image", "video"), NOTHING)
+    nothing = {} if family is not None and family.cross else dict.fromkeys(("image", "video"), NOTHING)
     begin = () if family is None or not lead or _begun(template, found) else convention.begin
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
+
+
+def _places(media: Mapping[str, str], family: Family | None) -> dict[str, Any]:
+    """Fields of a convention: what stands where a medium's tokens go, or for a medium that is looked at from beside."""
+    if family is not None and family.cross:
+        return {kind: Around((Symbol(symbol),)) for kind, symbol in media.items()}
+    return {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
 
 
 def _begun(template: Template, found: Found) -> bool:
@@ -130,4 +139,5 @@ def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
     newline = chat.vocab.image if family is not None and family.newline else None
-    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
+    more = 0 if family is None else family.more
+    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1) + more)
