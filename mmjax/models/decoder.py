@@ -62,8 +62,8 @@ class Config:
     def __post_init__(self):
         if not 0 <= self.unsaid < self.vocab or (self.unsaid and self.tied):
             raise InputError(
-                f"The decoder never says {self.unsaid} of its {self.vocab} ids; that must leave some, and its head be a "
-                f"table of its own (tied off)."
+                f"The decoder never says {self.unsaid} of its {self.vocab} ids; leave it some, and a head of its own "
+                f"(tied off)."
             )
         if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
             raise InputError(

@@ -3,6 +3,7 @@
 Profiles and compiled programs name its parts: vision, connector, decoder (`jax.named_scope`).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +15,7 @@ from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, stack
 from mmjax.encoders import Encoder, tiled, vit
-from mmjax.encoders import module as encoder
+from mmjax.encoders import module as encoder_of
 from mmjax.encoders import see as look_at
 from mmjax.models import decoder
 from mmjax.models.tower import Media
@@ -99,7 +100,7 @@ class Config:
 
 def spec(cfg: Config) -> Spec:
     out = {
-        "vision": encoder(cfg.vision).spec(cfg.vision),
+        "vision": encoder_of(cfg.vision).spec(cfg.vision),
         "connector": module(cfg.connector).spec(cfg.connector),
         "decoder": decoder.spec(cfg.decoder),
     }
@@ -119,7 +120,11 @@ def costs(cfg: Config) -> budget.Costs:
     def blocks(b: transformer.Config) -> budget.Blocks:
         return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
 
-    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
+    # Transformers that follow each other are of one width and as good as one.
+    layers = sum(stack.layers for stack in cfg.vision.stacks.values())
+    encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
+    tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
+    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, encoder, bytes=4, tokens=tokens)
 
 
 def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:

@@ -148,7 +148,7 @@ def configure_vision(config: dict) -> tiled.Config:
     first = raw.size(config, "num_hidden_layers", 32)
     channels = raw.size(config, "num_channels", 3)
     return tiled.Config(
-        embed=patch_embed.Config(patch, width, channels, *raw.HALF, bias=False),
+        embed=patch_embed.Config(patch, width, channels, *raw.OPENAI, bias=False),
         blocks=tower(first),
         whole=tower(raw.size(config, "num_global_layers", 8), gate=math.pi / 4),
         side=image // patch,

@@ -31,9 +31,9 @@ from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
-from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Fixed, Policy
 from mmjax.tokenizers.tiles import AnyRes
 from mmjax.tokenizers.vocab import Vocab

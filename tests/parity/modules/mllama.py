@@ -4,8 +4,6 @@ Every row by itself in the reference: of rows together it pads the number of pic
 picture see that padding too. What a row's logits are would depend on its neighbours.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,9 @@ import transformers
 from parity import documents
 from parity.documents import VOCAB, words
 from parity.harness import Compare, system, twin
-from safetensors.numpy import load_file, save_file
 from transformers.models.mllama import processing_mllama as theirs
 
-from mmjax.nn.patch_embed import HALF
+from mmjax.nn.patch_embed import OPENAI
 from mmjax.sequence import interleave
 from mmjax.sequence.layout import IMAGE, TEXT, Piece
 
@@ -64,7 +61,7 @@ def row(m: torch.nn.Module, ids: np.ndarray, canvases: list[np.ndarray]) -> torc
         pixels, there = np.zeros((1, n, TILES, 3, SIDE, SIDE)), np.zeros((1, n, TILES), np.int64)
         shapes, counts = [], []
         for i, canvas in enumerate(canvases):
-            own = documents.pixels(list(tiles(canvas)), HALF)
+            own = documents.pixels(list(tiles(canvas)), OPENAI)
             pixels[0, i, : len(own)], there[0, i, : len(own)] = own, 1
             counts.append(len(own))
             shapes.append(SHAPES.index([canvas.shape[0] // SIDE, canvas.shape[1] // SIDE]) + 1)
@@ -100,3 +97,34 @@ def mllama(c: Compare, twin: torch.nn.Module, rewrite=lambda path: path, shard: 
 @system("Llama 3.2 Vision")
 def mllama_five(c: Compare) -> None:
     mllama(c, model(), shard="40KB")
+
+
+def hub(path: Path) -> Path:
+    """As the hub has Llama-3.2-11B-Vision: the rotary settings of version 4, most of what is default left out."""
+    names = load_file(path / "model.safetensors")
+    assert any(k.startswith("language_model.model.layers.") for k in names)
+    config = json.loads((path / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    for key in ("hidden_act", "rms_norm_eps", "tie_word_embeddings", "dropout"):
+        del text[key]
+    for key in ("hidden_act", "norm_eps", "num_channels", "supported_aspect_ratios", "max_num_tiles"):
+        del vision[key]
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def inner(path: Path) -> Path:
+    """The names that transformers 5 has in memory."""
+    named = {}
+    for key, value in load_file(path / "model.safetensors").items():
+        key = key.replace("language_model.lm_head", "lm_head").replace("language_model.model", "language_model")
+        named[key if key.startswith("lm_head") else f"model.{key}"] = value
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@system("Llama 3.2 Vision (hub files)")
+def mllama_hub(c: Compare) -> None:
+    mllama(c, model(), lambda path: inner(hub(path)))
