@@ -156,7 +156,7 @@ def test_what_is_not_computed_is_refused_by_name(given, says):
 
 
 def test_a_family_of_another_layout_is_refused_by_name():
-    with pytest.raises(InputError, match="model_type 'internvl_chat': did you mean internvl?"):
+    with pytest.raises(InputError, match=r"model_type 'internvl_chat': did you mean internvl\?"):
         found({"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}})
 
 
