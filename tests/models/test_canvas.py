@@ -7,46 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fused import VALUES, VOCAB, Letters
-from tiny import randomised, tiny_model
+from canvases import POLICY, SEQUENCE, TILES, documents, make, model
+from fused import VOCAB, Letters
+from tiny import randomised
 
 from mmjax.connectors import linear
 from mmjax.core.errors import InputError
-from mmjax.encoders import tiled
 from mmjax.models import decoder, vlm
-from mmjax.nn import cross_attention, patch_embed, transformer
-from mmjax.sequence import batch as batches
 from mmjax.sequence import intervals, invariants
 from mmjax.sequence.batch import Bucket
-from mmjax.sequence.document import Document, Image, Text
-from mmjax.sequence.interleave import Config, interleave
+from mmjax.sequence.document import Document, Image
+from mmjax.sequence.interleave import interleave
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers.canvas import Canvas
-
-SIDE, TILES = 2, 2
-SEQUENCE = Config(cross="last_images", window=SIDE, canvas=TILES)
-POLICY = Canvas(4, 4 * SIDE, TILES)
-WIDE, SMALL, TALL = (Image(*size, b"") for size in ((8, 16), (8, 8), (16, 8)))
-
-
-@functools.cache
-def model() -> vlm.Config:
-    plain = tiny_model(vocab=40)
-    blocks = transformer.Config(8, 1, 2, 2, 4, 12, "gelu", gated=False, norm_kind="layer")
-    vision = tiled.Config(
-        patch_embed.Config(4, 8, bias=False),
-        blocks,
-        dataclasses.replace(blocks, gate=0.5),
-        SIDE,
-        TILES,
-        POLICY.shapes,
-        taps=(0,),
-    )
-    cross = cross_attention.Config(16, 16, 2, 8, 24, at=(1,), blind="all")
-    language = dataclasses.replace(plain.decoder, cross=cross, unsaid=3, tied=False)
-    out = vlm.Config(vision, linear.Config(16, 16, per_picture=vision.per_picture), language)
-    out.refuse(SEQUENCE)
-    return out
 
 
 @functools.cache
@@ -57,25 +30,6 @@ def logits():
 @functools.cache
 def params():
     return randomised(vlm.spec(model()))
-
-
-def make(rows, bucket):
-    def one(document):
-        laid = layout(document, Letters(), POLICY, model().connector.tokens, fuse="cross")
-        rng = np.random.default_rng(len(document.id))
-        x = interleave(laid, VOCAB, SEQUENCE)
-        return x, [rng.integers(0, 256, (int(np.prod(g)), VALUES), dtype=np.uint8) for g in x.grid]
-
-    batch = batches.build([[one(d) for d in row] for row in rows], bucket, VALUES, VOCAB, SEQUENCE)
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def documents():
-    return [
-        Document("a", (Text("see"), WIDE, Text("cat", "assistant", True))),
-        Document("bb", (SMALL, TALL, Text("or"), SMALL, Text("so", "assistant", True))),
-        Document("ccc", (Text("no"), Text("yes", "assistant", True))),
-    ]
 
 
 def test_packed_equals_alone():
@@ -111,13 +65,14 @@ def test_labels_that_text_looks_at():
     """Pictures side by side are looked at together, those of one tile without the padding of the other."""
     x = interleave(layout(documents()[1], Letters(), POLICY, model().connector.tokens, fuse="cross"), VOCAB, SEQUENCE)
     places = model().vision.places
-    marks = np.flatnonzero(x.tokens == VOCAB.image_start)
+    first, second, third = np.flatnonzero(x.tokens == VOCAB.image_start)
+    seen = list(zip(x.media_lo.tolist(), x.media_hi.tolist(), strict=True))
     assert x.media == 3 * TILES * places
-    assert (x.media_lo[: marks[0]], x.media_hi[: marks[0]]) == (x.media, -1)
-    assert (x.media_lo[marks[0]], x.media_hi[marks[0]]) == (0, places - 1)
-    after = marks[1] + 1
-    assert (x.media_lo[marks[1] :][0], x.media_hi[after]) == (places, 3 * places - 1)
-    assert (x.media_lo[-1], x.media_hi[-1]) == (3 * places, 4 * places - 1)
+    assert set(seen[:first]) == {(x.media, -1)}
+    assert seen[first] == (0, places - 1)
+    assert second == first + 1
+    assert set(seen[second:third]) == {(0, 3 * places - 1)}
+    assert set(seen[third:]) == {(3 * places, 4 * places - 1)}
 
 
 def test_pictures_next_to_each_other():

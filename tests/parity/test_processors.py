@@ -377,6 +377,27 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             assert batch.position[row, :n, 0].tolist() == list(range(n))
 
 
+def test_pictures_that_a_text_begins_with_stand_before_its_first_token(tmp_path):
+    """Llama 3.2 Vision's own processor writes that token, behind them, and none where it is there."""
+    path = directory(tmp_path, "mllama", "hub")
+    ours, theirs = processor.load(path), reference(path, "mllama")
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((30, 70), (50, 20), (9, 9))]
+    shown = [Image(*one.shape[:2], one, "document") for one in pictures]
+    first, middle = Text(" what? ", "document"), Text("and", "document")
+    for spans, text, count in (
+        ((*shown[:2], first, shown[2], middle), "<|image|><|image|> what? <|image|>and", 3),
+        ((first, shown[0], middle), " what? <|image|>and", 1),
+        ((first,), " what? ", 0),
+    ):
+        images = [[Pictures.fromarray(one) for one in pictures[:count]]] if count else None
+        want = theirs(text=text, images=images)
+        x, _ = ours.example(Document("d", spans))
+        assert x.tokens.tolist() == np.ravel(want["input_ids"]).tolist()
+        if count:
+            np.testing.assert_array_equal(*looked_at(ours, x, want))
+
+
 INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
     "' [/INST]' }}{% elif message['role'] == 'system' %}{{ '<<SYS>>' + message['content'] }}{% else %}"
