@@ -134,6 +134,12 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "video_token_index": 151647},
         8_030_348_832,
     ),
+    "meta-llama/Llama-3.2-11B-Vision": (
+        {"model_type": "mllama", "image_token_index": 128256}
+        | {"text_config": {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}}
+        | {"vision_config": {"model_type": "mllama_vision_model", "image_size": 560, "hidden_act": "gelu"}},
+        10_670_220_835,
+    ),
     "Qwen/Qwen2-VL-2B-Instruct": (
         qwen(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True)
         | MROPE

@@ -61,6 +61,7 @@ FAMILIES: dict[str, str] = {
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "mllama": "mllama",
     "paligemma": "siglip_vlm",
     "gemma3": "siglip_vlm",
     "deepseek_vl": "siglip_vlm",

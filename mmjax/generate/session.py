@@ -194,6 +194,8 @@ class Session:
         if read is not None:
             layout = layouts[0]
             known = None if self._state is None or not self._keeps else self._read
+            if known is not None and self.processor.sequence.canvas and known.media != read.media:
+                known = None  # padding of the pictures before would stand between them and new ones
             kept = 0 if known is None else prompts.common(known, read, layout)
             rest = prompts.rest(*made[0], layout, kept)
             made, seen = [rest], made[0][0].media - rest[0].media

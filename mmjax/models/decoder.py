@@ -37,6 +37,7 @@ class Positions:
 class Config:
     """Sizes and variants.
 
+    vocab: ids that are read. unsaid: the last of them, which are never said: the head has no rows for them (Mllama).
     tied: the head is the token table.
     cross: layers between the blocks through which text looks at media.
     window: of the blocks that `blocks.windowed` names, how many tokens one sees backwards, itself included (Mistral,
@@ -57,8 +58,14 @@ class Config:
     embed_scale: float = 1.0
     softcap: float | None = None
     positions: Positions | None = None
+    unsaid: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.unsaid < self.vocab or (self.unsaid and self.tied):
+            raise InputError(
+                f"The decoder never says {self.unsaid} of its {self.vocab} ids; leave it some, and a head of its own "
+                f"(tied off)."
+            )
         if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
             raise InputError(
                 f"The decoder's window is {self.window}, and its blocks {self.blocks.windowed} are windowed; a window "
@@ -77,6 +84,11 @@ class Config:
         own = self.positions
         if own is not None and not 0 <= own.first < (own.first + 1 if own.rows is None else own.rows):
             raise InputError(f"The decoder's {self.positions} has no row for the first token; give it more rows.")
+
+    @property
+    def said(self) -> int:
+        """Ids that may come next: so many logits there are."""
+        return self.vocab - self.unsaid
 
     @property
     def crossed(self) -> tuple[int, ...]:
@@ -106,7 +118,7 @@ def spec(cfg: Config) -> Spec:
     if cfg.positions is not None and cfg.positions.rows is not None:
         out["positions"] = ParamSpec((cfg.positions.rows, width), (None, "embed"), Normal(0.02))
     if not cfg.tied:
-        out["head"] = ParamSpec((cfg.vocab, width), ("vocab", "embed"), fan_in(width))
+        out["head"] = ParamSpec((cfg.said, width), ("vocab", "embed"), fan_in(width))
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Audio, Document, Image, Video
 from mmjax.tokenizers.parts import NOTHING, Around, Medium, Part, Symbol, Writing, plain
-from mmjax.tokenizers.writing import Fuse, Writer
+from mmjax.tokenizers.writing import Fuse, Writer, written_around
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Convention:
     prompt: what opens the answer to a question; None: what opens the assistant's turn.
     default_system: the system's text where a conversation has none.
     media: where a turn's media stand: where they are, before its text, before what opens the turn, or before all else
-      that is written of the document, `begin` included (BLIP-2).
+      that is written of the document, `begin` included (BLIP-2). "before_begin": where they are, but `begin` is written
+      after those that a document begins with (Llama 3.2 Vision).
     chunk: closes what was said about a medium: before the next one and at the document's end (Flamingo).
     lead: stands before a turn's text where nothing but words comes first (Idefics).
     strip: whether white space is left out at both ends of a turn, or of every text.
@@ -112,7 +113,7 @@ class Convention:
     audio: Around = NOTHING
     prompt: Writing | None = None
     default_system: str | None = None
-    media: Literal["in_place", "first", "ahead", "before_all"] = "in_place"
+    media: Literal["in_place", "first", "ahead", "before_begin", "before_all"] = "in_place"
     chunk: Writing = ()
     lead: Writing = ()
     strip: Literal["nothing", "turn", "text"] = "nothing"
@@ -154,18 +155,23 @@ class Convention:
           InputError: a role that does not exist, or turns that the convention has no way to write.
         """
         if self.template is not None:
-            if fuse == "cross" or skip:
+            if skip:
                 raise InputError(
-                    f"Document {document.id!r}: a chat template writes media in the sequence and leaves nothing out; "
-                    f"use one of mmjax's own conventions."
+                    f"Document {document.id!r}: a chat template leaves nothing out; use one of mmjax's own conventions."
                 )
             parts = self.template.parts(document, answer=answer)
-            return [*plain(self.begin), *(self._around(p, document) if isinstance(p, Medium) else p for p in parts)]
-        out = [*plain(self.begin), *Writer(self, document, fuse).write(answer, skip)]
+            around = (self._around(p, document, fuse) if isinstance(p, Medium) else p for p in parts)
+            return [*plain(self.begin), *around]
+        written = Writer(self, document, fuse).write(answer, skip)
+        first = 0
+        if self.media == "before_begin":
+            first = next((n for n, part in enumerate(written) if not isinstance(part, Medium)), len(written))
+        out = [*written[:first], *plain(self.begin), *written[first:]]
         return sorted(out, key=lambda part: not isinstance(part, Medium)) if self.media == "before_all" else out
 
-    def _around(self, medium: Medium, document: Document) -> Medium:
-        around = {Image: self.image, Video: self.video, Audio: self.audio}[type(document.spans[medium.span])]
+    def _around(self, medium: Medium, document: Document, fuse: Fuse) -> Medium:
+        span = document.spans[medium.span]
+        around = written_around({Image: self.image, Video: self.video, Audio: self.audio}[type(span)], span, fuse)
         return Medium(medium.span, tuple(plain(around.before)), tuple(plain(around.after)))
 
 

@@ -118,6 +118,18 @@ LLAVA_LLAMA_3 = Convention(
     newline="<image_newline>",  # not in their vocabulary: a vector of the model's own, here the token table's last
 )
 
+# Llama 3.2 Vision, whose text looks at pictures from beside: a marker stands for each (llama_models' chat_format).
+LLAMA_VISION = replace(
+    LLAVA_LLAMA_3,
+    name="llama-3.2-vision",
+    image=Around((S("<|image|>"),)),
+    media="before_begin",
+    strip="nothing",
+    pad="<|finetune_right_pad_id|>",
+    placeholder="",
+    newline="",
+)
+
 
 def _chatml(role: str) -> Around:
     return Around((S("<|im_start|>"), f"{role}\n"), (S("<|im_end|>"), "\n"))
@@ -341,6 +353,7 @@ CONVENTIONS = {
         LLAVA_V1,
         LLAVA_HF,
         LLAVA_LLAMA_3,
+        LLAMA_VISION,
         CHATML,
         QWEN_VL,
         QWEN3_VL,

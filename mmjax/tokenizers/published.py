@@ -8,6 +8,7 @@ LLaVA-OneVision's is that of its pixels; its model resizes maps of media tokens 
 
 from dataclasses import dataclass
 
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral, Policy
 from mmjax.tokenizers.slices import UHD, Bounded, Slices
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
@@ -62,5 +63,6 @@ PUBLISHED = {
     "smolvlm2": Published(Splits(16, 512, 2048), HALF, HALF, 4),
     "paligemma": Published(Fixed(14, 224, 224), HALF, HALF),
     "deepseek-vl": Published(Fixed(16, 384, 384, "inset", 14)),
+    "llama-3.2-vision": Published(Canvas(14, 560), latents=4 * 1601),
     "gemma-3": Published(PanAndScan(14, 896), HALF, HALF, 4),
 }

@@ -23,6 +23,7 @@ SAME = {
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "meta-llama/Llama-3.2-11B-Vision": "llama3_2_vision",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
@@ -40,6 +41,7 @@ BLIP2, _ = PUBLISHED["Salesforce/blip2-opt-2.7b"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
 NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
+MLLAMA, _ = PUBLISHED["meta-llama/Llama-3.2-11B-Vision"]
 
 
 def found(given: dict):
@@ -62,7 +64,8 @@ def test_the_config_of_the_same_name_is_the_published_model(name):
     def plain(blocks):
         return dataclasses.replace(blocks, remat="none")
 
-    vision = dataclasses.replace(cfg.model.vision, blocks=plain(cfg.model.vision.blocks))
+    stacks = {name: plain(stack) for name, stack in cfg.model.vision.stacks.items()}
+    vision = dataclasses.replace(cfg.model.vision, **stacks)
     language = dataclasses.replace(cfg.model.decoder, blocks=plain(cfg.model.decoder.blocks))
     model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
     assert found(PUBLISHED[name][0]).cfg == model
@@ -131,6 +134,14 @@ REFUSED = [
     ({"model_type": "internvl", "downsample_ratio": 0.4}, "'downsample_ratio' is 0.4"),
     ({"model_type": "internvl", "vision_feature_select_strategy": "full"}, "'full'; mmjax"),
     ({"model_type": "internvl", "vision_config": {"norm_type": "rms_norm", "use_mean_pooling": False}}, "RMSNorm"),
+    (MLLAMA | {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    (MLLAMA | {"text_config": {"tie_word_embeddings": True}}, "'tie_word_embeddings' is 'True'"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": [3, 40]}}, "'cross_attention_layers' is [3, 40]"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": []}}, "0 layers of cross-attention in 40"),
+    (MLLAMA | {"text_config": {"head_dim": 64}}, "'head_dim' is '64'"),
+    (MLLAMA | {"vision_config": {"intermediate_layers_indices": [7, 3]}}, "'intermediate_layers_indices' is [7, 3]"),
+    (MLLAMA | {"vision_config": {"supported_aspect_ratios": [[1, 1], [2, 1]]}}, "'supported_aspect_ratios' are"),
+    (MLLAMA | {"vision_config": {"vision_output_dim": 1280}}, "'vision_output_dim' is '1280'"),
     ({"model_type": "mistral3", "vision_feature_layer": [-1, -2]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": [-2, -5]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),

@@ -48,6 +48,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import processor
 from mmjax.nn import patch_embed
+from mmjax.nn.patch_embed import OPENAI
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
 
@@ -102,6 +103,14 @@ IDEFICS_SYMBOLS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 TAGS = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
 MEDIA = {"pad_token": "<|endoftext|>", "image_token": "<image>"}
 QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
+HEADED_MEDIA = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' }}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<|image|>' }}{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 # model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
 DIRECTORIES = {
     "llava": (
@@ -141,6 +150,17 @@ DIRECTORIES = {
             "vision_aspect_ratio": "anyres_max_2",
         },
         {"model_type": "siglip_vision_model", "patch_size": 14, "image_size": 60},
+    ),
+    "mllama": (
+        "llama3",
+        ("<|finetune_right_pad_id|>", *LLAMA3_SYMBOLS, "<|image|>"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "image_token": "<|image|>"},
+        "",
+        HEADED_MEDIA,
+        "MllamaImageProcessor",
+        {"size": square(28), "max_image_tiles": 4, "image_mean": OPENAI[0], "image_std": OPENAI[1]},
+        {"processor_class": "MllamaProcessor"},
+        {"patch_size": 14, "image_size": 28, "max_num_tiles": 4},
     ),
     "qwen2_vl": (
         "short",
@@ -427,6 +447,26 @@ def normalised(ours, patches):
     return np.asarray(patch_embed.normalise(jnp.asarray(patches), cfg))
 
 
+def canvases(ours, output):
+    """transformers' tiles, put together again: [3, height, width] of each picture."""
+    shapes, side = ours.resolution.shapes, ours.resolution.tile
+    for found, number in zip(np.asarray(output["pixel_values"])[0], np.ravel(output["aspect_ratio_ids"]), strict=True):
+        rows, columns = shapes[number - 1]
+        tiles = found[: rows * columns].reshape(rows, columns, 3, side, side)
+        yield tiles.transpose(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
+
+
+def looked_at(ours, x, output):
+    """Which tiles every token looks at [tokens, pictures, tiles], and which transformers says."""
+    want = np.asarray(output["cross_attention_mask"])[0]
+    counts = x.grid.prod(-1) // ours.sequence.window**2
+    first = np.cumsum(counts) - counts
+    label = np.full(want.shape[1:], -1)
+    for n, count in enumerate(counts):
+        label[n, :count] = (first[n] + np.arange(count)) * (ours.per_picture // ours.sequence.canvas)
+    return (x.media_lo[:, None, None] <= label) & (label <= x.media_hi[:, None, None]) & (label >= 0), want
+
+
 def in_patches(views, p):
     """Whole patches [n, values] of views [views, 3, height, width], row by row."""
     n, _, height, width = views.shape
@@ -444,6 +484,8 @@ def expected_patches(name, ours, output):
         sides = [(int(m[:, 0].sum()), int(m[0].sum())) for m in np.asarray(output["pixel_attention_mask"])[0]]
         views = [view[:, :tall, :wide] for view, (tall, wide) in zip(np.asarray(found)[0], sides, strict=True)]
         return np.concatenate([in_patches(view[None], p) for view in views])
+    if "aspect_ratio_ids" in output:
+        return np.concatenate([in_patches(canvas[None], p) for canvas in canvases(ours, output)])
     if "image_grid_thw" not in output:
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
         sizes = np.asarray(output["image_sizes"]).tolist() if "image_sizes" in output else []
@@ -503,6 +545,8 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_allclose(
                 normalised(ours, batch.patches[row, None, :p])[0], raster[x.patch_raster], atol=1e-6
             )
+        if "cross_attention_mask" in want:
+            np.testing.assert_array_equal(*looked_at(ours, x, want))
         if name in MODELS:
             grids = {"image_grid_thw": torch.as_tensor(np.asarray(want["image_grid_thw"]))} if p else {}
             if p:
@@ -583,10 +627,31 @@ def test_kosmos2(layout, tmp_path):
         assert (batch.order[0, len(ids) :] == -1).all()
         shows = np.asarray(want["image_embeds_position_mask"]).reshape(-1)
         np.testing.assert_array_equal(batch.slot[0, : len(ids)] >= 0, shows == 1)
-        pixels = patchified(np.asarray(want["pixel_values"])[0], 14)
+        pixels = in_patches(np.asarray(want["pixel_values"])[:1], 14)
         np.testing.assert_allclose(normalised(ours, batch.patches[:, : len(pixels)])[0], pixels, atol=1e-6)
         example, _ = ours.example(Document("d", (Text(text),)))
         assert example.tokens.tolist() == np.asarray(theirs(text=text)["input_ids"]).reshape(-1).tolist()
+
+
+def test_pictures_that_a_text_begins_with_stand_before_its_first_token(tmp_path):
+    """Llama 3.2 Vision's own processor writes that token, behind them, and none where it is there."""
+    path = directory(tmp_path, "mllama", "hub")
+    ours, theirs = processor.load(path), reference(path, "mllama")
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((30, 70), (50, 20), (9, 9))]
+    shown = [Image(*one.shape[:2], one, "document") for one in pictures]
+    first, middle = Text(" what? ", "document"), Text("and", "document")
+    for spans, text, count in (
+        ((*shown[:2], first, shown[2], middle), "<|image|><|image|> what? <|image|>and", 3),
+        ((first, shown[0], middle), " what? <|image|>and", 1),
+        ((first,), " what? ", 0),
+    ):
+        images = [[Pictures.fromarray(one) for one in pictures[:count]]] if count else None
+        want = theirs(text=text, images=images)
+        x, _ = ours.example(Document("d", spans))
+        assert x.tokens.tolist() == np.ravel(want["input_ids"]).tolist()
+        if count:
+            np.testing.assert_array_equal(*looked_at(ours, x, want))
 
 
 INSTRUCT = (
@@ -607,7 +672,6 @@ PLAIN_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GEMMA_SYMBOLS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 LEGACY = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 # name: (vocabulary, symbols, names, begin, template, settings of the tokenizer that are changed)

@@ -6,6 +6,7 @@ as the likeliest token leads by more than 1e-4: behind a tie, both go on with so
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,12 @@ MODELS = {
         "LlavaOnevisionForConditionalGeneration",
         SIGLIP | {"image_size": 60},
         TEXT | {"model_type": "qwen2"},
+    ),
+    "mllama": (
+        "MllamaForConditionalGeneration",
+        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
+        | {"hidden_size": 32, "intermediate_size": 48, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+        TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "pad_token_id": 0},
     ),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
@@ -183,8 +190,10 @@ def test_greedy_answers(name, tmp_path):
     inputs = [{k: torch.as_tensor(np.asarray(v)) for k, v in given.items()} for given in inputs]
     inputs = [{k: v[None] if v.ndim == 1 else v for k, v in given.items()} for given in inputs]
     same(model, inputs, answers)
-    # Pictures matter.
-    swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
+    # Pictures matter: others in their places, or, where their order is no matter, the colours turned round.
+    *shown, text = made[1][1].spans
+    others = shown[::-1] if name != "mllama" else [replace(one, source=255 - one.source) for one in shown]
+    swapped = Document("two", (*others, text))
     assert Session(loaded, ours).answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
 
 

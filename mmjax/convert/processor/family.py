@@ -39,6 +39,9 @@ class Family:
       the mean and deviation where the settings have none.
     spelled: symbols of `writing` that are words where the tokenizer has none such.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
+    cross: whether text looks at media by cross-attention: their markers alone stand in the sequence.
+    begins: whether its processor writes `bos_token` before every text of its own accord.
+    more: rows of its token table beyond what config.json calls vocab_size.
     """
 
     processors: tuple[str, ...]
@@ -59,6 +62,9 @@ class Family:
     prompts: bool = False
     reader: str = ""
     adds: tuple[str, ...] = ()
+    cross: bool = False
+    begins: bool = False
+    more: int = 0
 
 
 def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:

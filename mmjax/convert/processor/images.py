@@ -12,6 +12,7 @@ from mmjax.convert.processor.files import Settings
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
 from mmjax.tokenizers.video import Grouped, Pooled, Stills
@@ -27,13 +28,15 @@ Readers = Mapping[str, tuple[Callable[[Settings, "Tower"], Policy], Colours]]
 class Tower:
     """What config.json says of the encoder: pixels a patch, patches a token, pictures in a patch of a clip.
 
-    size: pixels of the pictures that its position table is for; 0 where it has none of a size.
+    size: pixels of the pictures (or tiles) that its position table is for; 0 where it has none of a size.
+    tiles: of every picture; 0 where that depends on the picture.
     """
 
     patch: int
     merge: int = 1
     group: int = 1
     size: int = 0
+    tiles: int = 0
 
 
 def kind(of: Settings, default: str) -> str:
@@ -250,6 +253,18 @@ def _qwen(of: Settings, tower: Tower) -> Native:
     return Native(tower.patch, tower.merge, least, most, filter=_filter(of))
 
 
+def _canvas(of: Settings, tower: Tower) -> Canvas:
+    """Llama 3.2 Vision's: whole tiles, as many as the encoder has."""
+    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    most = of.whole("max_image_tiles", 4)
+    if side != tower.size or most != tower.tiles or not of.flag("do_pad", True):
+        raise InputError(
+            f"{of.where} makes up to {most} tiles of {side} pixels, where config.json has {tower.tiles} of "
+            f"{tower.size} and do_pad must be true; use the files that belong together"
+        )
+    return Canvas(tower.patch, side, most, _filter(of, "bilinear"))
+
+
 BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 
 
@@ -317,6 +332,7 @@ READERS = {
     "PixtralImageProcessor": (_pixtral, OPENAI),
     "Gemma3ImageProcessor": (_gemma3, HALF),
     "DeepseekVLImageProcessor": (_deepseek, OPENAI),
+    "MllamaImageProcessor": (_canvas, HALF),
 }
 
 

@@ -33,6 +33,7 @@ from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
@@ -205,11 +206,11 @@ class Processor:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
         Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size: so that a few compiled programs serve all lengths.
+        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0

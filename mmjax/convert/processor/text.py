@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mmjax.tokenizers.base import Tokenizer
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.convention import Convention, places, spelled
 from mmjax.tokenizers.hub import Hub
-from mmjax.tokenizers.parts import NOTHING, Symbol
+from mmjax.tokenizers.parts import NOTHING, Around, Symbol
 from mmjax.tokenizers.template import Template
 from mmjax.tokenizers.template_marks import PRIVATE
 from mmjax.tokenizers.vocab import Vocab
@@ -132,13 +132,14 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
     lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
+    if family is not None and family.begins:
+        lead += (found.named.get("bos_token", "<|begin_of_text|>"),)
     own = {
         "name": found.config.text("model_type"),
         "begin": tuple(map(Symbol, lead)),
         "pad": pad,
         "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        "placeholder": media.get("image", ""),
-        "placeholder_video": media.get("video", ""),
+        **_places(media, family),
     }
     convention = Convention(**own | _writing(family, found, known))
     added = () if family is None else family.adds
@@ -165,7 +166,8 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
-    nothing = {kind: NOTHING for kind in ("image", "video") if family is None or kind not in family.around}
+    kept = () if family is None else ("image", "video") if family.cross else family.around
+    nothing = {kind: NOTHING for kind in ("image", "video") if kind not in kept}
     begin = () if family is None or not lead or _begun(template, found) else convention.begin
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
@@ -179,6 +181,13 @@ def _writing(family: Family | None, found: Found, known: Collection[str]) -> dic
     writing = family.writing(found) if callable(family.writing) else family.writing
     words = {symbol for symbol in family.spelled if not any(one in known for one in places(symbol))}
     return {name: spelled(value, words) for name, value in writing.items()}
+
+
+def _places(media: Mapping[str, str], family: Family | None) -> dict[str, Any]:
+    """Fields of a convention: what stands where a medium's tokens go, or for a medium that is looked at from beside."""
+    if family is not None and family.cross:
+        return {kind: Around((Symbol(symbol),)) for kind, symbol in media.items()}
+    return {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
 
 
 def _begun(template: Template, found: Found) -> bool:
@@ -195,4 +204,5 @@ def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     size = inner.whole("vocab_size", size)
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
     newline = chat.vocab.image if family is not None and family.newline else chat.vocab.image_newline
-    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
+    more = 0 if family is None else family.more
+    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1) + more)
