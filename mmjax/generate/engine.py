@@ -101,7 +101,7 @@ def empty(
         State(
             cache=decoder.empty_cache(of, rows, places, dtype, stacked=stacked, media=media),
             tokens=full(-1, jnp.int32, places),
-            logits=full(0.0, jnp.float32, of.vocab),
+            logits=full(0.0, jnp.float32, of.said),
             label=full(0, jnp.int32),
             position=full(0, jnp.int32),
             lo=full(0, jnp.int32),

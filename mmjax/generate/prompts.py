@@ -111,7 +111,7 @@ def parts(batch: Batch, size: int) -> list[tuple[int, int]]:
     return out
 
 
-_MEDIA = ("patch", "window", "frame")
+_MEDIA = ("patch", "window", "frame", "instruction")
 _TOKENS = {
     "order": -1,
     "hi": -1,

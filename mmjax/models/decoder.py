@@ -17,25 +17,27 @@ from mmjax.nn.cache import KVCache
 
 @dataclass(frozen=True)
 class Positions:
-    """A learned vector of its position, added to every token and media token before the first block (GPT-2, OPT).
+    """A vector of its position, added to every token and media token before the first block (GPT-2, OPT, Kosmos-2).
 
-    rows: of the table. first: the row of position 0 (OPT: 2). There is nothing past the last row: what stands there
-    becomes NaN, so whoever makes batches keeps them shorter.
+    rows: of a learned table. There is nothing past the last one: what stands there becomes NaN, so whoever makes
+      batches keeps them shorter. None: sines and cosines in fairseq's order, which never end.
+    first: the row of position 0 (fairseq counts from behind its padding id: 2).
     """
 
-    rows: int
+    rows: int | None
     first: int = 0
 
     @property
-    def longest(self) -> int:
-        """Tokens in the longest document."""
-        return self.rows - self.first
+    def longest(self) -> int | None:
+        """Tokens in the longest document; None where nothing bounds it."""
+        return None if self.rows is None else self.rows - self.first
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes and variants.
 
+    vocab: ids that are read. unsaid: the last of them, which are never said: the head has no rows for them (Mllama).
     tied: the head is the token table.
     cross: layers between the blocks through which text looks at media.
     window: of the blocks that `blocks.windowed` names, how many tokens one sees backwards, itself included (Mistral,
@@ -44,7 +46,7 @@ class Config:
       see all that they see without a window (the prefix of PaliGemma 2, as transformers has it).
     embed_scale: what vectors of the token table are multiplied by (Gemma: sqrt(width)).
     softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
-    positions: learned positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
+    positions: vectors of positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
     """
 
     vocab: int
@@ -56,8 +58,14 @@ class Config:
     embed_scale: float = 1.0
     softcap: float | None = None
     positions: Positions | None = None
+    unsaid: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.unsaid < self.vocab or (self.unsaid and self.tied):
+            raise InputError(
+                f"The decoder never says {self.unsaid} of its {self.vocab} ids; leave it some, and a head of its own "
+                f"(tied off)."
+            )
         if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
             raise InputError(
                 f"The decoder's window is {self.window}, and its blocks {self.blocks.windowed} are windowed; a window "
@@ -73,8 +81,14 @@ class Config:
                 f"A cross-attention layer is to stand before block {self.crossed[-1]}, but there are only "
                 f"{self.blocks.layers}."
             )
-        if self.positions is not None and not 0 <= self.positions.first < self.positions.rows:
+        own = self.positions
+        if own is not None and not 0 <= own.first < (own.first + 1 if own.rows is None else own.rows):
             raise InputError(f"The decoder's {self.positions} has no row for the first token; give it more rows.")
+
+    @property
+    def said(self) -> int:
+        """Ids that may come next: so many logits there are."""
+        return self.vocab - self.unsaid
 
     @property
     def crossed(self) -> tuple[int, ...]:
@@ -101,10 +115,10 @@ def spec(cfg: Config) -> Spec:
     }
     if cfg.cross is not None:
         out["cross"] = stack(cross_attention.spec(cfg.cross), len(cfg.crossed))
-    if cfg.positions is not None:
+    if cfg.positions is not None and cfg.positions.rows is not None:
         out["positions"] = ParamSpec((cfg.positions.rows, width), (None, "embed"), Normal(0.02))
     if not cfg.tied:
-        out["head"] = ParamSpec((cfg.vocab, width), ("vocab", "embed"), fan_in(width))
+        out["head"] = ParamSpec((cfg.said, width), ("vocab", "embed"), fan_in(width))
     return out
 
 
@@ -210,6 +224,8 @@ def _positioned(params: dict, x: jax.Array, position: jax.Array, cfg: Config) ->
     if cfg.positions is None:
         return x
     at = position[..., 0].astype(jnp.int32) + cfg.positions.first
+    if cfg.positions.rows is None:
+        return x + position_embed.sinusoidal(at[..., None], cfg.blocks.width, closed=True).astype(x.dtype)
     return x + position_embed.learned(params["positions"], at).astype(x.dtype)
 
 

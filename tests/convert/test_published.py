@@ -19,19 +19,30 @@ from mmjax.train.prepare import refuse_model, refuse_rows
 UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "idefics": 2560}
 # The config that is the same model.
 SAME = {
+    "Salesforce/blip2-opt-2.7b": "blip2_opt",
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
     "HuggingFaceM4/idefics-9b": "idefics",
+    "meta-llama/Llama-3.2-11B-Vision": "llama3_2_vision",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "HuggingFaceM4/idefics2-8b": "idefics2",
+    "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "mistral-community/pixtral-12b": "pixtral",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
+    "microsoft/kosmos-2-patch14-224": "kosmos2",
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
+BLIP2, _ = PUBLISHED["Salesforce/blip2-opt-2.7b"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
 NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
+MLLAMA, _ = PUBLISHED["meta-llama/Llama-3.2-11B-Vision"]
 
 
 def found(given: dict):
@@ -54,12 +65,13 @@ def test_the_config_of_the_same_name_is_the_published_model(name):
     def plain(blocks):
         return dataclasses.replace(blocks, remat="none")
 
-    vision = dataclasses.replace(cfg.model.vision, blocks=plain(cfg.model.vision.blocks))
+    stacks = {name: plain(stack) for name, stack in cfg.model.vision.stacks.items()}
+    vision = dataclasses.replace(cfg.model.vision, **stacks)
     language = dataclasses.replace(cfg.model.decoder, blocks=plain(cfg.model.decoder.blocks))
     model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
     assert found(PUBLISHED[name][0]).cfg == model
     refuse_model(cfg)
-    refuse_rows(cfg, 256)
+    refuse_rows(cfg, cfg.mesh.data * cfg.mesh.fsdp)
 
 
 def rope(**scaling):
@@ -107,6 +119,9 @@ REFUSED = [
     (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
     ({"model_type": "opt", "do_layer_norm_before": False}, "'do_layer_norm_before' is 'False'"),
     ({"model_type": "opt", "word_embed_proj_dim": 512}, "'word_embed_proj_dim' is '512'"),
+    (BLIP2 | {"text_config": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
+    (BLIP2 | {"image_token_index": -1}, "'image_token_index' is '-1'"),
+    (BLIP2 | {"qformer_config": {"position_embedding_type": "relative"}}, "'position_embedding_type'"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),
@@ -120,6 +135,14 @@ REFUSED = [
     ({"model_type": "internvl", "downsample_ratio": 0.4}, "'downsample_ratio' is 0.4"),
     ({"model_type": "internvl", "vision_feature_select_strategy": "full"}, "'full'; mmjax"),
     ({"model_type": "internvl", "vision_config": {"norm_type": "rms_norm", "use_mean_pooling": False}}, "RMSNorm"),
+    (MLLAMA | {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    (MLLAMA | {"text_config": {"tie_word_embeddings": True}}, "'tie_word_embeddings' is 'True'"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": [3, 40]}}, "'cross_attention_layers' is [3, 40]"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": []}}, "0 layers of cross-attention in 40"),
+    (MLLAMA | {"text_config": {"head_dim": 64}}, "'head_dim' is '64'"),
+    (MLLAMA | {"vision_config": {"intermediate_layers_indices": [7, 3]}}, "'intermediate_layers_indices' is [7, 3]"),
+    (MLLAMA | {"vision_config": {"supported_aspect_ratios": [[1, 1], [2, 1]]}}, "'supported_aspect_ratios' are"),
+    (MLLAMA | {"vision_config": {"vision_output_dim": 1280}}, "'vision_output_dim' is '1280'"),
     ({"model_type": "mistral3", "vision_feature_layer": [-1, -2]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": [-2, -5]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),
@@ -146,7 +169,7 @@ def test_what_is_not_computed_is_refused_by_name(given, says):
 
 
 def test_a_family_of_another_layout_is_refused_by_name():
-    with pytest.raises(InputError, match="model_type 'internvl_chat': did you mean internvl?"):
+    with pytest.raises(InputError, match=r"model_type 'internvl_chat': did you mean internvl\?"):
         found({"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}})
 
 

@@ -184,3 +184,21 @@ def test_settings_that_do_not_fit_are_refused():
     model = tiny_model(vocab=40)
     with pytest.raises(InputError, match="go together"):
         dataclasses.replace(model, deepstack=(0,))
+
+
+def test_sinusoidal_positions_never_end():
+    """fairseq's: all sines, then all cosines, the slowest a ten-thousandth."""
+    cfg = dataclasses.replace(LEARNED, positions=decoder.Positions(None, first=2))
+    params = randomised(decoder.spec(cfg))
+    assert "positions" not in params
+    assert cfg.longest is None
+    tokens, see, _ = rows(cfg)
+    see["position"] = see["position"] * 300
+    x = decoder.embed(params, tokens, cfg)
+    angle = (see["position"][..., :1] + 2) * 10_000.0 ** (-np.arange(12) / 11)
+    by_hand = x + np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)
+    plain = dataclasses.replace(cfg, positions=None)
+    wants = decoder.apply(params, by_hand, plain, **see)
+    np.testing.assert_allclose(decoder.apply(params, x, cfg, **see), wants, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="no row for the first token"):
+        dataclasses.replace(cfg, positions=decoder.Positions(None, -1))

@@ -1,7 +1,6 @@
 """The processor of Idefics: a picture is a marker in the text, which looks at it; there is no chat template."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found, Settings
@@ -9,7 +8,7 @@ from mmjax.convert.processor.images import Tower
 from mmjax.sequence import interleave
 from mmjax.tokenizers.conventions import IDEFICS
 
-# What stands in every prompt, and what a dialogue has besides (the "instruct" models).
+# A question is written as its text is; and as a dialogue (the "instruct" models) where there is what ends an utterance.
 PROMPT, DIALOGUE = ("begin", "opens", "image", "once"), ("user", "assistant", "lead")
 
 
@@ -31,21 +30,16 @@ def _sequence(config: Settings, tower: Tower) -> interleave.Config:
     return interleave.Config(cross="last_image", position="sequential")
 
 
-def _writing(known: Collection[str]) -> dict[str, Any]:
-    """A dialogue where the tokenizer has what ends an utterance; else a question is written as its text is."""
-    names = (*PROMPT, *(DIALOGUE if IDEFICS.stop in known else ()))
-    return {name: getattr(IDEFICS, name) for name in names}
-
-
 FAMILIES: dict[str, Family] = {
     "idefics": Family(
         ("IdeficsImageProcessor",),
         _markers,
         _tower,
         _sequence,
-        _writing,
+        {name: getattr(IDEFICS, name) for name in PROMPT},
         per_picture=latents,
         prompts=True,
         ends=(IDEFICS.stop,),
+        dialogue={name: getattr(IDEFICS, name) for name in DIALOGUE},
     ),
 }
