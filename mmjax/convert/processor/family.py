@@ -42,7 +42,6 @@ class Family:
     spelled: symbols of `writing` that are words where the tokenizer has none such.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     cross: whether text looks at media by cross-attention: their markers alone stand in the sequence.
-    begins: whether its processor writes `bos_token` before every text of its own accord.
     more: rows of its token table beyond what config.json calls vocab_size.
     """
 
@@ -67,7 +66,6 @@ class Family:
     ends: tuple[str, ...] = ()
     dialogue: Mapping[str, Any] = field(default_factory=dict)
     cross: bool = False
-    begins: bool = False
     more: int = 0
 
 

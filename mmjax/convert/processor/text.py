@@ -132,8 +132,6 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
     lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
-    if family is not None and family.begins:
-        lead += (found.named.get("bos_token", "<|begin_of_text|>"),)
     own = {
         "name": found.config.text("model_type"),
         "begin": tuple(map(Symbol, lead)),
