@@ -9,9 +9,10 @@ from mmjax.convert.processor.images import Readers, Tower
 from mmjax.core.errors import InputError
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
+from mmjax.tokenizers.convention import Convention
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.video import Grouped, Pooled, Trimmed
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -31,6 +32,7 @@ class Family:
       the mean and deviation where the settings have none.
     wraps: whether `writing` stands around media behind a template's markers too, as the family's processor writes it.
     spelled: symbols of `writing` that are words where the tokenizer has none such.
+    films: the convention that conversations with videos are written in, whatever the template; None: by the template.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
@@ -40,12 +42,13 @@ class Family:
     sequence: Callable[[Settings, Tower], interleave.Config]
     writing: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
-    videos: Callable[[Found, Tower], tuple[Grouped | Pooled, Colours]] | None = None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Trimmed, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     readers: Readers = field(default_factory=dict)
     wraps: bool = False
     spelled: tuple[str, ...] = ()
+    films: Convention | None = None
     newline: bool = False
 
 

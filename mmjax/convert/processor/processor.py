@@ -20,7 +20,7 @@ from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
 from mmjax.convert.processor.family import stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import chats, load_tokenizer
+from mmjax.convert.processor.text import chats, films_of, load_tokenizer
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -52,6 +52,7 @@ class Processor:
     several: the policy of pictures where a document has more than one (LLaVA-OneVision); None: the same.
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
     patch: pixels a side. group: pictures of a clip in a patch.
+    films: writes conversations with videos; None: `chat` does.
     latents: tokens of each picture, whatever its size; 0: one for each square of `sequence.merge` patches a side.
     """
 
@@ -66,6 +67,7 @@ class Processor:
     group: int = 1
     several: Policy | None = None
     latents: int = 0
+    films: Chat | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -80,7 +82,8 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, f"{self.sequence} {self.latents}")
+        chats = [chat.fingerprint for chat in (self.chat, self.plain, self.films) if chat is not None]
+        parts = (*chats, self.preprocessing, f"{self.sequence} {self.latents}")
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -112,13 +115,14 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if self.chat.convention.template is None:
+        film = self.films is not None and any(isinstance(span, Video) for span in document.spans)
+        if self.chat.convention.template is None and not film:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
             )
         asked = document.spans[-1].role != "assistant" if ask is None else ask
-        return self._laid(document, self.chat, answer, asked)
+        return self._laid(document, self.films if film else self.chat, answer, asked)
 
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
@@ -231,6 +235,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         tower.group,
         None if family.several is None else family.several(found, tower, policy, colours),
         tower.latents,
+        films_of(found, family, plain),
     )
 
 

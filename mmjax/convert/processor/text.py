@@ -90,12 +90,7 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         placeholder_video=media.get("video", ""),
         **_writing(family, known),
     )
-    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
-    if missing:
-        raise InputError(
-            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
-            f"tokenizer that belongs to it"
-        )
+    _refuse_missing(convention, tokenizer, found)
     plain = Chat(tokenizer, convention)
     plain.vocab = _vocab(plain, found, family)
     for kind, symbol in media.items():
@@ -116,6 +111,28 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
+
+
+def films_of(found: Found, family: Family | None, plain: Chat) -> Chat | None:
+    """The tokenizer that writes conversations with videos, where that is not the template's matter."""
+    if family is None or family.films is None:
+        return None
+    own = {"name": plain.convention.name, "pad": plain.convention.pad, "document": NOTHING}
+    convention = dataclasses.replace(family.films, **own, **_writing(family, plain.tokenizer.controls))
+    _refuse_missing(convention, plain.tokenizer, found)
+    chat = Chat(plain.tokenizer, convention)
+    chat.vocab = plain.vocab
+    return chat
+
+
+def _refuse_missing(convention: Convention, tokenizer: Any, found: Found) -> None:
+    known = tokenizer.controls
+    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
+    if missing:
+        raise InputError(
+            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
+            f"tokenizer that belongs to it"
+        )
 
 
 def _writing(family: Family | None, known: Collection[str]) -> dict[str, Any]:
