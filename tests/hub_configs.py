@@ -48,6 +48,8 @@ GEMMA3 = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_siz
 GEMMA3 |= {"model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1}
 GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000, "sliding_window": 512}
 GEMMA3 |= {"sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None, "rope_scaling": None}
+OPT_27B = {"model_type": "opt", "ffn_dim": 10240, "hidden_size": 2560, "num_attention_heads": 32}
+OPT_27B |= {"num_hidden_layers": 32, "word_embed_proj_dim": 2560, "_remove_final_layer_norm": False}
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 IDEFICS2 = {"model_type": "idefics2", "image_token_id": 32001, "perceiver_config": {"rms_norm_eps": 1e-5}}
 IDEFICS2 |= {"text_config": MISTRAL | {"vocab_size": 32003, "rope_theta": 10000.0, "sliding_window": 4096}}
@@ -68,6 +70,15 @@ def smolvlm(kind: str, layers: int, heads: int, kv: int, sizes: tuple[int, int],
     out = {"model_type": kind, "text_config": text, "vision_config": seen, "image_token_id": 49190, "scale_factor": 4}
     return out | {"tie_word_embeddings": False} | more
 
+
+INTERNVIT = {"attention_bias": True, "hidden_size": 1024, "image_size": [448, 448], "intermediate_size": 4096}
+INTERNVIT |= {"layer_scale_init_value": 0.1, "model_type": "internvl_vision", "norm_type": "layer_norm"}
+INTERNVIT |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": [14, 14], "use_qk_norm": False}
+DYNAMIC = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+NEMO = {"head_dim": 128, "hidden_size": 5120, "model_type": "mistral", "num_hidden_layers": 40, "rms_norm_eps": 1e-5}
+NEMO |= {"num_key_value_heads": 8, "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072}
+BLIP2 = {"model_type": "blip-2", "image_token_index": 50265, "num_query_tokens": 32, "vision_config": {}}
+BLIP2 |= {"qformer_config": {"model_type": "blip_2_qformer"}, "text_config": OPT_27B | {"vocab_size": 50304}}
 
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
@@ -102,6 +113,8 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         qwen(1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True, sliding_window=None),
         596_049_920,
     ),
+    "facebook/opt-2.7b": (OPT_27B, 2_651_596_800),
+    "Salesforce/blip2-opt-2.7b": (BLIP2, 3_744_761_856),
     "google/gemma-2b": (
         {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048}
         | {"intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},
@@ -120,6 +133,12 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         | {"text_config": QWEN2_7B | {"model_type": "qwen2", "vocab_size": 152064}, "vision_config": SIGLIP}
         | {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "video_token_index": 151647},
         8_030_348_832,
+    ),
+    "meta-llama/Llama-3.2-11B-Vision": (
+        {"model_type": "mllama", "image_token_index": 128256}
+        | {"text_config": {"model_type": "mllama_text_model", "rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}}
+        | {"vision_config": {"model_type": "mllama_vision_model", "image_size": 560, "hidden_act": "gelu"}},
+        10_670_220_835,
     ),
     "Qwen/Qwen2-VL-2B-Instruct": (
         qwen(1536, 8960, 28, 12, 2, vocab_size=151936, tie_word_embeddings=True)
@@ -168,4 +187,23 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         ),
         2_246_784_880,
     ),
+    "OpenGVLab/InternVL3-8B-hf": (
+        {"model_type": "internvl", "image_token_id": 151667, "vision_config": INTERNVIT, "tie_word_embeddings": False}
+        | {"text_config": QWEN2_7B | {"model_type": "qwen2", "rope_scaling": DYNAMIC, "vocab_size": 151674}},
+        7_944_373_760,
+    ),
+    "mistral-community/pixtral-12b": (
+        {"model_type": "llava", "image_token_index": 10, "image_seq_length": 1, "vision_feature_layer": -1}
+        | {"text_config": NEMO | {"intermediate_size": 14336, "max_position_embeddings": 1024000}}
+        | {"vision_config": {"head_dim": 64, "hidden_act": "silu", "model_type": "pixtral", "rope_theta": 10000.0}}
+        | {"vision_feature_select_strategy": "full"},
+        12_682_739_712,
+    ),
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": (
+        {"model_type": "mistral3", "image_token_index": 10, "vision_feature_layer": -1, "tie_word_embeddings": False}
+        | {"text_config": NEMO | {"intermediate_size": 32768}, "spatial_merge_size": 2}
+        | {"vision_config": {"head_dim": 64, "model_type": "pixtral", "patch_size": 14, "image_size": 1540}},
+        24_011_361_280,
+    ),
+    "microsoft/kosmos-2-patch14-224": ({"model_type": "kosmos-2", "latent_query_num": 64}, 1_664_485_376),
 }

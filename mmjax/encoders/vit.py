@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec
+from mmjax.encoders import Encoder
 from mmjax.encoders import head as heads
 from mmjax.nn import linear, norm, patch_embed, position_embed, transformer
 from mmjax.sequence import behind
@@ -40,7 +41,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Encoder):
     """Patch embedding, positions, blocks, final norm, head (Dosovitskiy et al. 2021).
 
     table: learned positions that are added to the patches. Rotary ones are the blocks' matter (blocks.rope).
@@ -71,6 +72,22 @@ class Config:
     def prefix(self) -> int:
         """Tokens that each picture has besides its patches."""
         return self.classes + self.registers
+
+    @property
+    def window(self) -> int | None:
+        return None if self.blocks.windowed else 0
+
+    @property
+    def outputs(self) -> int:
+        """Values of a feature."""
+        return self.blocks.width
+
+    @property
+    def stacks(self) -> dict[str, transformer.Config]:
+        return {"blocks": self.blocks}
+
+    def tokens(self, patches: int) -> int:
+        return patches + self.prefix
 
 
 @flax.struct.dataclass

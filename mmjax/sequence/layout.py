@@ -54,7 +54,8 @@ class Clips(Protocol):
     clip: the grid, and how many numbers of the time position its frames are apart. chosen: which pictures of the video
     its frames are made of, as many for each. times: when each of its frames is, in seconds. still: by which policy a
     frame becomes patches. places: which of its media tokens stands at each place of the sequence, and what it is mixed
-    with (as `Picture.slots` and `mixes`); None: all of them in order.
+    with (as `Picture.slots` and `mixes`); None: all of them in order. A policy whose frames are pictures of their
+    own, as encoders with class tokens want them, says so (`apart`).
     """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
@@ -85,7 +86,7 @@ class Piece:
     grid: Grid | None = None  # of a picture or video, in patches; of sound (frames, 1, 1)
     train: bool = False  # whether these tokens are learnt
     interval: float = 1.0  # numbers of the time position per frame
-    tiles: tuple[Grid, ...] = ()  # of a picture in several views, those after the first
+    tiles: tuple[Grid, ...] = ()  # of a picture (or a video) in several views, those after the first
     # Which of its media tokens stands at each place, -1 a newline, -2 the next of `ids`; None: all in order.
     slots: tuple[int, ...] | None = None
     merge: int = (
@@ -286,6 +287,7 @@ def _stamped(of: Frames, piece: Piece, video: Video) -> list[Part | range]:
     begin, stamps = framed(of, piece.times, video.frames / video.fps)
     out: list[Part | range] = [Words(begin)]
     for n, stamp in enumerate(stamps):
+        out += plain(of.between) if n else []
         out += [Words(stamp), *plain(of.around.before)]
         out += [range(n * each, (n + 1) * each), *plain(of.around.after)]
     return [*out, Words(of.after)]
@@ -338,13 +340,15 @@ def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int]
     size = span.frames, span.height, span.width, span.fps
     grid, interval = clips.clip(*size)
     media = _counted(grid, media_tokens)
+    views = ((1, *grid[1:]),) * grid[0] if getattr(clips, "apart", False) else (grid,)
     slots, mixes = clips.places(grid) or (None, None)
     _refuse_newlines(slots, clips, vocab)
     return Piece(
         VIDEO,
         media if slots is None else len(slots),
         (),
-        grid,
+        views[0],
+        tiles=views[1:],
         slots=slots,
         mixes=mixes,
         media=media,

@@ -5,6 +5,8 @@
     llava-v1    <s>{system} USER: <image>\\n{text} ASSISTANT: {text}</s>
     chatml      <|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{text}<|im_end|>\\n
     flamingo    <image>{text}<|endofchunk|>
+    pixtral     <s>[INST][IMG]…[IMG_BREAK][IMG]…[IMG_END]{text}[/INST]{text}</s>
+    kosmos-2    <s><image>…</image> {text}</s>
     paligemma   <image>…<bos>{text}\\n{text}<eos>
     segments    [CLS]{text}[SEP]{text}[SEP]
 
@@ -116,6 +118,18 @@ LLAVA_LLAMA_3 = Convention(
     newline="<image_newline>",  # not in their vocabulary: a vector of the model's own, here the token table's last
 )
 
+# Llama 3.2 Vision, whose text looks at pictures from beside: a marker stands for each (llama_models' chat_format).
+LLAMA_VISION = replace(
+    LLAVA_LLAMA_3,
+    name="llama-3.2-vision",
+    image=Around((S("<|image|>"),)),
+    media="before_begin",
+    strip="nothing",
+    pad="<|finetune_right_pad_id|>",
+    placeholder="",
+    newline="",
+)
+
 
 def _chatml(role: str) -> Around:
     return Around((S("<|im_start|>"), f"{role}\n"), (S("<|im_end|>"), "\n"))
@@ -146,6 +160,47 @@ QWEN3_VL = replace(QWEN_VL, name="qwen3-vl", default_system=None)
 # Chen et al. 2024, InternVL 2.5 and 3, in Hugging Face's directories.
 INTERNVL = replace(
     CHATML, name="internvl", image=Around((S("<img>"),), (S("</img>"), "\n")), placeholder="<IMG_CONTEXT>"
+)
+
+# Agrawal et al. 2024, Pixtral 12B, with the tokens of mistral-common's v3; the system's text stands in the question.
+PIXTRAL = Convention(
+    "pixtral",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around((S("[INST]"),), (S("[/INST]"),)),
+    assistant=Around((), (S("</s>"),)),
+    image=Around((), (S("[IMG_END]"),)),
+    prompt=(),
+    system_into_user=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="[IMG]",
+    newline="[IMG_BREAK]",
+)
+# Mistral Small 3.1: v7, whose system has tokens of its own.
+MISTRAL3 = replace(
+    PIXTRAL,
+    name="mistral-3",
+    system=Around((S("[SYSTEM_PROMPT]"),), (S("[/SYSTEM_PROMPT]"),)),
+    system_into_user=False,
+)
+
+# Peng et al. 2023, Kosmos-2, section 3: a picture, and text that goes on; places in pictures are words.
+KOSMOS2 = Convention(
+    "kosmos-2",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    assistant=Around((), (S("</s>"),)),
+    image=Around((S("<image>"),), (S("</image>"), " ")),
+    prompt=(),
+    media="first",
+    strip="text",
+    one_turn=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<unk>",
+    numbered=True,
 )
 
 # Laurençon et al. 2023, OBELICS and IDEFICS: a picture is one token, looked at by cross-attention.
@@ -230,6 +285,20 @@ PALIGEMMA = Convention(
     placeholder="<image>",
 )
 
+# Li et al. 2023, BLIP-2, with OPT: queries, then </s>, the prompt and what is said, which a line's end ends.
+BLIP2 = Convention(
+    "blip-2",
+    begin=(S("</s>"),),
+    end=("\n",),
+    assistant=Around((" ",)),
+    prompt=(),
+    media="before_all",
+    one_turn=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<image>",
+)
+
 _GEMMA_IMAGE = Around(("\n\n", S("<start_of_image>")), (S("<end_of_image>"), "\n\n"))
 # Gemma Team 2025, Gemma 3.
 GEMMA3 = Convention(
@@ -291,15 +360,20 @@ CONVENTIONS = {
         LLAVA_V1,
         LLAVA_HF,
         LLAVA_LLAMA_3,
+        LLAMA_VISION,
         CHATML,
         QWEN_VL,
         QWEN3_VL,
         INTERNVL,
+        PIXTRAL,
+        MISTRAL3,
+        KOSMOS2,
         IDEFICS,
         IDEFICS2,
         IDEFICS3,
         SMOLVLM,
         PALIGEMMA,
+        BLIP2,
         GEMMA3,
         FLAMINGO,
         SEGMENTS,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -106,6 +106,56 @@ class Pooled:
             slots += [token for row in own for token in row]
             mixes += [mix for row in mixed for mix in row]
         return (*slots, -1), (*mixes, None)
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Pictures of a clip, each of them a picture of its own (InternVL; transformers 5.23, models/internvl).
+
+    All are shown, or `number` of them, or `fps` a second, at an even distance: the first from the middle of its share
+    of the clip, or `shift` pictures from the start. Encoders with class tokens see frames so.
+    """
+
+    resolution: Policy
+    number: int | None = None
+    fps: float | None = None
+    shift: float | None = None
+    apart: ClassVar[bool] = True  # every frame is a view
+
+    def __post_init__(self):
+        if (self.number is not None and self.number < 1) or (self.fps is not None and not self.fps > 0):
+            raise InputError(f"{self} shows nothing; give a number or fps above 0, or neither.")
+        if self.shift is not None and not self.shift >= 0:
+            raise InputError(f"{self} begins before its clip; give a shift of at least 0.")
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
+        """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
+        return (len(self.chosen(frames, fps)), *self.resolution.grid(height, width)), 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown."""
+        _check(frames, fps)
+        n = frames
+        if self.number is not None or self.fps is not None:
+            n = int(frames / fps * self.fps) if self.number is None else self.number
+        if not 0 < n <= frames:
+            raise InputError(f"a video of {frames} frames does not give the {n} that are to be shown; leave it out.")
+        if n == frames and self.number is None and self.fps is None:
+            return tuple(range(frames))
+        step = frames / n
+        first = step / 2 if self.shift is None else self.shift
+        return tuple(int(np.float32(first + place * step)) for place in range(math.ceil((frames - first) / step)))
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """When they are, in seconds."""
+        return tuple(n / fps for n in self.chosen(frames, fps))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        return self.resolution
+
+    def places(self, grid: Grid) -> None:
+        """All media tokens stand in order."""
 
 
 @dataclass(frozen=True)

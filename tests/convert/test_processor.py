@@ -38,6 +38,7 @@ QWEN = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>").
     "VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"
 )
 SYMBOLS = ("</s>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SYMBOLS += ("<img>", "</img>", "<IMG_CONTEXT>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "</image>")
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": 8}
 
 
@@ -87,6 +88,24 @@ def qwen(path, images=None, kind="qwen2_5_vl", config=None, **more):
     return directory(path, config, images, QWEN, **more)
 
 
+def internvl(path, images=None, length=1):
+    config = {"model_type": "internvl", "vision_config": {"patch_size": [4, 4], "image_size": [8, 8]}}
+    images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": {"height": 8, "width": 8}} | (images or {})
+    own = {"image_seq_length": length}
+    return directory(path, config, images, TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>"), processor_config=own)
+
+
+def pixtral(path, images=None, **own):
+    config = {"model_type": "llava", "vision_config": {"model_type": "pixtral", "patch_size": 4}}
+    images = {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 16}} | (images or {})
+    return directory(path, config, images, TEMPLATE.replace("IMAGE", "[IMG]"), processor_config=own)
+
+
+def kosmos2(path, template=LLAVA, **config):
+    vision = {"patch_size": 4, "image_size": 8}
+    return directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
+
+
 SMALL = {"min_pixels": 64, "max_pixels": 1024}
 PICTURE = Image(10, 14, np.arange(10 * 14 * 3, dtype=np.uint8).reshape(10, 14, 3))
 SAID = Text("What is <image> or <|image_pad|>?")
@@ -110,6 +129,41 @@ def test_a_question_to_llava(tmp_path):
     assert batch.patches.shape == (1, 4, 4 * 4 * 3)
     assert batch.position[0, :n, 0].tolist() == list(range(n))
     invariants.check(batch, made.vocab, [["q"]])
+
+
+def test_a_question_to_internvl_and_to_pixtral(tmp_path):
+    """What their processors write around media that the template has but a marker for."""
+    made = processor.load(internvl(tmp_path, {"max_patches": 2}))
+    batch = made.batch([QUESTION])
+    n = int((batch.order[0] >= 0).sum())
+    media = ["<img>", *["<IMG_CONTEXT>"] * 3, "</img>"]  # two tiles and the whole
+    assert symbols(made, batch.tokens[0, :n].tolist()) == ["<s>", "<|im_start|>", *media, "</s>", "<|im_start|>"]
+    assert batch.grid[0].tolist() == [[1, 2, 2]] * 3
+    invariants.check(batch, made.vocab, [["q"]], batch.patch_kind[:, ::4] == 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    made = processor.load(pixtral(other, patch_size=4, image_end_token="</img>"))
+    batch = made.batch([QUESTION])
+    n = int((batch.order[0] >= 0).sum())
+    media = [*["[IMG]"] * 4, "[IMG_BREAK]", *["[IMG]"] * 4, "[IMG_BREAK]", *["[IMG]"] * 4, "</img>"]
+    assert symbols(made, batch.tokens[0, :n].tolist()) == ["<s>", "<|im_start|>", *media, "</s>", "<|im_start|>"]
+    assert (batch.slot[0, :n][batch.tokens[0, :n] == made.chat.controls["[IMG_BREAK]"]] == -1).all()
+    invariants.check(batch, made.vocab, [["q"]])
+
+
+def test_a_question_to_kosmos2(tmp_path):
+    path = kosmos2(tmp_path, "", latent_query_num=3)
+    write(path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    made = processor.load(path)
+    batch = made.batch([QUESTION])
+    unknown = made.chat.controls["<unk>"]
+    tokens = batch.tokens[0].tolist()
+    assert tokens[:6] == [made.chat.controls[s] for s in ("<s>", "<image>")] + [unknown + n for n in (1, 2, 3)] + [
+        made.chat.controls["</image>"]
+    ]
+    assert made.chat.decode(tokens[6 : int((batch.order[0] >= 0).sum())]) == " What is <image> or <|image_pad|>?"
+    assert made.layout(QUESTION, answer=5).tokens == made.layout(QUESTION).tokens + 5
+    invariants.check(batch, made.vocab, [["q"]], (batch.grid > 0).all(-1).repeat(3, 1))
 
 
 def test_what_is_asked_for_and_what_is_not(tmp_path):
@@ -256,6 +310,17 @@ def test_a_model_gets_the_colours_of_its_directory(tmp_path):
 
 # name: (how the directory is made, what the error says)
 REFUSED = {
+    "tiles of other tokens": (
+        lambda p: internvl(p, length=256),
+        "'image_seq_length' is 256, and the connector makes 1",
+    ),
+    "tiles of another size": (lambda p: internvl(p, {"size": {"height": 16, "width": 16}}), "an encoder for 8"),
+    "fewer tiles than fewest": (lambda p: internvl(p, {"min_patches": 5, "max_patches": 2}), "is not a resolution"),
+    "another patch": (lambda p: pixtral(p), "'patch_size' is 16, and config.json 4"),
+    "merged breaks": (lambda p: pixtral(p, patch_size=4, spatial_merge_size=2), "'spatial_merge_size' is 2"),
+    "cropped": (lambda p: pixtral(p, {"do_center_crop": True}, patch_size=4), "do_center_crop"),
+    "two longest": (lambda p: pixtral(p, {"size": {"height": 8, "width": 16}}, patch_size=4), "height, width alike"),
+    "a template too many": (lambda p: kosmos2(p), "has a chat template, which the processor of a kosmos-2"),
     "unknown family": (lambda p: llava(p, config={"model_type": "idefics9"}), "'idefics9', whose processor mmjax"),
     "another encoder's": (lambda p: llava(p, {"image_processor_type": "ViTImageProcessor"}), "'ViTImageProcessor'"),
     "no resize": (lambda p: llava(p, {"do_resize": False}), "does not resize pictures"),

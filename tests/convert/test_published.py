@@ -19,20 +19,29 @@ from mmjax.train.prepare import refuse_model, refuse_rows
 UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304}
 # The config that is the same model.
 SAME = {
+    "Salesforce/blip2-opt-2.7b": "blip2_opt",
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "meta-llama/Llama-3.2-11B-Vision": "llama3_2_vision",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
     "HuggingFaceM4/idefics2-8b": "idefics2",
     "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
     "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "mistral-community/pixtral-12b": "pixtral",
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
+    "microsoft/kosmos-2-patch14-224": "kosmos2",
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
+BLIP2, _ = PUBLISHED["Salesforce/blip2-opt-2.7b"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
+NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
+MLLAMA, _ = PUBLISHED["meta-llama/Llama-3.2-11B-Vision"]
 
 
 def found(given: dict):
@@ -55,7 +64,8 @@ def test_the_config_of_the_same_name_is_the_published_model(name):
     def plain(blocks):
         return dataclasses.replace(blocks, remat="none")
 
-    vision = dataclasses.replace(cfg.model.vision, blocks=plain(cfg.model.vision.blocks))
+    stacks = {name: plain(stack) for name, stack in cfg.model.vision.stacks.items()}
+    vision = dataclasses.replace(cfg.model.vision, **stacks)
     language = dataclasses.replace(cfg.model.decoder, blocks=plain(cfg.model.decoder.blocks))
     model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
     assert found(PUBLISHED[name][0]).cfg == model
@@ -79,6 +89,14 @@ def test_left_out_parts_are_those_of_transformers():
     cfg = found({"model_type": "llava"}).cfg
     assert (cfg.vision.blocks.layers, cfg.vision.table.rows, cfg.decoder.blocks.hidden) == (23, 24, 11008)
     assert found({"model_type": "llava_onevision"}).cfg.vision.blocks.layers == 26
+    cfg = found({"model_type": "mistral3"}).cfg
+    assert (cfg.vision.embed.patch, cfg.decoder.blocks.hidden, cfg.decoder.tied, cfg.placeholder) == (
+        14,
+        32768,
+        True,
+        10,
+    )
+    assert found({"model_type": "internvl"}).cfg.placeholder == 151_667
     text = found({"model_type": "qwen2_5_vl"}).cfg.decoder
     assert (text.vocab, text.blocks.layers, text.blocks.epsilon) == (152064, 80, 1e-5)
     assert found(LLAVA | {"vision_feature_layer": 3}).cfg.vision.blocks.layers == 3
@@ -98,6 +116,11 @@ REFUSED = [
     (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is '0.5'"),
     (LLAMA | {"num_key_value_heads": 2}, "9 heads and 2 of keys"),
     (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
+    ({"model_type": "opt", "do_layer_norm_before": False}, "'do_layer_norm_before' is 'False'"),
+    ({"model_type": "opt", "word_embed_proj_dim": 512}, "'word_embed_proj_dim' is '512'"),
+    (BLIP2 | {"text_config": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
+    (BLIP2 | {"image_token_index": -1}, "'image_token_index' is '-1'"),
+    (BLIP2 | {"qformer_config": {"position_embedding_type": "relative"}}, "'position_embedding_type'"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),
@@ -105,7 +128,21 @@ REFUSED = [
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "Gemma 3 has them for"),
     (LLAVA | {"text_config": {"model_type": "mixtral"}}, "model_type is 'mixtral'"),
     (LLAVA | {"text_config": "llama"}, "'text_config' is 'llama'"),
-    (LLAVA | {"vision_config": {"model_type": "pixtral"}}, "tower's model_type is 'pixtral'"),
+    (LLAVA | {"vision_config": {"model_type": "siglip2_vision_model"}}, "tower's model_type is 'siglip2_vision_model'"),
+    (NEXT | {"vision_config": {"model_type": "pixtral"}}, "tower's model_type is 'pixtral'"),
+    (LLAVA | {"vision_config": {"model_type": "pixtral"}, "vision_feature_layer": -1}, "'default'; mmjax"),
+    ({"model_type": "internvl", "downsample_ratio": 0.4}, "'downsample_ratio' is 0.4"),
+    ({"model_type": "internvl", "vision_feature_select_strategy": "full"}, "'full'; mmjax"),
+    ({"model_type": "internvl", "vision_config": {"norm_type": "rms_norm", "use_mean_pooling": False}}, "RMSNorm"),
+    (MLLAMA | {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    (MLLAMA | {"text_config": {"tie_word_embeddings": True}}, "'tie_word_embeddings' is 'True'"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": [3, 40]}}, "'cross_attention_layers' is [3, 40]"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": []}}, "0 layers of cross-attention in 40"),
+    (MLLAMA | {"text_config": {"head_dim": 64}}, "'head_dim' is '64'"),
+    (MLLAMA | {"vision_config": {"intermediate_layers_indices": [7, 3]}}, "'intermediate_layers_indices' is [7, 3]"),
+    (MLLAMA | {"vision_config": {"supported_aspect_ratios": [[1, 1], [2, 1]]}}, "'supported_aspect_ratios' are"),
+    (MLLAMA | {"vision_config": {"vision_output_dim": 1280}}, "'vision_output_dim' is '1280'"),
+    ({"model_type": "mistral3", "vision_feature_layer": [-1, -2]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": [-2, -5]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),
     (LLAVA | {"vision_feature_select_strategy": "full"}, "'vision_feature_select_strategy' is 'full'"),
@@ -128,6 +165,11 @@ def test_what_is_not_computed_is_refused_by_name(given, says):
         found(json.loads(json.dumps(given)))
     assert says in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_family_of_another_layout_is_refused_by_name():
+    with pytest.raises(InputError, match=r"model_type 'internvl_chat': did you mean internvl\?"):
+        found({"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}})
 
 
 def test_onevision_has_two_placeholders_and_a_newline():

@@ -11,6 +11,7 @@ from mmjax.core.store import Store
 from mmjax.generate import engine, prompts
 from mmjax.generate.sample import Sampling
 from mmjax.generate.session import Session
+from mmjax.models.decoder import Positions
 from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Image, Text
 
@@ -80,6 +81,42 @@ def test_a_conversation_reads_only_what_is_new(session):
     assert other.reused < 4
     again, _ = turns(session, (picture(9), "the fox"), (), (), sampling=WARM, max_tokens=5)
     assert again.ids == other.ids
+
+
+@pytest.mark.parametrize("cross", ["last_image", "all_images"])
+def test_pictures_beside_the_sequence_are_projected_once(cross, monkeypatch):
+    """Turns with a picture, another one, none, and two at once; what was kept; rows of two, one and no pictures."""
+    store, how = Store(memory=2**20), {"sampling": WARM, "max_tokens": 5}
+    session, fresh = Session(*made(cross=cross), part=16, store=store), Session(*made(cross=cross))
+    given = []
+    real = engine.run_prefill
+    monkeypatch.setattr(engine, "run_prefill", lambda *a, **k: (given.append(k["media"] is not None), real(*a, **k))[1])
+    spans, found = (picture(7), "the fox"), []
+    new = True  # whether the last turn has pictures
+    for more in (("and", picture(8, 16, 4)), ("x",), (picture(1), "or", picture(2, 8, 16)), ()):
+        given.clear()
+        document = asked(*spans)
+        answer = session.answer([document], **how)[0]
+        assert given == [new, *[False] * (len(given) - 1)]  # the first part alone brings media
+        fresh._state = None
+        anew = fresh.answer([document], **how)[0]
+        assert answer.ids == anew.ids
+        np.testing.assert_allclose(session._state.logits, fresh._state.logits, rtol=2e-5, atol=2e-5)
+        assert answer.reused > answer.prompt // 3 or not found
+        found.append(document)
+        said = Text(answer.text, "assistant")
+        new = any(isinstance(span, Image) for span in more)
+        spans = (*spans, said, *(Text(s, turn=True) if isinstance(s, str) else s for s in more))
+    assert store.counts.missed == 4
+    # Another picture at the beginning: all of it is read again, its mark too, which looks at it.
+    other = asked(picture(9), "the fox")
+    session.answer([asked(picture(7), "the fox")], **how)
+    assert session.answer([other], **how)[0].reused < 3
+    fresh._state = None
+    assert session.answers[0].ids == fresh.answer([other], **how)[0].ids
+    together = session.answer([found[1], found[0], asked("the dog")], **how)
+    for document, one in zip((found[1], found[0], asked("the dog")), together, strict=True):
+        assert fresh.answer([document], **how)[0].ids == one.ids
 
 
 def test_the_same_question_again_reads_its_last_token(session):
@@ -186,6 +223,18 @@ def test_bad_requests_are_refused(session):
         session.answer([asked("x")], stop="ab")
     with pytest.raises(InputError, match="'q' has no tokens"):
         session.answer([Document("q", (Text("", "document"),))])
+
+
+def test_answers_end_where_learned_positions_do():
+    model, processor = made()
+    cfg = dataclasses.replace(model.cfg, decoder=dataclasses.replace(model.cfg.decoder, positions=Positions(22, 2)))
+    table = np.random.default_rng(0).normal(size=(22, cfg.decoder.blocks.width)).astype(np.float32)
+    params = model.params | {"decoder": model.params["decoder"] | {"positions": table}}
+    short = Session(dataclasses.replace(model, cfg=cfg, params=params), processor)
+    answer = short.answer([asked("x")], max_tokens=200)[0]
+    assert (answer.reason, answer.prompt + len(answer.ids)) == ("length", 20)
+    with pytest.raises(InputError, match="20 positions"):
+        short.answer([asked("x" * 30)])
 
 
 def test_one_answer_at_a_time(session):

@@ -1,7 +1,7 @@
 """Whole models compared on documents: our batch and the reference's tensors from the same ids and the same pixels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -79,16 +79,29 @@ class Given:
     there: np.ndarray
 
 
-def given(documents: Sequence[Sequence[Part]], values: int, cfg: interleave.Config = interleave.PLAIN) -> Given:
-    """A row for each document, with two places more than the longest needs."""
+def given(
+    documents: Sequence[Sequence[Part]],
+    values: int,
+    cfg: interleave.Config = interleave.PLAIN,
+    said: Sequence[np.ndarray | None] | None = None,
+    **vocab: int,
+) -> Given:
+    """A row for each document, with two places more than the longest needs.
+
+    said: of each, what the connector reads beside its pictures (interleave.Example.instruction).
+    vocab: ids that are not VOCAB's.
+    """
+    known = replace(VOCAB, **vocab)
     rows, sizes = [], []
     for i, parts in enumerate(documents):
         layout = Layout.of(str(i), tuple(p for p, _ in parts))
-        rows.append([(interleave.interleave(layout, VOCAB, cfg), [x for _, x in parts if x is not None])])
+        example = interleave.interleave(layout, known, cfg)
+        example = example if said is None else replace(example, instruction=said[i])
+        rows.append([(example, [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
     tokens, patches, images, _ = np.max(sizes, axis=0)
     bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)
-    batch = build(rows, bucket, values, VOCAB, cfg)
+    batch = build(rows, bucket, values, known, cfg)
     ids = np.where(batch.order >= 0, batch.tokens, VOCAB.pad)[:, :tokens]
     return Given(batch, ids, (batch.order >= 0)[:, :tokens])
 
@@ -116,7 +129,7 @@ def compare(
     placed = jax.tree.map(jnp.asarray, batch)
     found = invariants.violations(placed, cfg.decoder.vocab, cfg.placeholder, vlm.present(placed, cfg), cfg.newline)
     assert not np.asarray(found).any(), found
-    weight = weights_for((*there.shape, cfg.decoder.vocab)) * there[..., None]
+    weight = weights_for((*there.shape, cfg.decoder.said)) * there[..., None]
 
     def loss(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = vlm.logits(params, batch, cfg)[:, : there.shape[1]]

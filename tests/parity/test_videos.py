@@ -246,6 +246,42 @@ def test_smolvlm(chosen, tmp_path):
         np.testing.assert_array_equal(batch.patches[0, : len(cut)], cut)
 
 
+@pytest.mark.parametrize(
+    "chosen", [{}, {"fps": 2.0}, {"num_frames": 3}, {"num_frames": 4, "initial_shift": False}, {"initial_shift": 1.5}]
+)
+def test_internvl(chosen, tmp_path):
+    """Every frame is a picture of its own, with its number before it."""
+    path = directory(tmp_path, "internvl", "hub")
+    size = {"size": {"height": 56, "width": 56}}
+    sampled = chosen | ({} if "num_frames" in chosen or not chosen else {"fps": 2.0})
+    settings = {"video_processor_type": "InternVLVideoProcessor", "do_sample_frames": bool(chosen)}
+    write(path, "video_preprocessor_config.json", settings | size | sampled)
+    ours, theirs = processor.load(path), reference(path, "internvl")
+    cls = module("internvl").InternVLVideoProcessor
+    rng = random.Random(4)
+    for frames, fps in [(4, 2.0), (9, 3.5), (23, 7.3)]:
+        video = clip(rng, frames, 40, 90)
+        metadata = VideoMetadata(total_num_frames=frames, fps=fps)
+        indices = range(frames)
+        if chosen:
+            own = types.SimpleNamespace(num_frames=None, initial_shift=sampled.get("initial_shift", True))
+            own.num_frames = sampled.get("num_frames")
+            indices = cls.sample_frames(own, metadata, fps=sampled.get("fps")).tolist()
+        drawn = [Pictures.fromarray(video[i]).resize((56, 56), Pictures.Resampling.BICUBIC) for i in indices]
+        made = {"pixel_values_videos": torch.zeros((1, len(drawn), 3, 56, 56))}
+        theirs.video_processor = lambda _, made=made, **__: made
+        content = [{"type": "video", "video": video}, {"type": "text", "text": "what?"}]
+        want = theirs.apply_chat_template([{"role": "user", "content": content}], **ASKED)
+        document = Document("d", (Video(*video.shape[:3], fps, video), Text("what?")))
+        batch, (x, _) = ours.batch([document]), ours.example(document)
+        ids = np.asarray(want["input_ids"]).reshape(-1)
+        np.testing.assert_array_equal(batch.tokens[0, : len(ids)], ids)
+        assert x.grid.tolist() == [[1, 4, 4]] * len(drawn)
+        np.testing.assert_array_equal(x.slot[x.slot >= 0], np.arange(4 * len(drawn)))
+        cut = np.stack([np.asarray(view).reshape(4, 14, 4, 14, 3).swapaxes(1, 2) for view in drawn])
+        np.testing.assert_array_equal(batch.patches[0, : len(drawn) * 16], cut.reshape(-1, 14 * 14 * 3)[x.patch_raster])
+
+
 def mixed(batch, features):
     """The media tokens that stand in a batch's first row, in order."""
     places = np.flatnonzero(batch.slot[0] >= 0)

@@ -5,8 +5,8 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.audio import Frames
 from mmjax.tokenizers.numerals import in_words
-from mmjax.tokenizers.resolution import Native
-from mmjax.tokenizers.video import Sampled, Trimmed
+from mmjax.tokenizers.resolution import Fixed, Native
+from mmjax.tokenizers.video import Sampled, Stills, Trimmed
 
 NATIVE = Native(4, 1, 16, 40 * 40)
 
@@ -78,3 +78,17 @@ def test_frames_of_sound(samples, frames):
 def test_refused(policy, says):
     with pytest.raises(InputError, match=says):
         policy()
+
+
+def test_frames_that_are_pictures_of_their_own():
+    """InternVL's: from the middle of each share, or from a given picture on."""
+    whole = Fixed(14, 28, 28)
+    assert Stills(whole).chosen(4, 2.0) == (0, 1, 2, 3)
+    assert Stills(whole, number=5).chosen(23, 9.0) == (2, 6, 11, 16, 20)
+    assert Stills(whole, number=4, shift=0.0).chosen(10, 1.0) == (0, 2, 5, 7)
+    assert Stills(whole, fps=1.0).clip(12, 50, 60, 4.0) == ((3, 2, 2), 1.0)
+    assert Stills(whole, fps=1.0).times(12, 4.0) == (0.5, 1.5, 2.5)
+    with pytest.raises(InputError, match="does not give the 5"):
+        Stills(whole, number=5).chosen(4, 1.0)
+    with pytest.raises(InputError, match="begins before its clip"):
+        Stills(whole, number=5, shift=-1.0)

@@ -56,6 +56,9 @@ FAMILIES = {
     "gemma3_text": replace(_GEMMA2, vocab=262_208, positions=131_072, theta=1e6, qk_norm=True, gemma=3),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
+    "mllama_text_model": Family(
+        128_256, 4096, 14336, 40, kv=8, positions=131_072, epsilon=1e-5, theta=5e5, qkv_bias=False
+    ),
     "qwen3_vl_text": replace(_QWEN3, positions=128_000, theta=500_000.0, mrope="interleaved"),
 }
 NAMES = blocks.Names(
@@ -90,7 +93,7 @@ def read(config: dict, keys: frozenset[str]) -> Found:
     return tie(found, raw.flag(config, "tie_word_embeddings", family.tied), keys, TABLE, HEAD)
 
 
-def tied(config: dict, text: dict, keys: frozenset[str], head: str, nested: bool) -> bool:
+def tied(config: dict, text: dict, keys: frozenset[str], head: str, nested: bool, default: bool = False) -> bool:
     """Whether the head of a model around a text model is its token table.
 
     Args:
@@ -98,9 +101,10 @@ def tied(config: dict, text: dict, keys: frozenset[str], head: str, nested: bool
       keys: of the file; one without a head ties what either config says.
       head: its name.
       nested: whether transformers asks the text model's config too.
+      default: what it takes where the whole's config says nothing.
     """
     family = FAMILIES.get(text.get("model_type"), FAMILIES["llama"])
-    whole, inner = (raw.flag(c, "tie_word_embeddings", d) for c, d in ((config, False), (text, family.tied)))
+    whole, inner = (raw.flag(c, "tie_word_embeddings", d) for c, d in ((config, default), (text, family.tied)))
     return whole or (inner and (nested or head not in keys))
 
 
@@ -185,6 +189,8 @@ def _activation(config: dict, family: Family) -> str:
 
 
 def _cap(config: dict, key: str, family: Family) -> float | None:
+    if family.gemma == 3:
+        raw.refuse(config, "attn_logit_softcapping")  # transformers does not read it there
     if family.gemma < 2:
         return None
     default = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}[key] if family.gemma == 2 else None
@@ -233,7 +239,7 @@ def windows(config: dict, kind: str, layers: int) -> tuple[int, tuple[int, ...]]
     Raises:
       InputError: a kind of attention that we do not have, or a window that is no size.
     """
-    if kind in ("llama", "gemma", "qwen3_vl_text"):
+    if kind in ("llama", "gemma", "qwen3_vl_text", "mllama_text_model"):
         return 0, ()
     window = config.get("sliding_window", 4096)
     if kind.startswith("qwen") and not raw.flag(config, "use_sliding_window", False):

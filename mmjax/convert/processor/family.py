@@ -12,7 +12,7 @@ from mmjax.sequence import interleave
 from mmjax.tokenizers.convention import Convention
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped, Pooled, Trimmed
+from mmjax.tokenizers.video import Grouped, Pooled, Stills, Trimmed
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -21,35 +21,53 @@ class Family:
     """A family of vision-language models.
 
     processors: the image processors that its own works with; the first where no file names one.
-    markers: what its template writes for a medium of each type, which is also what stands where media tokens go.
+    markers: what its template writes for a medium of each type, which is also what stands where media tokens go, unless
+      `writing` has another placeholder.
     tower: its encoder's sizes, from config.json. sequence: its descriptors.
-    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames.
+    writing: fields of its convention: what stands around media that no template wrote, and around a video's frames;
+      or what makes them of the files, where these have names for it.
+    around: the types of media that its processor writes that around, where a template has but a marker for them.
+    lead: the special tokens that its processor writes before every text; None: those that its tokenizer writes.
     check: raises InputError where files contradict each other.
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
     refined: the policy of pictures with what the image processor's settings do not say.
+    per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
+    prompts: whether a question is written as its text is: the family has no chat template.
+    reader: the folder of the tokenizer of what its connector reads beside a picture, where it does.
+    adds: symbols that its own processor adds to a tokenizer that lacks them.
     readers: of image processors that this family alone has: from settings and the encoder's sizes to the policy, and
       the mean and deviation where the settings have none.
-    wraps: whether `writing` stands around media behind a template's markers too, as the family's processor writes it.
     spelled: symbols of `writing` that are words where the tokenizer has none such.
     films: the convention that conversations with videos are written in, whatever the template; None: by the template.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
+    cross: whether text looks at media by cross-attention: their markers alone stand in the sequence.
+    begins: whether its processor writes `bos_token` before every text of its own accord.
+    more: rows of its token table beyond what config.json calls vocab_size.
     """
 
     processors: tuple[str, ...]
     markers: Callable[[Found], Mapping[str, str]]
     tower: Callable[[Settings], Tower]
     sequence: Callable[[Settings, Tower], interleave.Config]
-    writing: Mapping[str, Any] = field(default_factory=dict)
+    writing: Mapping[str, Any] | Callable[[Found], Mapping[str, Any]] = field(default_factory=dict)
+    around: tuple[str, ...] = ()
+    lead: tuple[str, ...] | None = None
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
-    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Trimmed, Colours]] | None = None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills | Trimmed, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     readers: Readers = field(default_factory=dict)
-    wraps: bool = False
     spelled: tuple[str, ...] = ()
     films: Convention | None = None
     newline: bool = False
+    per_picture: Callable[[Settings], int] = lambda config: 0
+    prompts: bool = False
+    reader: str = ""
+    adds: tuple[str, ...] = ()
+    cross: bool = False
+    begins: bool = False
+    more: int = 0
 
 
 def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:

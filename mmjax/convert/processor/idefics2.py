@@ -1,6 +1,6 @@
 """The processors of Idefics2, Idefics3 and SmolVLM."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from mmjax.convert.processor.family import Family, sequential
@@ -30,17 +30,16 @@ def _markers(found: Found) -> Mapping[str, str]:
     return {"image": found.named.get("image_token", "<image>")}
 
 
-def _tower(group: str) -> Callable[[Settings], Tower]:
-    """group: what makes media tokens, "resampler" or "squares"."""
+def _tower(config: Settings) -> Tower:
+    return Tower(config.part("vision_config").whole("patch_size", 32, most=2**10))
 
-    def tower(config: Settings) -> Tower:
-        patch = config.part("vision_config").whole("patch_size", 32, most=2**10)
-        if group == "resampler":
-            latents = config.part("perceiver_config").whole("resampler_n_latents", 64, most=2**16)
-            return Tower(patch, latents=latents)
-        return Tower(patch, config.whole("scale_factor", 2, most=64))
 
-    return tower
+def _shuffled(config: Settings) -> Tower:
+    return replace(_tower(config), merge=config.whole("scale_factor", 2, most=64))
+
+
+def _latents(config: Settings) -> int:
+    return config.part("perceiver_config").whole("resampler_n_latents", 64, most=2**16)
 
 
 def _squares(config: Settings, tower: Tower) -> interleave.Config:
@@ -99,9 +98,10 @@ def _videos(found: Found, tower: Tower) -> tuple[Trimmed, Colours]:
 
 def _check(found: Found, policy: Policy, tower: Tower) -> None:
     """Raises InputError where pictures are counted as other tokens than they become, or marked by other symbols."""
-    made, counted = tower.latents, 64
     if isinstance(policy, Splits):
         made, counted = (policy.tile // policy.patch // tower.merge) ** 2, 169
+    else:
+        made, counted = _latents(found.config), 64
     _refuse_count(found, made, counted)
     for name, symbol in NAMED.items():
         if found.named.get(name, symbol) != symbol:
@@ -124,17 +124,19 @@ def _writing(of: Convention) -> dict:
 _SECOND = Family(
     ("Idefics2ImageProcessor",),
     _markers,
-    _tower("resampler"),
+    _tower,
     sequential,
     _writing(IDEFICS2),
     check=_check,
     readers={"Idefics2ImageProcessor": (_bounded, HALF)},
-    wraps=True,
+    around=("image", "video"),
+    per_picture=_latents,
 )
 _THIRD = replace(
     _SECOND,
     processors=("Idefics3ImageProcessor", "SmolVLMImageProcessor"),
-    tower=_tower("squares"),
+    tower=_shuffled,
+    per_picture=lambda config: 0,
     sequence=_squares,
     writing=_writing(IDEFICS3),
     readers=dict.fromkeys(("Idefics3ImageProcessor", "SmolVLMImageProcessor"), (_splits, HALF)),
