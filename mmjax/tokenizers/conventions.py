@@ -17,7 +17,7 @@ import difflib
 from dataclasses import replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.convention import Convention, Tiles
+from mmjax.tokenizers.convention import Convention, Frames, Tiles
 from mmjax.tokenizers.parts import Around, Symbol
 
 S = Symbol
@@ -260,6 +260,13 @@ SMOLVLM = replace(
     IDEFICS3,
     name="smolvlm",
     begin=(S("<|im_start|>"),),
+    frames=Frames(
+        "\nFrame from {minute:02d}:{second:02d}:",
+        Around((_FAKE, S("<global-img>")), (_FAKE,)),
+        "You are provided the following series of {count} frames from a {hours}:{minute:02d}:{second:02d} [H:MM:SS] "
+        "video.\n",
+        "\n\n",
+    ),
     pad="<|im_end|>",
 )
 

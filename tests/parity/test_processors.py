@@ -306,7 +306,7 @@ DIRECTORIES = {
         {"patch_size": 14, "image_size": 30},
     ),
 }
-NUMBERS = {4: "four", 9: "nine", 21: "twenty-one"}
+NUMBERS = {1: "one", 3: "three", 4: "four", 9: "nine"}
 CONFIGS = {
     "gemma3": {"mm_tokens_per_image": 4},
     "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
