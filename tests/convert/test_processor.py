@@ -134,7 +134,7 @@ def test_a_question_to_llava(tmp_path):
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
     """What their processors write around media that the template has but a marker for."""
     made = processor.load(internvl(tmp_path, {"max_patches": 2}))
-    batch = made.batch([QUESTION])
+    batch = made.batch([Document("q", (Image(7, 14, PICTURE.source[:7]), SAID))])
     n = int((batch.order[0] >= 0).sum())
     media = ["<img>", *["<IMG_CONTEXT>"] * 3, "</img>"]  # two tiles and the whole
     assert symbols(made, batch.tokens[0, :n].tolist()) == ["<s>", "<|im_start|>", *media, "</s>", "<|im_start|>"]
@@ -320,7 +320,7 @@ REFUSED = {
     "merged breaks": (lambda p: pixtral(p, patch_size=4, spatial_merge_size=2), "'spatial_merge_size' is 2"),
     "cropped": (lambda p: pixtral(p, {"do_center_crop": True}, patch_size=4), "do_center_crop"),
     "two longest": (lambda p: pixtral(p, {"size": {"height": 8, "width": 16}}, patch_size=4), "height, width alike"),
-    "a template too many": (lambda p: kosmos2(p), "has a chat template, which the processor of a kosmos-2"),
+    "a template too many": (lambda p: kosmos2(p), "has a chat template, which the processor of a kosmos-2 has not"),
     "unknown family": (lambda p: llava(p, config={"model_type": "idefics9"}), "'idefics9', whose processor mmjax"),
     "another encoder's": (lambda p: llava(p, {"image_processor_type": "ViTImageProcessor"}), "'ViTImageProcessor'"),
     "no resize": (lambda p: llava(p, {"do_resize": False}), "does not resize pictures"),

@@ -195,7 +195,7 @@ def test_sinusoidal_positions_never_end():
     tokens, see, _ = rows(cfg)
     see["position"] = see["position"] * 300
     x = decoder.embed(params, tokens, cfg)
-    angle = (see["position"][..., :1] + 2) * 10_000.0 ** (-np.arange(12) / 11)
+    angle = (np.asarray(see["position"])[..., :1] + 2) * 10_000.0 ** (-np.arange(12) / 11)
     by_hand = x + np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)
     plain = dataclasses.replace(cfg, positions=None)
     wants = decoder.apply(params, by_hand, plain, **see)
