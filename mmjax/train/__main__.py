@@ -1,4 +1,4 @@
-"""python -m mmjax.train CONFIG [--field value ...]"""
+"""python -m mmjax.train CONFIG [--field value ...], or finetune --model DIR --data FILE ... (train.finetune)"""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,10 @@ from mmjax.core import config
 
 
 def run(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["finetune"]:
+        from mmjax.train import finetune
+
+        return finetune.run(arguments[1:])
     cfg = config.from_command_line("mmjax.train", arguments, "Trains, evaluates and checkpoints a model.")
     from mmjax.train import loop
 

@@ -13,10 +13,11 @@ from mmjax.models import vlm
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import layout
+from mmjax.sequence.layout import Layout, layout
 from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
+from mmjax.train import start
 from mmjax.train.config import Config, Packing
 from mmjax.train.evaluate import HeldOut, Questions
 
@@ -25,11 +26,13 @@ from mmjax.train.evaluate import HeldOut, Questions
 class Data:
     """What a run is fed with.
 
-    tokenizer: of its texts (with a convention, where the config names one). training: its batches. evaluation: what it
+    tokenizer: of its texts (with a convention, where the config names one). writing: the fingerprint of all that turns
+    documents into arrays: of the tokenizer, or of the base's processor. training: its batches. evaluation: what it
     is judged by. fingerprints: of its datasets, by name.
     """
 
     tokenizer: Any
+    writing: str
     training: Source
     evaluation: Questions | HeldOut
     fingerprints: dict[str, str]
@@ -44,15 +47,9 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
         be read.
     """
-    tokenizer = _tokenizer(cfg.data, cfg.model.newline)
+    tokenizer, writing, lay = _writer(cfg)
     _refuse(cfg, tokenizer, of)
-    plain = lay = functools.partial(
-        layout,
-        tokenizer=tokenizer,
-        resolution=cfg.resolution,
-        media_tokens=cfg.model.connector.tokens,
-        fuse="sequence" if cfg.model.decoder.cross is None else "cross",
-    )
+    plain = lay
     if cfg.budget != Budget():
         lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
     packing = cfg.packing
@@ -98,7 +95,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         evaluation = _questions(cfg, plain, made, tokenizer)
     else:
         evaluation = _held_out(cfg, held_out, lay, made)
-    return Data(tokenizer, training, evaluation, fingerprints)
+    return Data(tokenizer, writing, training, evaluation, fingerprints)
 
 
 def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
@@ -106,10 +103,28 @@ def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
     return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
 
 
+def _writer(cfg: Config) -> tuple[Any, str, Callable[..., Layout]]:
+    """The tokenizer, the fingerprint of all that writes documents, and what lays them out."""
+    if cfg.base is not None:
+        its = start.processor(cfg)
+        return its.chat, its.fingerprint, its.layout
+    tokenizer = _tokenizer(cfg.data, cfg.model.newline)
+    lay = functools.partial(
+        layout,
+        tokenizer=tokenizer,
+        resolution=cfg.resolution,
+        media_tokens=cfg.model.connector.tokens,
+        fuse="sequence" if cfg.model.decoder.cross is None else "cross",
+    )
+    return tokenizer, tokenizer.fingerprint, lay
+
+
 def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:
     """`newline`: the model has a vector for the ends of a picture's rows, which any id may mark: the picture's does."""
     if isinstance(data, drawings.Config):
         return text.load(drawings.tokenizer_model(), exact=True)
+    if data.tokenizer is None:
+        raise InputError("data.tokenizer is None, and there is no base whose own could be used; name one.")
     chat = Chat(text.load(data.tokenizer), conventions.find(data.convention))
     if newline:
         chat.vocab = dataclasses.replace(chat.vocab, image_newline=chat.vocab.image)
