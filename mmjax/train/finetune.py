@@ -114,8 +114,14 @@ def _source(text: str, many: int, weighed: bool = True) -> sets.Files:
 
 def _packing(its: Processor, sources: Sequence[sets.Files]) -> Packing:
     """Rows with room for two of the longest documents among the first of every dataset."""
-    longest = 0
+    longest, lay = 0, start.layout_of(its)
     for source in sources:
         documents = sets.open_source(source)[1]
-        longest = max(longest, *(its.layout(documents[n]).tokens for n in range(min(LOOK, len(documents)))))
+        some = [lay(documents[n]) for n in range(min(LOOK, len(documents)))]
+        if not any(piece.train for laid in some for piece in laid.pieces):
+            raise InputError(
+                f"In none of the {len(some)} first documents of {source.path} is there anything to learn, as what an "
+                f"assistant says; give others."
+            )
+        longest = max(longest, *(laid.tokens for laid in some))
     return Packing(rows=8, tokens=ladder(2 * longest, 64))

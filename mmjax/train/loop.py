@@ -339,7 +339,7 @@ class Loop:
         if towers:
             result["tower_steps"] = sum(of.runs for of in towers)
         if cfg.base is not None:
-            result["before"] = report.read_json(cfg.out / START)
+            result["before"] = {k: v for k, v in report.read_json(cfg.out / START).items() if k != "answers"}
         if cfg.stages:
             result["stages"] = [{"name": s.name, "steps": s.steps, "trains": s.trains} for s in cfg.stages]
         report.write_json(cfg.out / RESULT, result | shown)

@@ -18,6 +18,7 @@ from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
 from mmjax.train import start
+from mmjax.train.answers import Answers, asked
 from mmjax.train.config import Config, Packing
 from mmjax.train.evaluate import HeldOut, Questions
 
@@ -34,7 +35,7 @@ class Data:
     tokenizer: Any
     writing: str
     training: Source
-    evaluation: Questions | HeldOut
+    evaluation: Questions | HeldOut | Answers
     fingerprints: dict[str, str]
 
 
@@ -47,7 +48,8 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
         be read.
     """
-    tokenizer, writing, lay = _writer(cfg)
+    its = start.processor(cfg) if cfg.base else None
+    tokenizer, lay = _writer(cfg) if its is None else (its.chat, start.layout_of(its))
     _refuse(cfg, tokenizer, of)
     plain = lay
     if cfg.budget != Budget():
@@ -95,6 +97,9 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         evaluation = _questions(cfg, plain, made, tokenizer)
     else:
         evaluation = _held_out(cfg, held_out, lay, made)
+    if its is not None and isinstance(evaluation, HeldOut):
+        evaluation = Answers(evaluation, {name: asked(of) for name, of in held_out.items()}, its)
+    writing = tokenizer.fingerprint if its is None else its.fingerprint
     return Data(tokenizer, writing, training, evaluation, fingerprints)
 
 
@@ -103,11 +108,8 @@ def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
     return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
 
 
-def _writer(cfg: Config) -> tuple[Any, str, Callable[..., Layout]]:
-    """The tokenizer, the fingerprint of all that writes documents, and what lays them out."""
-    if cfg.base is not None:
-        its = start.processor(cfg)
-        return its.chat, its.fingerprint, its.layout
+def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
+    """The tokenizer, and what lays documents out."""
     tokenizer = _tokenizer(cfg.data, cfg.model.newline)
     lay = functools.partial(
         layout,
@@ -116,7 +118,7 @@ def _writer(cfg: Config) -> tuple[Any, str, Callable[..., Layout]]:
         media_tokens=cfg.model.connector.tokens,
         fuse="sequence" if cfg.model.decoder.cross is None else "cross",
     )
-    return tokenizer, tokenizer.fingerprint, lay
+    return tokenizer, lay
 
 
 def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:

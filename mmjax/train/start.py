@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from mmjax.core import tree
 from mmjax.core.cast import cast
 from mmjax.core.errors import InputError
 from mmjax.models import vlm
+from mmjax.sequence.document import Document
+from mmjax.sequence.layout import TEXT, Layout, Piece
 from mmjax.train import stages, state
 from mmjax.train.config import Config
 from mmjax.train.state import TrainState
@@ -73,6 +77,23 @@ def processor(cfg: Config) -> Processor:
     if model.cfg != cfg.model:
         raise InputError(f"The model in {cfg.base} is not the config's; leave model as it is in the directory.")
     return dataclasses.replace(its, resolution=cfg.resolution, sequence=cfg.sequence)
+
+
+def layout_of(its: Processor) -> Callable[..., Layout]:
+    """The processor's layout, in which what is learnt last ends as answers do.
+
+    Many templates write no end behind an answer (LLaVA's); who learns from them alone never stops.
+    """
+
+    def lay(document: Document, answer: int = 0, **how: Any) -> Layout:
+        laid = its.layout(document, answer, **how)
+        last = list(itertools.takewhile(lambda piece: piece.train, reversed(laid.pieces)))
+        if not last or not its.stops or any(set(piece.ids) & set(its.stops) for piece in last):
+            return laid
+        end = its.vocab.end if its.vocab.end in its.stops else its.stops[0]
+        return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)))
+
+    return lay
 
 
 def start(cfg: Config, shape: TrainState) -> TrainState:
