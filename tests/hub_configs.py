@@ -48,6 +48,8 @@ GEMMA3 = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_siz
 GEMMA3 |= {"model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1}
 GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_theta": 1000000, "sliding_window": 512}
 GEMMA3 |= {"sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None, "rope_scaling": None}
+OPT_27B = {"model_type": "opt", "ffn_dim": 10240, "hidden_size": 2560, "num_attention_heads": 32}
+OPT_27B |= {"num_hidden_layers": 32, "word_embed_proj_dim": 2560, "_remove_final_layer_norm": False}
 
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
@@ -82,6 +84,7 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         qwen(1024, 3072, 28, 16, 8, model_type="qwen3", head_dim=128, tie_word_embeddings=True, sliding_window=None),
         596_049_920,
     ),
+    "facebook/opt-2.7b": (OPT_27B, 2_651_596_800),
     "google/gemma-2b": (
         {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048}
         | {"intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},

@@ -12,13 +12,22 @@ class Connector:
 
     per_picture: media tokens of every picture, where that number is fixed; 0: it depends on the picture.
     square: patches a side that become one media token and lie together (sequence.windows); 1: a token for each patch.
+    prefix: whether it reads the encoder's class and register tokens besides patches (BLIP-2).
     alone: the module cannot stand between encoder and decoder by itself: its tokens are counted by neither, or it makes
       none. Use it as a function.
     """
 
     per_picture: int = 0
     square: int = 1
+    prefix: bool = False
     alone: bool = False
+
+    def of_features(self, path: tuple[str, ...]) -> bool:
+        """Whether features go through the matrix at this path, and not media tokens; for counting FLOPs.
+
+        Of a resampler they are keys and values and what it projects first; its latents are its media tokens.
+        """
+        return self.per_picture > 0 and (path[0] == "projection" or any(p in ("k", "v", "kv") for p in path))
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """How many media tokens a picture of (frames, rows, columns) patches becomes; for `sequence.layout`."""

@@ -34,6 +34,7 @@ class Config(Connector):
     text: text has MLPs (BLIP-2's first stage, InstructBLIP); BLIP-2's second stage has none.
     vocab: size of the word table, which text needs; None: text is handed over as embeddings.
     positions: tokens in the longest text; what comes after is NaN.
+    prefix: whether queries look at class and register tokens too, as all published ones do.
     cross_every: the first of so many layers looks at the picture.
     """
 
@@ -47,6 +48,7 @@ class Config(Connector):
     text: bool = False
     vocab: int | None = None
     positions: int = 512
+    prefix: bool = False
     cross_every: int = 2
     activation: mlp.Activation = "gelu"
     epsilon: float = 1e-12
@@ -87,6 +89,9 @@ class Config(Connector):
     @property
     def alone(self) -> bool:
         return self.queries is None
+
+    def of_features(self, path: tuple[str, ...]) -> bool:
+        return path[0] == "cross" and path[1] in ("k", "v")
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         if self.queries is None:

@@ -49,12 +49,20 @@ FAMILIES: dict[str, str] = {
     "gemma": "decoder",
     "gemma2": "decoder",
     "gemma3_text": "decoder",
+    "opt": "opt",
+    "blip-2": "blip",
     "llava": "llava",
     "llava_next": "llava",
     "llava_onevision": "llava",
+    "internvl": "llava",
+    "mistral3": "llava",
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "paligemma": "siglip_vlm",
+    "gemma3": "siglip_vlm",
+    "deepseek_vl": "siglip_vlm",
+    "deepseek_vl_hybrid": "siglip_vlm",
 }
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000

@@ -140,7 +140,10 @@ class Session:
         counts = self._prefill(documents, max_tokens)
         self._asked = mine = self._asked + 1
         switches, values = sample.prepare(rows)
-        at, left, some = int(self._state.cache.at), max_tokens, 1  # the first token at once
+        # A table of positions ends where it does: so does the longest answer.
+        room = engine.language(self.cfg).longest
+        left = max_tokens if room is None else min(max_tokens, room - max(count for count, _ in counts))
+        at, some = int(self._state.cache.at), 1  # the first token at once
         while left and not all(stream.reason for stream in streams):
             if mine != self._asked:
                 raise InputError("Another question was asked meanwhile; let one answer end, or use a session for each.")
@@ -177,6 +180,12 @@ class Session:
         asked, documents = documents, [self._settled(document) for document in documents]
         made = [self.processor.example(document, frames=frames) for document in documents]
         counts = [len(example.tokens) for example, _ in made]
+        longest = engine.language(self.cfg).longest
+        if longest is not None and max(counts) >= longest:
+            raise InputError(
+                f"Document {layouts[counts.index(max(counts))].id!r} has {max(counts):,} tokens, and this model has "
+                f"{longest:,} positions, for its answer too; give less to read."
+            )
         kept = 0
         read = Read.of(made[0][0], asked[0], layouts[0]) if len(documents) == 1 else None
         if read is not None:

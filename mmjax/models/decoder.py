@@ -6,14 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
 from mmjax.nn import cache as caches
-from mmjax.nn import cross_attention, norm, transformer
+from mmjax.nn import cross_attention, norm, position_embed, transformer
 from mmjax.nn.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A learned vector of its position, added to every token and media token before the first block (GPT-2, OPT).
+
+    rows: of the table. first: the row of position 0 (OPT: 2). There is nothing past the last row: what stands there
+    becomes NaN, so whoever makes batches keeps them shorter.
+    """
+
+    rows: int
+    first: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest document."""
+        return self.rows - self.first
 
 
 @dataclass(frozen=True)
@@ -24,8 +41,11 @@ class Config:
     cross: layers between the blocks through which text looks at media.
     window: of the blocks that `blocks.windowed` names, how many tokens one sees backwards, itself included (Mistral,
       Gemma: see sequence.intervals.sliding_window).
+    window_ahead: whether that holds for tokens of a block that see each other too (Gemma 3's pictures). If not, they
+      see all that they see without a window (the prefix of PaliGemma 2, as transformers has it).
     embed_scale: what vectors of the token table are multiplied by (Gemma: sqrt(width)).
     softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+    positions: learned positions, by the first axis of `position`. Rotary ones are the blocks' matter (blocks.rope).
     """
 
     vocab: int
@@ -33,8 +53,10 @@ class Config:
     tied: bool = True
     cross: cross_attention.Config | None = None
     window: int = 0
+    window_ahead: bool = True
     embed_scale: float = 1.0
     softcap: float | None = None
+    positions: Positions | None = None
 
     def __post_init__(self):
         if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
@@ -47,6 +69,13 @@ class Config:
                 f"A cross-attention layer before each {self.cross.every} blocks does not divide {self.blocks.layers} "
                 f"blocks; choose a number that does."
             )
+        if self.positions is not None and not 0 <= self.positions.first < self.positions.rows:
+            raise InputError(f"The decoder's {self.positions} has no row for the first token; give it more rows.")
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens in the longest document; None where nothing bounds it."""
+        return None if self.positions is None else self.positions.longest
 
     @property
     def norm(self) -> norm.Config:
@@ -63,6 +92,8 @@ def spec(cfg: Config) -> Spec:
     }
     if cfg.cross is not None:
         out["cross"] = stack(cross_attention.spec(cfg.cross), cfg.blocks.layers // cfg.cross.every)
+    if cfg.positions is not None:
+        out["positions"] = ParamSpec((cfg.positions.rows, width), (None, "embed"), Normal(0.02))
     if not cfg.tied:
         out["head"] = ParamSpec((cfg.vocab, width), ("vocab", "embed"), fan_in(width))
     return out
@@ -102,7 +133,7 @@ def apply(
     """
     see = _see(cfg, order, order, lo, hi, position, length, added)
     look = _look(cfg, media, media_lo, media_hi)
-    x, _ = _blocks(params, x, cfg, see, look, None)
+    x, _ = _blocks(params, _positioned(params, x, position, cfg), cfg, see, look, None)
     return norm.apply(params["norm"], x, cfg.norm)
 
 
@@ -140,8 +171,17 @@ def cached(
     """
     labelled = caches.labelled(cache, order)
     see = _see(cfg, order, labelled.order, lo, hi, position, length, added)
-    x, new = _blocks(params, x, cfg, see, _look(cfg, media, media_lo, media_hi), cache)
+    look = _look(cfg, media, media_lo, media_hi)
+    x, new = _blocks(params, _positioned(params, x, position, cfg), cfg, see, look, cache)
     return norm.apply(params["norm"], x, cfg.norm), labelled.replace(k=new.k, v=new.v)
+
+
+def _positioned(params: dict, x: jax.Array, position: jax.Array, cfg: Config) -> jax.Array:
+    """Tokens with the vectors of their positions added, where there are such."""
+    if cfg.positions is None:
+        return x
+    at = position[..., 0].astype(jnp.int32) + cfg.positions.first
+    return x + position_embed.learned(params["positions"], at).astype(x.dtype)
 
 
 def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.Array, position, length, added) -> dict:
@@ -149,7 +189,16 @@ def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.A
     see = {"order": order, "lo": lo, "hi": hi, "position": position, "length": length, "added": added}
     if not cfg.window:
         return see
-    return see | {"window": (jnp.maximum(lo, own - (cfg.window - 1)), hi)}
+    near = jnp.maximum(lo, own - (cfg.window - 1))
+    return see | {"window": (near if cfg.window_ahead else jnp.where(_in_block(own, hi), lo, near), hi)}
+
+
+@sharding.whole_rows("own", "hi")
+def _in_block(own: Int[Array, "b l"], hi: Int[Array, "b l"]) -> Bool[Array, "b l"]:
+    """Which tokens see later ones, or are the last that the token before them sees."""
+    ahead = hi > own
+    before = jnp.pad(jnp.where(ahead, hi, -2)[:, :-1], ((0, 0), (1, 0)), constant_values=-2)
+    return ahead | (before == own)
 
 
 def _look(cfg: Config, media: tuple | None, lo: jax.Array | None, hi: jax.Array | None) -> tuple:

@@ -122,8 +122,9 @@ def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> int
     keys = any(p in ("k", "v", "kv") for p in path)
     if part == "decoder":
         return media if path[0] == "cross" and keys else row.tokens
-    # A resampler's keys and values, and what it projects first, are patches; its latents are its media tokens.
-    return row.patches if cfg.connector.per_picture and (keys or path[0] == "projection") else media
+    if part == "connector" and cfg.connector.of_features(tuple(path)):
+        return patches if cfg.connector.prefix else row.patches
+    return media
 
 
 def _embedded(name: str, cfg: vlm.Config, row: Row) -> int | float:

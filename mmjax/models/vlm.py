@@ -18,7 +18,7 @@ from mmjax.models import decoder
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
-from mmjax.sequence import budget, interleave, positions
+from mmjax.sequence import behind, budget, interleave, positions
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.interleave import PIXEL
 from mmjax.sequence.layout import IMAGE, NAMES, VIDEO
@@ -55,6 +55,8 @@ class Config:
                 f"DeepStack of {len(self.deepstack)} blocks adds to media tokens in the sequence, after as many blocks "
                 f"of the decoder; leave cross-attention out, and give the decoder enough blocks."
             )
+        if self.connector.prefix and not self.vision.prefix:
+            raise InputError("The connector reads class or register tokens, and the encoder has none; give it some.")
         if self.connector.alone:
             raise InputError(
                 f"The connector {type(self.connector).__module__} does not make media tokens that can be counted per "
@@ -131,15 +133,31 @@ def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None 
     `seen` is what `see` makes, where that is known already (its patches and taps).
     """
     seen = see(params, batch, cfg) if seen is None else seen
-    at = {"image": batch.patch_image, "grid": batch.grid, "order": batch.patch_order}
+    read, at = _read(seen, batch, cfg)
     with jax.named_scope("connector"):
-        tokens = connect(params["connector"], seen.patches, cfg.connector, **at)
+        tokens = connect(params["connector"], read, cfg.connector, **at)
         if cfg.deep is None:
             return Media(tokens)
         # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.
         each = [jax.tree.map(lambda p, i=i: p[i], params["deep"]) for i in range(len(cfg.deepstack))]
         deep = [merger.apply(p, x, cfg.deep) for p, x in zip(each, seen.taps, strict=True)]
         return Media(tokens, jnp.stack(deep))
+
+
+def _read(seen: vit.Features, batch: Batch, cfg: Config) -> tuple[Float[Array, "b s d"], dict]:
+    """The features that the connector reads, and where they are: patches, and class and register tokens behind them."""
+    image, order = batch.patch_image, batch.patch_order
+    if not cfg.connector.prefix:
+        return seen.patches, {"image": image, "grid": batch.grid, "order": order}
+    if seen.prefix is None:
+        raise InputError("This connector reads class or register tokens; features that are kept have none of them.")
+    patches, image, order = sharding.unsplit((seen.patches, image, order))
+    b, n, many, width = seen.prefix.shape
+    labels, _, _ = behind.labels(image, order, batch.grid, many)
+    number = jnp.where(batch.grid.prod(-1) > 0, jnp.arange(n, dtype=image.dtype)[None], -1)
+    read = jnp.concatenate([patches, seen.prefix.reshape(b, n * many, width)], axis=1)
+    image = jnp.concatenate([image, jnp.repeat(number, many, axis=1)], axis=1)
+    return read, {"image": image, "grid": batch.grid, "order": labels}
 
 
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:

@@ -202,10 +202,13 @@ def _slots(piece: Piece, cfg: Config) -> np.ndarray:
         return np.asarray(piece.slots, np.int32)
     if reordered and piece.views and piece.length:
         # Patches lie square by square and window by window, the sequence shows their tokens row by row.
-        patches, tokens, _ = windows.order(piece.grid, cfg.merge, cfg.window)
-        for order in (patches, tokens):
-            if len(order) == piece.length:
-                return np.argsort(order).astype(np.int32)
+        for which in (0, 1):  # a token for each patch, or for each square
+            orders = [windows.order(view, cfg.merge, cfg.window)[which] for view in piece.views]
+            if sum(map(len, orders)) == piece.length:
+                before = np.cumsum([0, *map(len, orders)])
+                return np.argsort(np.concatenate([n + own for n, own in zip(before, orders, strict=False)])).astype(
+                    np.int32
+                )
     return np.arange(piece.length, dtype=np.int32)
 
 

@@ -56,7 +56,8 @@ class Writer:
     def view(self, span: int, slots: range) -> None:
         """Media tokens of a medium; the first may come to the end of what is written of the ones before."""
         self._flush()
-        self.begun, self.last = True, None
+        # What stands before everything is no beginning of the text.
+        self.begun, self.last = self.begun or self.convention.media != "before_all", None
         opened = self.opened.get(span)
         if opened is None:
             self.opened[span] = len(self.done)

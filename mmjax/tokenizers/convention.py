@@ -77,7 +77,8 @@ class Convention:
     text, image, video, audio: around each text and medium.
     prompt: what opens the answer to a question; None: what opens the assistant's turn.
     default_system: the system's text where a conversation has none.
-    media: where a turn's media stand: where they are, before its text, or before what opens the turn.
+    media: where a turn's media stand: where they are, before its text, before what opens the turn, or before all else
+      that is written of the document, `begin` included (BLIP-2).
     chunk: closes what was said about a medium: before the next one and at the document's end (Flamingo).
     lead: stands before a turn's text where nothing but words comes first (Idefics).
     strip: whether white space is left out at both ends of a turn, or of every text.
@@ -108,7 +109,7 @@ class Convention:
     audio: Around = NOTHING
     prompt: Writing | None = None
     default_system: str | None = None
-    media: Literal["in_place", "first", "ahead"] = "in_place"
+    media: Literal["in_place", "first", "ahead", "before_all"] = "in_place"
     chunk: Writing = ()
     lead: Writing = ()
     strip: Literal["nothing", "turn", "text"] = "nothing"
@@ -156,7 +157,8 @@ class Convention:
                 )
             parts = self.template.parts(document, answer=answer)
             return [*plain(self.begin), *(self._around(p, document) if isinstance(p, Medium) else p for p in parts)]
-        return [*plain(self.begin), *Writer(self, document, fuse).write(answer, skip)]
+        out = [*plain(self.begin), *Writer(self, document, fuse).write(answer, skip)]
+        return sorted(out, key=lambda part: not isinstance(part, Medium)) if self.media == "before_all" else out
 
     def _around(self, medium: Medium, document: Document) -> Medium:
         around = {Image: self.image, Video: self.video, Audio: self.audio}[type(document.spans[medium.span])]

@@ -46,7 +46,14 @@ def after(cfg: Config) -> features.After | None:
         )
     if jax.process_count() > 1:
         raise InputError(f"features are kept for one process, and this run has {jax.process_count()}; keep none.")
-    return "tower" if moving & {"connector", "deep"} else "connector"
+    if not moving & {"connector", "deep"}:
+        return "connector"
+    if cfg.model.connector.prefix:
+        raise InputError(
+            f"features are kept of patches, and this connector reads class tokens too; add 'connector' to "
+            f"update.frozen ({cfg.update.frozen}), or keep no features."
+        )
+    return "tower"
 
 
 @dataclass(frozen=True)

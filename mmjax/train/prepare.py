@@ -156,6 +156,12 @@ def refuse_model(cfg: Config) -> None:
             f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
             f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
         )
+    longest = cfg.model.decoder.longest
+    if longest is not None and cfg.packing.tokens > longest:
+        raise InputError(
+            f"packing.tokens is {cfg.packing.tokens}, but the decoder has learned positions of {longest} tokens; set "
+            f"it to {longest} at most, or model.decoder.positions.rows higher."
+        )
     cfg.model.refuse(cfg.sequence)
 
 

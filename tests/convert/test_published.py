@@ -29,6 +29,7 @@ SAME = {
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
+NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
 
 
@@ -76,6 +77,14 @@ def test_left_out_parts_are_those_of_transformers():
     cfg = found({"model_type": "llava"}).cfg
     assert (cfg.vision.blocks.layers, cfg.vision.table.rows, cfg.decoder.blocks.hidden) == (23, 24, 11008)
     assert found({"model_type": "llava_onevision"}).cfg.vision.blocks.layers == 26
+    cfg = found({"model_type": "mistral3"}).cfg
+    assert (cfg.vision.embed.patch, cfg.decoder.blocks.hidden, cfg.decoder.tied, cfg.placeholder) == (
+        14,
+        32768,
+        True,
+        10,
+    )
+    assert found({"model_type": "internvl"}).cfg.placeholder == 151_667
     text = found({"model_type": "qwen2_5_vl"}).cfg.decoder
     assert (text.vocab, text.blocks.layers, text.blocks.epsilon) == (152064, 80, 1e-5)
     assert found(LLAVA | {"vision_feature_layer": 3}).cfg.vision.blocks.layers == 3
@@ -95,6 +104,8 @@ REFUSED = [
     (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is '0.5'"),
     (LLAMA | {"num_key_value_heads": 2}, "9 heads and 2 of keys"),
     (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
+    ({"model_type": "opt", "do_layer_norm_before": False}, "'do_layer_norm_before' is 'False'"),
+    ({"model_type": "opt", "word_embed_proj_dim": 512}, "'word_embed_proj_dim' is '512'"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),
@@ -102,7 +113,13 @@ REFUSED = [
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "Gemma 3 has them for"),
     (LLAVA | {"text_config": {"model_type": "mixtral"}}, "model_type is 'mixtral'"),
     (LLAVA | {"text_config": "llama"}, "'text_config' is 'llama'"),
-    (LLAVA | {"vision_config": {"model_type": "pixtral"}}, "tower's model_type is 'pixtral'"),
+    (LLAVA | {"vision_config": {"model_type": "siglip2_vision_model"}}, "tower's model_type is 'siglip2_vision_model'"),
+    (NEXT | {"vision_config": {"model_type": "pixtral"}}, "tower's model_type is 'pixtral'"),
+    (LLAVA | {"vision_config": {"model_type": "pixtral"}, "vision_feature_layer": -1}, "'default'; mmjax"),
+    ({"model_type": "internvl", "downsample_ratio": 0.4}, "'downsample_ratio' is 0.4"),
+    ({"model_type": "internvl", "vision_feature_select_strategy": "full"}, "'full'; mmjax"),
+    ({"model_type": "internvl", "vision_config": {"norm_type": "rms_norm", "use_mean_pooling": False}}, "RMSNorm"),
+    ({"model_type": "mistral3", "vision_feature_layer": [-1, -2]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": [-2, -5]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),
     (LLAVA | {"vision_feature_select_strategy": "full"}, "'vision_feature_select_strategy' is 'full'"),
@@ -125,6 +142,11 @@ def test_what_is_not_computed_is_refused_by_name(given, says):
         found(json.loads(json.dumps(given)))
     assert says in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_family_of_another_layout_is_refused_by_name():
+    with pytest.raises(InputError, match=r"model_type 'internvl_chat': did you mean internvl\?"):
+        found({"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}})
 
 
 def test_onevision_has_two_placeholders_and_a_newline():

@@ -11,6 +11,7 @@ from mmjax.core.store import Store
 from mmjax.generate import engine, prompts
 from mmjax.generate.sample import Sampling
 from mmjax.generate.session import Session
+from mmjax.models.decoder import Positions
 from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Image, Text
 
@@ -186,6 +187,18 @@ def test_bad_requests_are_refused(session):
         session.answer([asked("x")], stop="ab")
     with pytest.raises(InputError, match="'q' has no tokens"):
         session.answer([Document("q", (Text("", "document"),))])
+
+
+def test_answers_end_where_learned_positions_do():
+    model, processor = made()
+    cfg = dataclasses.replace(model.cfg, decoder=dataclasses.replace(model.cfg.decoder, positions=Positions(22, 2)))
+    table = np.random.default_rng(0).normal(size=(22, cfg.decoder.blocks.width)).astype(np.float32)
+    params = model.params | {"decoder": model.params["decoder"] | {"positions": table}}
+    short = Session(dataclasses.replace(model, cfg=cfg, params=params), processor)
+    answer = short.answer([asked("x")], max_tokens=200)[0]
+    assert (answer.reason, answer.prompt + len(answer.ids)) == ("length", 20)
+    with pytest.raises(InputError, match="20 positions"):
+        short.answer([asked("x" * 30)])
 
 
 def test_one_answer_at_a_time(session):

@@ -35,6 +35,7 @@ GEMMA = dataclasses.replace(
 PLAIN = decoder.Config(31, BLOCKS)
 SLIDING = decoder.Config(31, GEMMA, window=3, embed_scale=4.9, softcap=7.0)
 CROSS = decoder.Config(31, BLOCKS, tied=False, cross=cross_attention.Config(24, 16, 2, 8, 40, every=2))
+LEARNED = decoder.Config(31, dataclasses.replace(BLOCKS, rope=None), positions=decoder.Positions(22, first=2))
 LENGTHS = (9, 5, 7)  # of the rows
 
 
@@ -61,11 +62,12 @@ def part(see, start, stop):
 
 
 @pytest.mark.parametrize(
-    ("name", "unstacked"), [("plain", False), ("sliding", False), ("sliding", True), ("cross", False)]
+    ("name", "unstacked"),
+    [("plain", False), ("sliding", False), ("sliding", True), ("cross", False), ("learned", False)],
 )
 def test_in_parts_is_in_one(name, unstacked):
     """Four tokens, then three, then one by one; and the first part is padded as a bucket would be."""
-    cfg = {"plain": PLAIN, "sliding": SLIDING, "cross": CROSS}[name]
+    cfg = {"plain": PLAIN, "sliding": SLIDING, "cross": CROSS, "learned": LEARNED}[name]
     params = randomised(decoder.spec(cfg))
     tokens, see, media = rows(cfg)
     x = decoder.embed(params, tokens, cfg)
@@ -115,6 +117,22 @@ def test_a_tuple_of_blocks_is_the_stack_with_gradients():
     np.testing.assert_allclose(one, two, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), grads, others)
     assert np.abs(grads[1]).min(axis=(0, 1, 3)).max() > 0
+
+
+def test_learned_positions_are_rows_of_their_table_and_end_with_it():
+    params = randomised(decoder.spec(LEARNED))
+    tokens, see, _ = rows(LEARNED)
+    x = decoder.embed(params, tokens, LEARNED)
+    wants = decoder.apply(params, x, LEARNED, **see)
+    plain = dataclasses.replace(LEARNED, positions=None)
+    by_hand = x + params["positions"][see["position"][..., 0] + 2]
+    np.testing.assert_allclose(wants, decoder.apply(params, by_hand, plain, **see), rtol=1e-6, atol=1e-6)
+    assert LEARNED.longest == 20
+    past = decoder.apply(params, x, LEARNED, **see | {"position": see["position"].at[1, 2, 0].set(20)})
+    assert np.isnan(past[1, 2]).all()
+    assert np.isfinite(past[0]).all()
+    with pytest.raises(InputError, match="no row for the first token"):
+        dataclasses.replace(LEARNED, positions=decoder.Positions(2, 2))
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -1,7 +1,7 @@
 """Whole models compared on documents: our batch and the reference's tensors from the same ids and the same pixels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -79,16 +79,19 @@ class Given:
     there: np.ndarray
 
 
-def given(documents: Sequence[Sequence[Part]], values: int, cfg: interleave.Config = interleave.PLAIN) -> Given:
-    """A row for each document, with two places more than the longest needs."""
+def given(
+    documents: Sequence[Sequence[Part]], values: int, cfg: interleave.Config = interleave.PLAIN, **vocab: int
+) -> Given:
+    """A row for each document, with two places more than the longest needs. vocab: ids that are not VOCAB's."""
+    known = replace(VOCAB, **vocab)
     rows, sizes = [], []
     for i, parts in enumerate(documents):
         layout = Layout.of(str(i), tuple(p for p, _ in parts))
-        rows.append([(interleave.interleave(layout, VOCAB, cfg), [x for _, x in parts if x is not None])])
+        rows.append([(interleave.interleave(layout, known, cfg), [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
     tokens, patches, images, _ = np.max(sizes, axis=0)
     bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)
-    batch = build(rows, bucket, values, VOCAB, cfg)
+    batch = build(rows, bucket, values, known, cfg)
     ids = np.where(batch.order >= 0, batch.tokens, VOCAB.pad)[:, :tokens]
     return Given(batch, ids, (batch.order >= 0)[:, :tokens])
 

@@ -55,6 +55,13 @@ def test_who_sees_whom(see):
     np.testing.assert_array_equal(x.hi, hi)
 
 
+def test_squares_of_several_views_stand_in_order():
+    """Four views of one token for each of four squares: as many tokens as the first view has patches."""
+    x = interleave(laid(image(4, 4, tiles=((1, 4, 4),) * 3)), VOCAB, Config(position="sequential", merge=2))
+    np.testing.assert_array_equal(x.slot, np.arange(16))
+    np.testing.assert_array_equal(x.patch_raster[:8], [0, 1, 4, 5, 2, 3, 6, 7])
+
+
 def test_no_pictures():
     x = interleave(laid(text(1, 4, 20, 2, 5), text(21, 2, train=True)), VOCAB)
     shapes = [a.shape for a in (x.patch_lo, x.patch_hi, x.patch_position, x.patch_image, x.grid)]

@@ -90,7 +90,7 @@ def read(config: dict, keys: frozenset[str]) -> Found:
     return tie(found, raw.flag(config, "tie_word_embeddings", family.tied), keys, TABLE, HEAD)
 
 
-def tied(config: dict, text: dict, keys: frozenset[str], head: str, nested: bool) -> bool:
+def tied(config: dict, text: dict, keys: frozenset[str], head: str, nested: bool, default: bool = False) -> bool:
     """Whether the head of a model around a text model is its token table.
 
     Args:
@@ -98,9 +98,10 @@ def tied(config: dict, text: dict, keys: frozenset[str], head: str, nested: bool
       keys: of the file; one without a head ties what either config says.
       head: its name.
       nested: whether transformers asks the text model's config too.
+      default: what it takes where the whole's config says nothing.
     """
     family = FAMILIES.get(text.get("model_type"), FAMILIES["llama"])
-    whole, inner = (raw.flag(c, "tie_word_embeddings", d) for c, d in ((config, False), (text, family.tied)))
+    whole, inner = (raw.flag(c, "tie_word_embeddings", d) for c, d in ((config, default), (text, family.tied)))
     return whole or (inner and (nested or head not in keys))
 
 
@@ -185,6 +186,8 @@ def _activation(config: dict, family: Family) -> str:
 
 
 def _cap(config: dict, key: str, family: Family) -> float | None:
+    if family.gemma == 3:
+        raw.refuse(config, "attn_logit_softcapping")  # transformers does not read it there
     if family.gemma < 2:
         return None
     default = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}[key] if family.gemma == 2 else None

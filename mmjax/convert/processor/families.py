@@ -1,11 +1,12 @@
 """Whose processors mmjax has: every family by the model_type in config.json, one file each beside this one."""
 
-from mmjax.convert.processor import llava, qwen_vl
+from mmjax.convert.processor import blip, llava, qwen_vl
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
 
 FAMILIES: dict[str, Family] = {
+    **blip.FAMILIES,
     **llava.FAMILIES,
     **qwen_vl.FAMILIES,
 }

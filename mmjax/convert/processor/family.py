@@ -27,6 +27,9 @@ class Family:
     videos: the policy of videos and their mean and deviation; None: it takes none.
     several: the policy of pictures where a document has more than one; None: the same.
     refined: the policy of pictures with what the image processor's settings do not say.
+    per_picture: media tokens of a picture, where their number is fixed; 0: as many as its patches make.
+    prompts: whether a question is written as its text is: the family has no chat template.
+    adds: symbols that its own processor adds to a tokenizer that lacks them.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     """
 
@@ -40,6 +43,9 @@ class Family:
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     newline: bool = False
+    per_picture: Callable[[Settings], int] = lambda config: 0
+    prompts: bool = False
+    adds: tuple[str, ...] = ()
 
 
 def stops(found: Found, tokenizer: Any, vocab: Vocab) -> tuple[int, ...]:

@@ -252,7 +252,16 @@ def _same(of: Settings, tower: Tower) -> None:
             )
 
 
+def _blip(of: Settings, tower: Tower) -> Fixed:
+    """BLIP's: stretched to a square."""
+    size = _size(of, "size", {"height": 384, "width": 384}, square=True)
+    if of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures (do_center_crop), which BLIP's processor does not do here")
+    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+
+
 READERS = {
+    "BlipImageProcessor": (_blip, OPENAI),
     "CLIPImageProcessor": (_clip, OPENAI),
     "LlavaImageProcessor": (_llava, OPENAI),
     "SiglipImageProcessor": (_siglip, HALF),

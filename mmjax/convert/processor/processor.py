@@ -51,6 +51,8 @@ class Processor:
     resolution, clips: the policies of pictures and videos; None: the model takes none.
     several: the policy of pictures where a document has more than one (LLaVA-OneVision); None: the same.
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
+    per_picture: media tokens of a picture, where their number is fixed.
+    prompts: whether a question is written as its text is, where the directory has no template.
     patch: pixels a side. group: pictures of a clip in a patch.
     """
 
@@ -64,6 +66,8 @@ class Processor:
     patch: int = 0
     group: int = 1
     several: Policy | None = None
+    per_picture: int = 0
+    prompts: bool = False
 
     @property
     def vocab(self) -> Vocab:
@@ -89,7 +93,7 @@ class Processor:
 
     def media_tokens(self, grid: Grid) -> int:
         """Tokens that a grid of patches takes in the sequence."""
-        return patches_of(grid) // self.sequence.merge**2
+        return self.per_picture or patches_of(grid) // self.sequence.merge**2
 
     def layout(self, document: Document, answer: int = 0, *, ask: bool | None = None) -> Layout:
         """What a document takes, before any pixel is decoded.
@@ -110,7 +114,7 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if self.chat.convention.template is None:
+        if self.chat.convention.template is None and not self.prompts:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
@@ -228,6 +232,8 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         tower.patch,
         tower.group,
         None if family.several is None else family.several(found, tower, policy, colours),
+        family.per_picture(found.config),
+        family.prompts,
     )
 
 

@@ -89,7 +89,8 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         placeholder_video=media.get("video", ""),
         **({} if family is None else family.writing),
     )
-    missing = [symbol for symbol in convention.symbols if symbol not in known and tokenizer._find(symbol) is None]
+    added = () if family is None else family.adds
+    missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
     if missing:
         raise InputError(
             f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "

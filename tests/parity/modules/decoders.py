@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from parity.harness import Compare, double, gradient_model, saved, system, twin, weights_for
+from safetensors.numpy import load_file, save_file
 
 from mmjax.convert import huggingface
 from mmjax.models import decoder
@@ -41,7 +42,7 @@ def ours(params: dict, cfg: decoder.Config, ids: np.ndarray, there: np.ndarray) 
     see = {"order": order, "lo": np.where(there, lo, 0), "hi": np.where(there, hi, -1)}
     see = {k: jnp.asarray(v, jnp.int32) for k, v in see.items()}
     see["position"] = jnp.asarray(order.clip(0)[..., None], jnp.int32)
-    if cfg.blocks.rope.needs_length:
+    if cfg.blocks.rope is not None and cfg.blocks.rope.needs_length:
         see["length"] = positions.lengths(jnp.where(see["order"] < 0, -1, 0), see["position"])
     x = decoder.apply(params, decoder.embed(params, jnp.asarray(ids, jnp.int32), cfg), cfg, **see)
     return decoder.logits(params, x, cfg)
@@ -49,6 +50,10 @@ def ours(params: dict, cfg: decoder.Config, ids: np.ndarray, there: np.ndarray) 
 
 def rewritten(path: Path, change: Change | None) -> Path:
     """A directory whose config.json is as `change` makes it."""
+    if change is bare:
+        weights = load_file(path / "model.safetensors")
+        named = {key.removeprefix("model."): x for key, x in weights.items()}
+        save_file(named, path / "model.safetensors", metadata={"format": "pt"})
     if change is not None:
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(change(config)))
@@ -195,3 +200,21 @@ def gemma3(c: Compare) -> None:
 @system("Gemma 3 (hub files)")
 def gemma3_hub_files(c: Compare) -> None:
     compare(c, "Gemma3", gemma3_hub, **GEMMA3)
+
+
+def bare(config: dict) -> dict:
+    """As Meta's directories have it, whose tensors are those of OPTModel."""
+    return {k: v for k, v in config.items() if k not in ("enable_bias", "layer_norm_elementwise_affine")}
+
+
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 13}
+
+
+@system("OPT")
+def opt(c: Compare) -> None:
+    compare(c, "OPT", **OPT, tie_word_embeddings=False)
+
+
+@system("OPT (hub files)")
+def opt_hub(c: Compare) -> None:
+    compare(c, "OPT", bare, **OPT)
