@@ -59,7 +59,7 @@ def targets(spec: Spec, cfg: Config) -> list[str]:
             named = tree.flatten(tree.choose(spec, [pattern])[0])
         except InputError as error:
             raise InputError(f"lora.targets: {error}") from error
-        kernels = [name for name, p in named.items() if name.endswith("/kernel") and _product(p)]
+        kernels = [name for name, p in named.items() if name.split("/")[-1] == "kernel" and _product(p)]
         if not kernels:
             raise InputError(
                 f"lora.targets: the pattern {pattern!r} names no kernel that tokens are multiplied with; give one that "
@@ -99,6 +99,16 @@ def _adapted(p: ParamSpec, cfg: Config) -> dict[str, ParamSpec]:
 def adapted(node: Any) -> bool:
     """Whether this is an adapted kernel."""
     return isinstance(node, Mapping) and node.keys() == set(PARTS)
+
+
+def parted(params: dict) -> tuple[dict[str, Any], dict[str, dict]]:
+    """The leaves of a model by name, as they are without adapters; and what is adapted, by the names of kernels."""
+    flat, nodes = tree.flatten(params), {}
+    for name in [name for name in flat if name.endswith("/kernel/a")]:
+        kernel = name.removesuffix("/a")
+        nodes[kernel] = {part: flat.pop(f"{kernel}/{part}") for part in PARTS}
+        flat[kernel] = nodes[kernel]["base"]
+    return flat, nodes
 
 
 def merged(params: dict) -> dict:

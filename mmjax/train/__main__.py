@@ -1,4 +1,4 @@
-"""python -m mmjax.train CONFIG [--field value ...], or finetune --model DIR --data FILE ... (train.finetune)"""
+"""python -m mmjax.train CONFIG [--field value ...], or finetune --model DIR --data FILE ... (train.finetune), or export RUN DST (train.export)."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,10 @@ def run(arguments: Sequence[str]) -> int:
         from mmjax.train import finetune
 
         return finetune.run(arguments[1:])
+    if arguments[:1] == ["export"]:
+        from mmjax.train import export
+
+        return export.main(arguments[1:])
     cfg = config.from_command_line("mmjax.train", arguments, "Trains, evaluates and checkpoints a model.")
     from mmjax.train import loop
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import tyro
 
 from mmjax.convert.processor import Processor
+from mmjax.core import processes
 from mmjax.core.errors import InputError
 from mmjax.data import sets
 from mmjax.nn import lora
 from mmjax.sequence.buckets import ladder
-from mmjax.train import loop, presets, start
+from mmjax.train import export, loop, presets, start
 from mmjax.train.config import Config, Optimizer, Packing
 
 LOOK = 1024  # documents of a dataset that are measured for a row's default size
@@ -47,12 +48,13 @@ def parser() -> argparse.ArgumentParser:
         help="datasets (data.formats); shares, if several",
     )
     add("--eval", metavar="PATH", nargs="+", default=[], help="datasets that judge the run, before and after")
+    add("--export", choices=("merged", "adapter"), help="what the run leaves beside its checkpoints (train.export)")
     add("--stages", metavar="STAGE", nargs="+", default=["connector:200"], help="one after the other")
     return out
 
 
-def config_of(arguments: Sequence[str]) -> Config:
-    """The run that a command line asks for.
+def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
+    """The run that a command line asks for, and what it is to leave.
 
     Raises:
       InputError: no model, no data, a stage that cannot be, or what `start.both` and `data.formats` refuse.
@@ -92,13 +94,20 @@ def config_of(arguments: Sequence[str]) -> Config:
         prog="python -m mmjax.train finetune",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return dataclasses.replace(cfg, steps=sum(stage.steps for stage in cfg.stages))
+    return dataclasses.replace(cfg, steps=sum(stage.steps for stage in cfg.stages)), given.export
 
 
 def run(arguments: Sequence[str]) -> int:
     """The command; gives its exit status."""
-    cfg = config_of(arguments)
-    return loop.run(cfg)
+    cfg, to = config_of(arguments)
+    target = cfg.out / (to or "")
+    if to and target.exists():
+        raise InputError(f"{target} is there already; remove it, or leave --export out.")
+    status = loop.run(cfg)
+    if to and not status and processes.index() == 0:
+        export.export(cfg.out, target, to)
+        print(f"{to}: {target}")
+    return status
 
 
 def _source(text: str, many: int, weighed: bool = True) -> sets.Files:
