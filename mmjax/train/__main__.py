@@ -1,4 +1,8 @@
-"""python -m mmjax.train CONFIG [--field value ...], or finetune --model DIR --data FILE ... (train.finetune), or export RUN DST (train.export)."""
+"""python -m mmjax.train CONFIG [--field value ...]: trains what a config says.
+
+    python -m mmjax.train finetune --model DIR --data FILE ...     see train.finetune
+    python -m mmjax.train export RUN DST --to merged|adapter       see train.export
+"""
 
 from collections.abc import Sequence
 
