@@ -1,7 +1,7 @@
 """python -m mmjax.train CONFIG [--field value ...]: trains what a config says.
 
-    python -m mmjax.train finetune --model DIR --data FILE ...     see train.finetune
-    python -m mmjax.train export RUN DST --to merged|adapter       see train.export
+python -m mmjax.train finetune --model DIR --data FILE ...     see train.finetune
+python -m mmjax.train export RUN DST --to merged|adapter       see train.export
 """
 
 from collections.abc import Sequence

@@ -151,7 +151,8 @@ def test_adapters_follow_peft_and_the_way_there_and_back(tmp_path):
     # Ours begins with peft's A (B is zero), and goes the same way.
     model = adapter.load(tmp_path / "start", huggingface.load(source))
     nodes = lora.parted(model.params)[1]
-    assert len(nodes) == 7 and all(float(node["scale"][0]) == 3.0 for node in nodes.values())
+    assert len(nodes) == 7
+    assert all(float(node["scale"][0]) == 3.0 for node in nodes.values())
     names = {name for name in tree.flatten(model.params) if name.split("/")[-1] not in ("a", "b")}
     ours, (*_, after) = our_losses(model, model.params, made, tree.cover(model.params, names))
     losses = torch_losses(theirs, [inputs(*one) for one in made])
