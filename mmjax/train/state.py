@@ -15,7 +15,9 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules
 from mmjax.core.spec import Spec
-from mmjax.train.config import Optimizer
+from mmjax.models import vlm
+from mmjax.nn import lora
+from mmjax.train.config import Config, Optimizer
 
 
 @flax.struct.dataclass
@@ -94,6 +96,12 @@ def _matrices(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
+def spec(cfg: Config) -> Spec:
+    """The parameters of a run, with its adapters."""
+    of = vlm.spec(cfg.model)
+    return of if cfg.lora is None else lora.spec(of, cfg.lora)
+
+
 def trained(params: dict, frozen: Sequence[str]) -> dict:
     """The parameters that are not frozen (see core.tree.choose), for which there is optimizer state.
 
@@ -122,6 +130,15 @@ def create_sharded(
     return make(key)
 
 
+def of_params(
+    params: dict, tx: optax.GradientTransformation, shape: TrainState, frozen: Sequence[str] = ()
+) -> TrainState:
+    """The state before the first step, of parameters that are there."""
+    make = jax.jit(lambda p: tx.init(trained(p, frozen)), out_shardings=shardings(shape.optimizer))
+    rest = jax.device_put((jnp.zeros((), jnp.int32), new_guard()), shardings((shape.step, shape.guard)))
+    return TrainState(rest[0], params, make(params), rest[1])
+
+
 def abstract(
     spec: Spec, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules, frozen: Sequence[str] = ()
 ) -> TrainState:
@@ -140,6 +157,6 @@ def abstract(
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments, guard)
 
 
-def shardings(state: TrainState) -> TrainState:
-    """The shardings of an abstract state."""
+def shardings(state: Any) -> Any:
+    """The shardings of an abstract state, or of a part of one."""
     return jax.tree.map(lambda x: x.sharding, state)
