@@ -34,13 +34,17 @@ GEMMA = dataclasses.replace(
 )
 PLAIN = decoder.Config(31, BLOCKS)
 SLIDING = decoder.Config(31, GEMMA, window=3, embed_scale=4.9, softcap=7.0)
+PREFIXED = dataclasses.replace(SLIDING, window_ahead=False)
 CROSS = decoder.Config(31, BLOCKS, tied=False, cross=cross_attention.Config(24, 16, 2, 8, 40, every=2))
 LEARNED = decoder.Config(31, dataclasses.replace(BLOCKS, rope=None), positions=decoder.Positions(22, first=2))
 LENGTHS = (9, 5, 7)  # of the rows
 
 
 def rows(cfg):
-    """Three rows of different length, padded to 9: tokens, labels, intervals, positions, and media to look at."""
+    """Three rows of different length, padded to 9: tokens, labels, intervals, positions, and media to look at.
+
+    Of PREFIXED the first four tokens see each other.
+    """
     some = np.random.default_rng(0)
     tokens = jnp.asarray(some.integers(0, cfg.vocab, (3, 9)), jnp.int32)
     at = np.arange(9, dtype=np.int32)[None].repeat(3, 0)
@@ -48,7 +52,7 @@ def rows(cfg):
     see = {
         "order": np.where(there, at, -1),
         "lo": np.zeros((3, 9), np.int32),
-        "hi": np.where(there, at, -1),
+        "hi": np.where(there, at if cfg.window_ahead else np.maximum(at, 3), -1),
         "position": some.integers(0, 20, (3, 9, 3)).astype(np.int32),
     }
     if cfg.cross is not None:
@@ -63,11 +67,18 @@ def part(see, start, stop):
 
 @pytest.mark.parametrize(
     ("name", "unstacked"),
-    [("plain", False), ("sliding", False), ("sliding", True), ("cross", False), ("learned", False)],
+    [
+        ("plain", False),
+        ("sliding", False),
+        ("sliding", True),
+        ("prefixed", False),
+        ("cross", False),
+        ("learned", False),
+    ],
 )
 def test_in_parts_is_in_one(name, unstacked):
     """Four tokens, then three, then one by one; and the first part is padded as a bucket would be."""
-    cfg = {"plain": PLAIN, "sliding": SLIDING, "cross": CROSS, "learned": LEARNED}[name]
+    cfg = {"plain": PLAIN, "sliding": SLIDING, "prefixed": PREFIXED, "cross": CROSS, "learned": LEARNED}[name]
     params = randomised(decoder.spec(cfg))
     tokens, see, media = rows(cfg)
     x = decoder.embed(params, tokens, cfg)
@@ -88,6 +99,21 @@ def test_in_parts_is_in_one(name, unstacked):
     got = np.concatenate(parts, axis=1)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(got[row, :length], wants[row, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_holds_within_a_prefix_or_not():
+    """Two documents in a row, prefixes of four and two: the last token of a prefix sees none later, and all before."""
+    own = jnp.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, -1]])
+    lo = jnp.array([[0, 0, 0, 0, 0, 0, 6, 6, 6, 6, 0, 0]])
+    hi = jnp.array([[3, 3, 3, 3, 4, 5, 7, 7, 8, 9, -1, -1]])
+    see = {"position": None, "length": None, "added": None}
+    (near, _), (whole, upper) = (
+        decoder._see(cfg, own, own, lo, hi, **see)["window"]
+        for cfg in (SLIDING, dataclasses.replace(PREFIXED, window=2))
+    )
+    assert near[0, :10].tolist() == [0, 0, 0, 1, 2, 3, 6, 6, 6, 7]
+    assert whole[0, :10].tolist() == [0, 0, 0, 0, 3, 4, 6, 6, 7, 8]
+    assert (upper == hi).all()
 
 
 def test_long_parts_go_through_the_kernel():
