@@ -158,7 +158,7 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
     "deepseek-community/deepseek-vl-1.3b-chat": (
         {"model_type": "deepseek_vl", "image_token_id": 100015, "text_config": DEEPSEEK_TEXT}
         | {"vision_config": DEEPSEEK_SEES, "tie_word_embeddings": False},
-        1_975_236_608,
+        1_975_235_584,
     ),
     "llava-hf/llava-1.5-7b-hf": (LLAVA, 7_063_427_072),
     "llava-hf/llava-v1.6-vicuna-7b-hf": (NEXT, 7_063_431_168),

@@ -16,7 +16,7 @@ from mmjax.nn.rope_scaling import Dynamic, LongRope, Yarn
 from mmjax.train.prepare import refuse_model, refuse_rows
 
 # CLIP's last block and the norm after it; SigLIP's; SigLIP's pooling head; the norm alone.
-UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "deepseek_vl": 12_596_224}
+UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "deepseek_vl": 12_595_200}
 UNUSED |= {"idefics": 2560}
 # The config that is the same model.
 SAME = {
