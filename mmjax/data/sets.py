@@ -11,6 +11,7 @@ from mmjax.data import drawings
 from mmjax.data.mixture import Mixture, permute
 from mmjax.sequence.document import Document
 
+GENERIC = "generic"
 KEY = b"held out"  # of the order from whose end documents are held out: it must never change
 
 
@@ -60,7 +61,7 @@ class Mixed:
 
     sources: tuple[Files | Drawings, ...]
     tokenizer: Path | None = None
-    convention: str = "generic"
+    convention: str = GENERIC
     epochs: int = 0
     held_out: int = 64
     evaluation: tuple[Files, ...] = ()

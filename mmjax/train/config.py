@@ -1,5 +1,6 @@
 """What a training run is: one frozen dataclass, made by the `config()` function of one file."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -137,7 +138,7 @@ class Stage:
     learning_rate: float = 0.0
 
     def __post_init__(self):
-        if self.steps < 1 or not self.trains or self.learning_rate < 0:
+        if self.steps < 1 or not self.trains or not 0 <= self.learning_rate < math.inf:
             raise InputError(
                 f"The stage {self.name!r} has {self.steps} steps, trains {self.trains} and has a learning rate of "
                 f"{self.learning_rate}; give at least 1 step and one pattern, and a rate above 0 (0: the optimizer's)."

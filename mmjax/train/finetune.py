@@ -8,8 +8,10 @@ parameters for some steps, and the next one goes on with them. The same command 
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -19,6 +21,7 @@ from mmjax.core.errors import InputError
 from mmjax.data import sets
 from mmjax.nn import lora
 from mmjax.sequence.buckets import ladder
+from mmjax.sequence.document import Document, Image, Text
 from mmjax.train import export, loop, presets, start
 from mmjax.train.config import Config, Optimizer, Packing
 
@@ -69,8 +72,9 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
     if any(a == "--steps" or a.startswith("--steps=") for a in rest):
         raise InputError("The steps of a fine-tuning are those of its --stages; leave --steps out.")
     model, its = start.both(given.model)
-    sources = tuple(_source(text, len(given.data)) for text in given.data)
-    evaluation = tuple(_source(path, 1, weighed=False) for path in given.eval)
+    place = _place(its)
+    sources = tuple(_source(text, place) for text in given.data)
+    evaluation = tuple(sets.Files(Path(path), place=place) for path in given.eval)
     default = Config(
         model=model.cfg,
         data=sets.Mixed(sources, held_out=0, evaluation=evaluation),
@@ -110,13 +114,21 @@ def run(arguments: Sequence[str]) -> int:
     return status
 
 
-def _source(text: str, many: int, weighed: bool = True) -> sets.Files:
+def _place(its: Processor) -> Literal["as_written", "bare"]:
+    """How LLaVA's JSON is read, which has a newline behind a picture: without it, where the template writes one."""
+    probe = its.layout(Document("a probe", (Image(64, 64, b""), Text("x"))))
+    behind = itertools.dropwhile(lambda piece: not piece.views, probe.pieces)
+    written = its.plain.decode([i for piece in behind if not piece.views for i in piece.ids])
+    return "bare" if written.startswith("\n") else "as_written"
+
+
+def _source(text: str, place: Literal["as_written", "bare"]) -> sets.Files:
     """A dataset from PATH or PATH=WEIGHT."""
     path, equals, weight = text.rpartition("=")
-    if not (weighed and equals) or Path(text).exists():
-        return sets.Files(Path(text))
+    if not equals or Path(text).exists():
+        return sets.Files(Path(text), place=place)
     try:
-        return sets.Files(Path(path), weight=float(weight))
+        return sets.Files(Path(path), weight=float(weight), place=place)
     except ValueError as error:
         raise InputError(f"The weight of {path} is {weight!r}; give a number, as {path}=0.5.") from error
 

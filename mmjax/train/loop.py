@@ -21,7 +21,7 @@ from mmjax.core.tree import nbytes
 from mmjax.data.source import Source, read
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
-from mmjax.train import cluster, report, stages, start, state
+from mmjax.train import cluster, parameters, report, stages, start, state
 from mmjax.train.config import Config
 from mmjax.train.features import Towers, compile_towers, without_patches
 from mmjax.train.prepare import Data, prepare_data
@@ -94,7 +94,7 @@ def run(cfg: Config) -> int:
             programs = compile_all(cfg, data, parts, shapes, mesh, done=0 if now is None else int(now.step))
             loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
             if now is None:
-                now = start.start(parts[0].cfg, shapes[0])
+                now = start.start(parts[0], shapes[0])
                 loop.judge_start(now)
             for n in programs:
                 now = stages.begun(parts[n], shapes[n], now)
@@ -317,7 +317,7 @@ class Loop:
         result = judged | {
             "seconds": round(time.monotonic() - self.began, 1),
             "steps": cfg.steps,
-            "parameters": specs.count(state.spec(cfg)),
+            "parameters": specs.count(parameters.spec(cfg)),
             "documents": sum(len(row) for step in plan.steps for row in step.rows),
             "tokens_per_second": round(self.tokens / self.trained, 1),
             "waiting": self.waiting / self.trained,

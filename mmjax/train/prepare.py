@@ -49,6 +49,11 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         be read.
     """
     its = start.processor(cfg) if cfg.base else None
+    if its and isinstance(cfg.data, sets.Mixed) and (cfg.data.tokenizer or cfg.data.convention != sets.GENERIC):
+        raise InputError(
+            f"The base {cfg.base} writes documents with its own tokenizer and template; leave data.tokenizer and "
+            f"data.convention out."
+        )
     tokenizer, lay = _writer(cfg) if its is None else (its.chat, start.layout_of(its))
     _refuse(cfg, tokenizer, of)
     plain = lay

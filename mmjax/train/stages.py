@@ -10,21 +10,21 @@ import optax
 from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules
-from mmjax.train import state
-from mmjax.train.config import Config
+from mmjax.core.spec import Spec
+from mmjax.train import parameters, state
+from mmjax.train.config import Config, Features
 from mmjax.train.state import TrainState
-
-FIXED = "/kernel/scale"  # of adapters (nn.lora): part of their config
 
 
 @dataclass(frozen=True)
 class Part:
-    """The steps after `first`, up to `last`. cfg: the run as if it were these steps alone."""
+    """The steps after `first`, up to `last`. cfg: the run as if it were these steps alone. spec: of its parameters."""
 
     name: str
     first: int
     last: int
     cfg: Config
+    spec: Spec
 
 
 def parts(cfg: Config) -> tuple[Part, ...]:
@@ -37,29 +37,29 @@ def parts(cfg: Config) -> tuple[Part, ...]:
     if cfg.lora is not None and not cfg.stages:
         raise InputError("The config has adapters (lora) and no stages, which say when they are trained; give one.")
     if not cfg.stages:
-        return (Part("", 0, cfg.steps, cfg),)
+        return (Part("", 0, cfg.steps, cfg, parameters.spec(cfg)),)
     if sum(stage.steps for stage in cfg.stages) != cfg.steps:
         told = " + ".join(str(stage.steps) for stage in cfg.stages)
         raise InputError(f"The stages have {told} steps, but steps is {cfg.steps}; set it to their sum.")
-    out, first, spec = [], 0, state.spec(cfg)
+    out, first, spec = [], 0, parameters.spec(cfg)
     for stage in cfg.stages:
-        try:
-            moving = tree.choose(tree.choose(spec, cfg.update.frozen)[1], stage.trains)[0]
-        except InputError as error:
-            raise InputError(f"The stage {stage.name!r} cannot train {', '.join(stage.trains)}: {error}") from error
-        names = [name for name in tree.flatten(moving) if not name.endswith(FIXED)]
-        if not names:
-            raise InputError(f"The stage {stage.name!r} trains nothing; give patterns of other parameters.")
-        frozen = tree.cover(spec, tree.flatten(spec).keys() - names)
+        frozen = tree.cover(spec, tree.flatten(spec).keys() - parameters.moving(spec, cfg, stage))
         rate = stage.learning_rate or cfg.optimizer.learning_rate
         alone = dataclasses.replace(
             cfg,
+            stages=(),
             steps=stage.steps,
             optimizer=dataclasses.replace(cfg.optimizer, learning_rate=rate),
             update=dataclasses.replace(cfg.update, frozen=frozen),
+            features=cfg.features if "vision" in frozen else Features(),
         )
-        out.append(Part(stage.name, first, first + stage.steps, alone))
+        out.append(Part(stage.name, first, first + stage.steps, alone, spec))
         first += stage.steps
+    if cfg.features.on and not any(part.cfg.features.on for part in out):
+        raise InputError(
+            "features.folder and features.memory keep what a frozen vision tower makes, but every stage trains it; "
+            "keep no features."
+        )
     return tuple(out)
 
 
@@ -70,8 +70,7 @@ def at(parts: Sequence[Part], step: int) -> int:
 
 def abstract(part: Part, mesh: jax.sharding.Mesh) -> TrainState:
     """The state of a stage, without making it."""
-    cfg = part.cfg
-    return state.abstract(state.spec(cfg), optimizer(cfg), mesh, Rules(), cfg.update.frozen)
+    return state.abstract(part.spec, optimizer(part.cfg), mesh, Rules(), part.cfg.update.frozen)
 
 
 def optimizer(cfg: Config) -> optax.GradientTransformation:

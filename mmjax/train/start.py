@@ -96,18 +96,18 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
     return lay
 
 
-def start(cfg: Config, shape: TrainState) -> TrainState:
+def start(part: stages.Part, shape: TrainState) -> TrainState:
     """The state before the first step of the first stage, lying as `shape` says."""
-    tx = stages.optimizer(cfg)
+    cfg, tx = part.cfg, stages.optimizer(part.cfg)
     if cfg.base is None:
-        return state.create_sharded(state.spec(cfg), tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
+        return state.create_sharded(part.spec, tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
     there = tree.flatten(opened(cfg.base).params)
     wanted = tree.flatten(shape.params)
     given = {name: name.removesuffix("/base") for name in wanted}
     params = {name: _placed(name, there[given[name]], wanted[name]) for name in wanted if given[name] in there}
     new = {name: wanted[name] for name in wanted if name not in params}  # adapters
     if new:
-        spec = tree.flatten(state.spec(cfg))
+        spec = tree.flatten(part.spec)
         make = functools.partial(specs.init, tree.unflatten({name: spec[name] for name in new}))
         made = jax.jit(make, out_shardings=state.shardings(tree.unflatten(new)))(jax.random.key(cfg.seed))
         params |= tree.flatten(made)

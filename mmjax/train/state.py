@@ -15,9 +15,7 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules
 from mmjax.core.spec import Spec
-from mmjax.models import vlm
-from mmjax.nn import lora
-from mmjax.train.config import Config, Optimizer
+from mmjax.train.config import Optimizer
 
 
 @flax.struct.dataclass
@@ -94,12 +92,6 @@ def averaged(state: TrainState) -> dict:
 def _matrices(params: dict) -> dict:
     """Which leaves decay: kernels and tables, not scales and biases (which layers stack to two dimensions)."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
-
-
-def spec(cfg: Config) -> Spec:
-    """The parameters of a run, with its adapters."""
-    of = vlm.spec(cfg.model)
-    return of if cfg.lora is None else lora.spec(of, cfg.lora)
 
 
 def trained(params: dict, frozen: Sequence[str]) -> dict:
