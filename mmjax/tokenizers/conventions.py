@@ -263,9 +263,9 @@ SMOLVLM = replace(
     frames=Frames(
         "\nFrame from {minute:02d}:{second:02d}:",
         Around((_FAKE, S("<global-img>")), (_FAKE,)),
-        "You are provided the following series of {count} frames from a {hours}:{minute:02d}:{second:02d} [H:MM:SS] "
-        "video.\n",
-        "\n\n",
+        before="You are provided the following series of {count} frames from a {hours}:{minute:02d}:{second:02d} "
+        "[H:MM:SS] video.\n",
+        after="\n\n",
     ),
     pad="<|im_end|>",
 )
