@@ -106,7 +106,8 @@ def kosmos2(path, template=LLAVA, **config):
     return directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
 
 
-MARKS = (
+MARKS = ("<bos>", "<eos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+MARKS += ("<image_placeholder>", "<｜end｜>")
     "<bos>",
     "<eos>",
     "<start_of_image>",
