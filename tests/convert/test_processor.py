@@ -106,8 +106,17 @@ def kosmos2(path, template=LLAVA, **config):
     return directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
 
 
-MARKS = ("<bos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<image_placeholder>", "<｜end｜>")
-NAMES = {"bos_token": "<bos>", "eos_token": "</s>"}
+MARKS = ("<bos>", "<eos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+MARKS += ("<image_placeholder>", "<｜end｜>")
+    "<bos>",
+    "<eos>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    "<image_placeholder>",
+    "<｜end｜>",
+)
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
 def siglip(path, kind, processor_name, images=None, config=None, template=None, **more):
@@ -291,7 +300,7 @@ def test_a_question_to_paligemma_is_a_prefix(tmp_path):
     assert example.hi.tolist() == [n - 1] * n  # all of it sees all of it
     answered = Document("a", (SAID, PICTURE, Text("A cat.", "assistant", True)))
     example, _ = made.example(answered)
-    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "</s>"]
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "<eos>"]
     assert example.hi.tolist() == [*[n - 1] * n, *range(n, len(example.tokens))]
     assert example.weight.sum() == len(example.tokens) - n
     with pytest.raises(InputError, match="several turns of one role"):
