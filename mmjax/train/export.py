@@ -81,26 +81,25 @@ def export(run: Path, target: Path, to: To = "merged", step: int | None = None) 
         raise InputError(f"{run} did not start from a model whose form it could have; give a fine-tuning's --out.")
     model, there = start.opened(Path(said["base"])), _leaves(parts.stored(directory, manifest))
     base = tree.flatten(model.params)
-    whole = {name: _whole(there.get(f"{name}/base", there.get(name)), base[name]) for name in base}
-    wrong = [name for name, leaf in whole.items() if leaf is None or tuple(leaf.shape) != tuple(base[name].shape)]
+    # What no stage trains is the base's, and in no checkpoint.
+    whole = {name: there.get(f"{name}/base", there.get(name, leaf)) for name, leaf in base.items()}
+    wrong = [name for name, leaf in whole.items() if tuple(leaf.shape) != tuple(base[name].shape)]
     if wrong:
         raise InputError(f"The model in {said['base']} is not the one that {run} started from ({wrong[0]} differs).")
     if to == "merged":
         params = {name: _merged(name, there, whole[name], base[name].dtype) for name in base}
         huggingface.save(target, Model(model.of, model.cfg, tree.unflatten(params), model.origin))
         return
-    changed = [name for name, leaf in base.items() if not np.array_equal(np.asarray(whole[name]), np.asarray(leaf))]
+    moved = [name for name, leaf in base.items() if whole[name] is not leaf]
+    changed = [name for name in moved if not np.array_equal(np.asarray(whole[name]), np.asarray(base[name]))]
+    nodes = {name for name in base if f"{name}/a" in there}
+    there |= {f"{name}/base" if name in nodes else name: leaf for name, leaf in whole.items()}
     params = tree.unflatten(there)
     config = None
     if "lora.rank" in said:
         config = lora.Config(said["lora.rank"], said["lora.alpha"], rslora=said["lora.rslora"])
     adapted = Model(model.of, model.cfg, params, model.origin)
     adapter.save(target, adapted, base=str(said["base"]), changed=changed, config=config)
-
-
-def _whole(leaf: Any, base: Any) -> Any:
-    """A leaf as it is now, without its adapter: in fewer bits than it is trained in, it is the base's."""
-    return base if leaf is not None and leaf.dtype != np.float32 and leaf.shape == tuple(base.shape) else leaf
 
 
 def _leaves(stored: dict[str, Any]) -> dict[str, Any]:
