@@ -80,14 +80,24 @@ class Given:
 
 
 def given(
-    documents: Sequence[Sequence[Part]], values: int, cfg: interleave.Config = interleave.PLAIN, **vocab: int
+    documents: Sequence[Sequence[Part]],
+    values: int,
+    cfg: interleave.Config = interleave.PLAIN,
+    said: Sequence[np.ndarray | None] | None = None,
+    **vocab: int,
 ) -> Given:
-    """A row for each document, with two places more than the longest needs. vocab: ids that are not VOCAB's."""
+    """A row for each document, with two places more than the longest needs.
+
+    said: of each, what the connector reads beside its pictures (interleave.Example.instruction).
+    vocab: ids that are not VOCAB's.
+    """
     known = replace(VOCAB, **vocab)
     rows, sizes = [], []
     for i, parts in enumerate(documents):
         layout = Layout.of(str(i), tuple(p for p, _ in parts))
-        rows.append([(interleave.interleave(layout, known, cfg), [x for _, x in parts if x is not None])])
+        example = interleave.interleave(layout, known, cfg)
+        example = example if said is None else replace(example, instruction=said[i])
+        rows.append([(example, [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
     tokens, patches, images, _ = np.max(sizes, axis=0)
     bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)
@@ -119,7 +129,7 @@ def compare(
     placed = jax.tree.map(jnp.asarray, batch)
     found = invariants.violations(placed, cfg.decoder.vocab, cfg.placeholder, vlm.present(placed, cfg), cfg.newline)
     assert not np.asarray(found).any(), found
-    weight = weights_for((*there.shape, cfg.decoder.vocab)) * there[..., None]
+    weight = weights_for((*there.shape, cfg.decoder.said)) * there[..., None]
 
     def loss(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = vlm.logits(params, batch, cfg)[:, : there.shape[1]]

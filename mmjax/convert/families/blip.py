@@ -1,4 +1,7 @@
-"""BLIP-2 (Li et al. 2023): EVA's tower, a Q-Former, one linear map, and OPT or a decoder of Llama's kind."""
+"""BLIP-2 and InstructBLIP: EVA's tower, a Q-Former, one linear map, and OPT or a decoder of Llama's kind.
+
+Li et al. 2023 (BLIP-2); Dai et al. 2023 (InstructBLIP), whose Q-Former reads the question beside each picture.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,7 +56,8 @@ LANGUAGES: dict[str, Language] = {
 
 
 def read(config: dict, keys: frozenset[str]) -> Found:
-    """A directory of Blip2ForConditionalGeneration."""
+    """A directory of Blip2ForConditionalGeneration or InstructBlipForConditionalGeneration."""
+    instruct = config["model_type"] == "instructblip"
     text = {"model_type": "opt"} | raw.part(config, "text_config", {})
     language = LANGUAGES.get(text["model_type"]) if isinstance(text["model_type"], str) else None
     if language is None:
@@ -61,18 +65,19 @@ def read(config: dict, keys: frozenset[str]) -> Found:
             f"config.json says the text model's model_type is {str(text['model_type'])[:100]!r}; mmjax.convert has "
             f"{', '.join(LANGUAGES)} for {config['model_type']}."
         )
+    raw.refuse(raw.part(config, "qformer_config", {}), "use_qformer_text_input", False)
     tower = configure_vision(raw.part(config, "vision_config", {}))
     given = raw.part(config, "qformer_config", {}) | {"encoder_hidden_size": tower.blocks.width}
 
     def found(tied: bool) -> Found:
         own = language.configure(text, tied)
         connector = qformer.config(
-            given, queries=raw.size(config, "num_query_tokens", 32), outputs=own.blocks.width, text=False
+            given, queries=raw.size(config, "num_query_tokens", 32), outputs=own.blocks.width, words=instruct
         )
         connector = replace(connector, prefix=True)
         cfg = vlm.Config(tower, connector, own, placeholder=placeholder(config))
         table = prefixed("vision", vision_rules(cfg.vision, "vision_model."))
-        table += prefixed("connector", qformer.rules(connector))
+        table += prefixed("connector", qformer.rules(connector, family="instructblip" if instruct else "blip_2"))
         table += prefixed("decoder", language.rules(own, keys))
         return Found(vlm, cfg, tuple(table), decoder.DROPPED | qformer.DROPPED)
 

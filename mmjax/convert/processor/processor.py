@@ -14,13 +14,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import files
 from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
-from mmjax.convert.processor.family import stops
+from mmjax.convert.processor.family import Family, stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import chats, load_tokenizer
+from mmjax.convert.processor.text import Reader, chats, films_of, load_tokenizer, reader
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -31,10 +33,11 @@ from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.tiles import AnyRes, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
 FEWEST = 16  # tokens and patches of the smallest bucket
@@ -53,7 +56,9 @@ class Processor:
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
     per_picture: media tokens of a picture, where their number is fixed.
     prompts: whether a question is written as its text is, where the directory has no template.
+    reader: tokenizes what the connector reads beside each picture, the question (InstructBLIP).
     patch: pixels a side. group: pictures of a clip in a patch.
+    films: writes conversations with videos; None: `chat` does.
     """
 
     chat: Chat
@@ -68,6 +73,8 @@ class Processor:
     several: Policy | None = None
     per_picture: int = 0
     prompts: bool = False
+    reader: Reader | None = None
+    films: Chat | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -82,7 +89,9 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, repr(self.sequence))
+        counted = f"{self.sequence} {self.per_picture}"
+        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, counted)
+        parts += tuple(other.fingerprint for other in (self.reader, self.films) if other is not None)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -114,18 +123,20 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if self.chat.convention.template is None and not self.prompts:
+        film = self.films is not None and any(isinstance(span, Video) for span in document.spans)
+        if self.chat.convention.template is None and not self.prompts and not film:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
             )
         asked = document.spans[-1].role != "assistant" if ask is None else ask
-        return self._laid(document, self.chat, answer, asked)
+        return self._laid(document, self.films if film else self.chat, answer, asked)
 
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
         policy = self.resolution if alone else self.several
-        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
+        fuse = "sequence" if self.sequence.cross == "none" else "cross"
+        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, fuse=fuse, ask=ask)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
@@ -141,8 +152,26 @@ class Processor:
         """
         laid = self.layout(document, answer, ask=ask)
         example = interleave.interleave(laid, self.vocab, self.sequence)
+        if self.reader is not None:
+            example = dataclasses.replace(example, instruction=self._said(document, len(example.grid)))
         frames = self.frames([document]) if frames is None else frames
         return example, media.read(document, laid, self.patch, frames)
+
+    def _said(self, document: Document, pictures: int) -> np.ndarray:
+        """The question's ids beside each picture, i32[pictures, words]."""
+        said = "".join(s.text for s in document.spans if isinstance(s, Text) and s.role != "assistant")
+        try:
+            ids = self.reader.ids(said)
+        except InputError as error:
+            raise InputError(f"Document {document.id!r}: {error}") from error
+        return np.tile(np.array(ids, np.int32), (pictures, 1))
+
+    def described(self, examples: Sequence[Example]) -> interleave.Config:
+        """The descriptors of a batch of these: `sequence`, with room for what is read beside their pictures."""
+        if self.reader is None:
+            return self.sequence
+        longest = max(x.instruction.shape[1] for x in examples)
+        return dataclasses.replace(self.sequence, instruction=max(FEWEST, ladder(longest)))
 
     def frames(self, documents: Sequence[Document]) -> int:
         """How many pictures a patch has in a batch of these documents."""
@@ -173,17 +202,18 @@ class Processor:
         made = [self.example(document, answer, ask=ask, frames=frames) for document in documents]
         bucket = self.bucket([example.size for example, _ in made]) if bucket is None else bucket
         values = Values(self.values.patch * frames)
-        return batches.build([[one] for one in made], bucket, values, self.vocab, self.sequence)
+        cfg = self.described([example for example, _ in made])
+        return batches.build([[one] for one in made], bucket, values, self.vocab, cfg)
 
     def bucket(self, sizes: Sequence[tuple[int, ...]]) -> Bucket:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
         Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size: so that a few compiled programs serve all lengths.
+        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
@@ -206,11 +236,11 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     tokenizer = load_tokenizer(found)
     chat, plain = chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
-    ends = stops(found, tokenizer, chat.vocab)
+    ends = stops(found, tokenizer, chat.vocab, family)
     if family is None:
         return Processor(chat, plain, interleave.Config(position="sequential"), ends)
     tower = family.tower(found.config)
-    policy, colours = settings.still(found.images, tower, family.processors)
+    policy, colours = settings.still(found.images, tower, family.processors, family.readers)
     family.check(found, policy, tower)
     policy = family.refined(found, policy)
     clips = None
@@ -234,7 +264,23 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         None if family.several is None else family.several(found, tower, policy, colours),
         family.per_picture(found.config),
         family.prompts,
+        _reader(found, family, model),
+        films_of(found, family, plain),
     )
+
+
+def _reader(found: Found, family: Family, model: Model | None) -> Reader | None:
+    """The tokenizer of what the connector reads; InputError where the model's words are fewer."""
+    if not family.reader:
+        return None
+    out = reader(found.path / family.reader)
+    rows = getattr(getattr(None if model is None else model.cfg, "connector", None), "vocab", None)
+    if rows is not None and rows < out.tokenizer.size:
+        raise InputError(
+            f"The model's connector has a table of {rows:,} words, and the tokenizer in {found.path / family.reader} "
+            f"{out.tokenizer.size:,}; use the files that belong together"
+        )
+    return out
 
 
 def _refuse_model(vocab: Vocab, model: Model | None, found: Found) -> None:

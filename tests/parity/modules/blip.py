@@ -1,5 +1,6 @@
-"""BLIP-2, whole: pictures in rows of different lengths, text alone, older files."""
+"""BLIP-2 and InstructBLIP, whole: pictures in rows of different lengths, text alone, older files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PATCH, SIDE, QUERIES = 8, 24, 3
 BLOCKS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 VISION = BLOCKS | {"image_size": SIDE, "patch_size": PATCH}
 QFORMER = BLOCKS | {"hidden_size": 24, "num_hidden_layers": 3, "encoder_hidden_size": 32, "vocab_size": 41}
+QFORMER |= {"max_position_embeddings": 8}
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
 OPT |= {"model_type": "opt", "vocab_size": VOCAB.size, "pad_token_id": 0, "max_position_embeddings": 32}
 SEQUENCE = interleave.Config(position="sequential")
@@ -75,3 +77,27 @@ def older(path: Path) -> Path:
 @system("BLIP-2, OPT (older files)")
 def blip2_older(c: Compare) -> None:
     blip2(c, older)
+
+
+LLAMA = BLOCKS | {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": VOCAB.size, "pad_token_id": 0}
+SAID = (5, 1, 3)  # tokens beside each picture
+
+
+@system("InstructBLIP, Llama")
+def instructblip(c: Compare) -> None:
+    """Several pictures in a row, each with a text of its own length that its queries read."""
+    (first, second, third), views = zip(*(picture(i) for i in range(3)), strict=True)
+    rows = [[first, words(4, 1)], [words(2, 2), second, words(1, 5), third, words(1, 3)], [words(6, 4)]]
+    ids = np.random.default_rng(8).integers(1, 41, (3, 5)).astype(np.int32)
+    there = np.arange(5)[None] < np.array(SAID)[:, None]
+    said = np.where(there, ids, -1)
+    sequence = dataclasses.replace(SEQUENCE, instruction=6)
+    given = documents.given(rows, PATCH**2 * 3, sequence, [said[:1], said[1:], said[:0]])
+    reads = {"qformer_input_ids": torch.tensor(np.where(there, ids, 0)).long()}
+    reads["qformer_attention_mask"] = torch.tensor(there.astype(np.int64))
+
+    def call(m: torch.nn.Module) -> torch.Tensor:
+        own = {"input_ids": torch.tensor(given.ids), "attention_mask": torch.tensor(given.there.astype(np.int64))}
+        return m(**own, **reads, pixel_values=pixels(list(views), m), use_cache=False).logits
+
+    documents.compare(c, model("InstructBlip", LLAMA), given, call)
