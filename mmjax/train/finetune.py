@@ -84,7 +84,7 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
         stages=stages,
         steps=sum(stage.steps for stage in stages),
         resolution=its.resolution,
-        packing=_packing(its, sources + evaluation),
+        packing=_packing(its, sources + evaluation, model.cfg.decoder.longest),
         sequence=its.sequence,
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         answer=64,
@@ -133,8 +133,12 @@ def _source(text: str, place: Literal["as_written", "bare"]) -> sets.Files:
         raise InputError(f"The weight of {path} is {weight!r}; give a number, as {path}=0.5.") from error
 
 
-def _packing(its: Processor, sources: Sequence[sets.Files]) -> Packing:
-    """Rows with room for two of the longest documents among the first of every dataset."""
+def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) -> Packing:
+    """Rows with room for two of the longest documents among the first of every dataset, of at most so many tokens.
+
+    Raises:
+      InputError: there is nothing to learn in any of those of a dataset.
+    """
     longest, lay = 0, start.layout_of(its)
     for source in sources:
         documents = sets.open_source(source)[1]
@@ -145,4 +149,4 @@ def _packing(its: Processor, sources: Sequence[sets.Files]) -> Packing:
                 f"assistant says; give others."
             )
         longest = max(longest, *(laid.tokens for laid in some))
-    return Packing(rows=8, tokens=ladder(2 * longest, 64))
+    return Packing(rows=8, tokens=min(ladder(2 * longest, 64), most or longest * 4))

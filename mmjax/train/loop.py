@@ -138,11 +138,10 @@ def compile_all(
     counter = Compiles()
     left = [n for n, part in enumerate(parts) if part.last > done or n == len(parts) - 1]
     programs = {n: compile_steps(parts[n].cfg, data.training, shapes[n], mesh) for n in left}
-    before = counter.seconds
     data.evaluation.compile(cfg, shapes[-1].params, mesh, Rules())
+    rest = counter.seconds - sum(of.seconds for of in programs.values())  # towers and the evaluation
     last = programs[left[-1]]
-    programs[left[-1]] = dataclasses.replace(last, seconds=last.seconds + counter.seconds - before)
-    return programs
+    return programs | {left[-1]: dataclasses.replace(last, seconds=last.seconds + rest)}
 
 
 def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
