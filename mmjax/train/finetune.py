@@ -109,13 +109,15 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError(f"{target} is there already; remove it, or leave --export out.")
     status = loop.run(cfg)
     if to and not status and processes.index() == 0:
-        export.export(cfg.out, target, to)
+        export.export(cfg.out, target, to, base=cfg.base)
         print(f"{to}: {target}")
     return status
 
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:
     """How LLaVA's JSON is read, which has a newline behind a picture: without it, where the template writes one."""
+    if its.chat.convention.template is None:
+        return "as_written"
     probe = its.layout(Document("a probe", (Image(64, 64, b""), Text("x"))))
     behind = itertools.dropwhile(lambda piece: not piece.views, probe.pieces)
     written = its.plain.decode([i for piece in behind if not piece.views for i in piece.ids])
@@ -149,4 +151,5 @@ def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) ->
                 f"assistant says; give others."
             )
         longest = max(longest, *(laid.tokens for laid in some))
-    return Packing(rows=8, tokens=min(ladder(2 * longest, 64), most or longest * 4))
+    tokens = ladder(2 * longest, 64)
+    return Packing(rows=8, tokens=tokens if most is None else min(tokens, most))

@@ -30,10 +30,14 @@ def spec(cfg: Config) -> Spec:
     moved = trained(of, cfg)
 
     def lies(name: str, p: ParamSpec) -> ParamSpec:
-        wide = name in moved or name.split("/")[-1] == "scale"  # as train.step.cast has it
-        return p if wide else dataclasses.replace(p, dtype=cfg.update.compute)
+        return p if name in moved or wide(name) else dataclasses.replace(p, dtype=cfg.update.compute)
 
     return tree.unflatten({name: lies(name, p) for name, p in tree.flatten(of).items()})
+
+
+def wide(name: str) -> bool:
+    """Whether a parameter is computed in float32 in any case (train.step.cast)."""
+    return name.split("/")[-1] == "scale"
 
 
 def trained(of: Spec, cfg: Config) -> set[str]:

@@ -130,9 +130,12 @@ def completed(part: stages.Part, shape: TrainState, now: TrainState) -> TrainSta
 
 def borrowed(part: stages.Part, params: dict) -> str:
     """A name for what the parameters that are the base's hold: another after any change of the directory."""
-    if not part.borrowed:
-        return ""
-    return fingerprint(sorted(checksums(tree.choose(params, part.borrowed)[0]).items()))
+    return name_of(checksums(tree.choose(params, part.borrowed)[0]))
+
+
+def name_of(sums: dict[str, str]) -> str:
+    """A name for leaves of these checksums; "" for none."""
+    return fingerprint(sorted(sums.items())) if sums else ""
 
 
 def _read(base: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
