@@ -33,6 +33,7 @@ class KVCache:
     v: Any
     order: Any  # i32[B, S], the label of the token in each place, -1 where there is none
     at: Any  # i32[], the next place to write
+    media: Any = None  # of layers that look at media by cross-attention: a KVCache of media tokens
 
     @property
     def places(self) -> int:
