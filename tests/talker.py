@@ -7,14 +7,17 @@ import numpy as np
 from tiny import randomised, tiny_model
 from tokenizer_files import CORPUS
 
+from mmjax.connectors import perceiver
 from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import Processor
 from mmjax.models import vlm
+from mmjax.nn import cross_attention
 from mmjax.sequence import interleave
 from mmjax.sequence.document import Document, Image, Text
 from mmjax.tokenizers import text
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.parts import Around, Symbol
 from mmjax.tokenizers.resolution import Native
 from mmjax.tokenizers.template import Template
 from mmjax.tokenizers.vocab import CONTROLS
@@ -28,8 +31,10 @@ TEMPLATE = (
 
 
 @functools.cache
-def made(see: str = "causal") -> tuple[Model, Processor]:
+def made(see: str = "causal", cross: str = "none") -> tuple[Model, Processor]:
     """The same for every test of the process."""
+    if cross != "none":
+        return _beside(cross)
     tokenizer = text.load(text.train(CORPUS, 340))
     symbols = [control.symbol for control in CONTROLS]
     template = Template(TEMPLATE, symbols, media={"image": "<|image|>"})
@@ -39,6 +44,24 @@ def made(see: str = "causal") -> tuple[Model, Processor]:
     ends = (chat.controls["<|end|>"],)
     policy = Native(patch=4, min_pixels=16, max_pixels=16 * 16)
     processor = Processor(chat, plain, interleave.Config(see=see), ends, policy, patch=4)
+    return Model(vlm, cfg, randomised(vlm.spec(cfg))), processor
+
+
+def _beside(cross: str) -> tuple[Model, Processor]:
+    """A Flamingo: its decoder looks at the latents of a resampler."""
+    tokenizer = text.load(text.train(CORPUS, 340))
+    turn = Around((Symbol("<|user|>"),), (Symbol("<|end|>"),))
+    said = Around((Symbol("<|assistant|>"),), (Symbol("<|end|>"),))
+    mark = Around((), (), Around((Symbol("<|image_start|>"), Symbol("<|image|>")), (Symbol("<|image_end|>"),)))
+    convention = Convention("tiny", user=turn, assistant=said, image=mark, pad="<|pad|>", stop="<|end|>")
+    chat, cfg = Chat(tokenizer, convention), tiny_model(vocab=340)
+    looks = cross_attention.Config(16, 16, 2, 8, 24, every=1)
+    cfg = replace(cfg, decoder=replace(cfg.decoder, vocab=chat.size, cross=looks), placeholder=None)
+    cfg = replace(cfg, connector=perceiver.Config(16, 16, 3, 1, 2, 8, 24))
+    policy = Native(patch=4, min_pixels=16, max_pixels=16 * 16)
+    sequence = interleave.Config(cross=cross, position="sequential")
+    how = {"patch": 4, "per_picture": 3, "prompts": True}
+    processor = Processor(chat, chat, sequence, (chat.controls["<|end|>"],), policy, **how)
     return Model(vlm, cfg, randomised(vlm.spec(cfg))), processor
 
 

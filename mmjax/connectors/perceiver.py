@@ -1,6 +1,7 @@
 """The Perceiver resampler (Alayrac et al. 2022, Flamingo, listing 1): any number of features to so many tokens."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import jax
@@ -11,7 +12,7 @@ from mmjax.connectors import Connector
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, gradients_laid, stack
-from mmjax.nn import mlp, norm, position_embed
+from mmjax.nn import linear, mlp, norm, position_embed
 from mmjax.nn.attention import attend
 from mmjax.sequence import behind
 
@@ -21,12 +22,16 @@ class Config(Connector):
     """Latents look at their picture's features and at each other, through one projection of both to keys and values.
 
     inputs: width of the features. width: of the latents, and of what comes out. latents: media tokens made of each
-      picture or video. head: values in a head. hidden: of the MLPs.
+      picture or video. head: values in a head. hidden: of the MLPs; 0: none.
     kv_heads: of keys and values, `heads` if left out (Idefics2: fewer).
-    norm_kind: "layer" (Flamingo, Idefics), "rms" (Idefics2).
+    norm_kind: "layer" (Flamingo, Idefics), "rms" (Idefics2); "none": no norm anywhere (Kosmos-2).
+    residual: whether what attention makes is added to the latents, or takes their place (Kosmos-2).
+    bias: of the attention's maps (Kosmos-2).
+    unit: whether features are made vectors of length one first (Kosmos-2).
+    prefix: whether class and register tokens are among the features (Idefics, Kosmos-2).
     qk_norm: LayerNorm of each head's queries and keys (Idefics).
     activation, gated: of the MLPs: gelu (Flamingo), relu (Idefics), gated silu (Idefics2).
-    projection: an MLP that brings features to the latents' width first (Idefics2's modality projection).
+    projection: a map or an MLP that brings features to the latents' width first (Idefics2's modality projection).
     frames: rows of the table added by frame; videos have at most so many (Flamingo, section 2.1; OpenFlamingo).
     media: rows of the table added by the picture's number in its document (flamingo-pytorch).
     """
@@ -40,27 +45,40 @@ class Config(Connector):
     hidden: int
     epsilon: float = 1e-5
     kv_heads: int | None = None
-    norm_kind: Literal["layer", "rms"] = "layer"
+    norm_kind: Literal["layer", "rms", "none"] = "layer"
     qk_norm: bool = False
+    residual: bool = True
+    bias: bool = False
+    unit: bool = False
+    prefix: bool = False
     activation: mlp.Activation = "gelu"
     gated: bool = False
-    projection: mlp.Config | None = None
+    projection: linear.Config | mlp.Config | None = None
     frames: int = 0
     media: int = 0
 
     def __post_init__(self):
         into, out = self.inputs, self.inputs
         if self.projection is not None:
-            into, out = self.projection.width, self.projection.outputs or self.projection.width
+            of = self.projection
+            into, out = (of.inputs, of.outputs) if isinstance(of, linear.Config) else (of.width, of.outputs or of.width)
         if (into, out) != (self.inputs, self.width):
             raise InputError(
                 f"Features of width {self.inputs} must come to the latents' width {self.width} (one projection makes "
-                f"keys of both); give an MLP from the one to the other (projection)."
+                f"keys of both); give a map from the one to the other (projection)."
+            )
+        if self.prefix and self.frames:
+            raise InputError(
+                "A class token is of no frame: this resampler reads such tokens or embeds frames; not both."
             )
 
     @property
     def head_norm(self) -> norm.Config:
         return norm.Config(self.head, "layer", self.epsilon)
+
+    @property
+    def normed(self) -> bool:
+        return self.norm_kind != "none"
 
     @property
     def norm(self) -> norm.Config:
@@ -85,32 +103,42 @@ class Config(Connector):
 def spec(cfg: Config) -> Spec:
     def project(heads: int) -> Spec:
         kernel = ParamSpec((cfg.width, heads, cfg.head), ("embed", "heads", None), fan_in(cfg.width))
-        return {"kernel": kernel}
+        return {"kernel": kernel} | ({"bias": ParamSpec((heads, cfg.head), ("heads", None))} if cfg.bias else {})
 
     inner = cfg.heads * cfg.head
     layer = {
-        "feature_norm": norm.spec(cfg.norm),
-        "latent_norm": norm.spec(cfg.norm),
         "q": project(cfg.heads),
         "k": project(cfg.kv_heads or cfg.heads),
         "v": project(cfg.kv_heads or cfg.heads),
-        "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), fan_in(inner))},
-        "mlp_norm": norm.spec(cfg.norm),
-        "mlp": mlp.spec(cfg.mlp),
+        "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), fan_in(inner))}
+        | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.bias else {}),
     }
+    if cfg.normed:
+        layer |= {"feature_norm": norm.spec(cfg.norm), "latent_norm": norm.spec(cfg.norm)}
+    if cfg.hidden:
+        layer |= {"mlp": mlp.spec(cfg.mlp)} | ({"mlp_norm": norm.spec(cfg.norm)} if cfg.normed else {})
     if cfg.qk_norm:
         layer |= {"q_norm": norm.spec(cfg.head_norm), "k_norm": norm.spec(cfg.head_norm)}
     out = {
         "latents": ParamSpec((cfg.latents, cfg.width), (None, "embed"), Normal(1.0)),
         "layers": stack(layer, cfg.layers),
-        "norm": norm.spec(cfg.norm),
     }
+    if cfg.normed:
+        out["norm"] = norm.spec(cfg.norm)
     if cfg.projection is not None:
-        out["projection"] = mlp.spec(cfg.projection)
+        out["projection"] = _of(cfg.projection).spec(cfg.projection)
     for name, rows in (("frames", cfg.frames), ("media", cfg.media)):
         if rows:
             out[name] = ParamSpec((rows, cfg.width), (None, "embed"), Normal(1.0))
     return out
+
+
+def _of(projection: linear.Config | mlp.Config) -> ModuleType:
+    return linear if isinstance(projection, linear.Config) else mlp
+
+
+def _normed(params: dict, name: str, x: Float[Array, "b m e"], cfg: Config) -> Float[Array, "b m e"]:
+    return norm.apply(params[name], x, cfg.norm) if cfg.normed else x
 
 
 def prepare(
@@ -124,8 +152,12 @@ def prepare(
     number: Int[Array, "b n"] | None = None,
 ) -> Float[Array, "b p e"]:
     """The features as the layers look at them: projected, with embeddings of frame and number."""
+    if cfg.unit:
+        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        square = jnp.square(wide).sum(-1, keepdims=True)
+        features = (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(features.dtype)
     if cfg.projection is not None:
-        features = mlp.apply(params["projection"], features, cfg.projection)
+        features = _of(cfg.projection).apply(params["projection"], features, cfg.projection)
     if cfg.frames:
         of_frame = sharding.take_rows(grid[..., 1] * grid[..., 2], image)
         frame = behind.within(image, order, grid) // jnp.maximum(of_frame, 1)
@@ -150,15 +182,22 @@ def layer(
 ) -> Float[Array, "b m e"]:
     """One layer's latents from the last one's; order, lo, hi as `behind.labels` gives them."""
     split = ("batch", None, "heads", None)
-    h = norm.apply(params["latent_norm"], x, cfg.norm)
-    seen = jnp.concatenate([norm.apply(params["feature_norm"], features, cfg.norm), h], axis=1)
-    q = sharding.dense(h, params["q"]["kernel"], split)
-    k, v = (sharding.dense(seen, params[name]["kernel"], split) for name in ("k", "v"))
+
+    def project(name: str, of: Float[Array, "b n e"]) -> Float[Array, "b n h c"]:
+        y = sharding.dense(of, params[name]["kernel"], split)
+        return linear.plus(y, params[name]["bias"]) if cfg.bias else y
+
+    h = _normed(params, "latent_norm", x, cfg)
+    seen = jnp.concatenate([_normed(params, "feature_norm", features, cfg), h], axis=1)
+    q, k, v = project("q", h), project("k", seen), project("v", seen)
     if cfg.qk_norm:
         q, k = norm.apply(params["q_norm"], q, cfg.head_norm), norm.apply(params["k_norm"], k, cfg.head_norm)
     out, _ = attend(q, k, v, order, lo, hi)
-    x = x + sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
-    x = x + mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm), cfg.mlp)
+    y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
+    y = linear.plus(y, params["out"]["bias"]) if cfg.bias else y
+    x = x + y if cfg.residual else y
+    if cfg.hidden:
+        x = x + mlp.apply(params["mlp"], _normed(params, "mlp_norm", x, cfg), cfg.mlp)
     return sharding.constrain(x, ("batch", None, None))
 
 
@@ -179,7 +218,7 @@ def apply(
       params: as `spec(cfg)`.
       features: of packed pictures.
       cfg: sizes.
-      image, order: i32[B, P], the picture of each patch and its label, counted through the row. Where frames have
+      image, order: i32[B, P], the picture of each feature and its label, counted through the row. Where frames have
         embeddings, a video's labels count frame after frame.
       grid: i32[B, N, 3], zeros where there is no picture (its tokens are meaningless: nothing may look at them).
       number: i32[B, N], which picture of its document each is, where cfg.media is set. Numbers and frames past the end
@@ -189,7 +228,7 @@ def apply(
       InputError: `number` is needed and left out.
     """
     features = prepare(params, features, cfg, image=image, order=order, grid=grid, number=number)
-    keys, lo, hi = behind.labels(image, order, grid, cfg.latents)
+    keys, lo, hi = behind.labels(image, order, grid, cfg.latents, cfg.prefix)
     x = behind.start(params["latents"], features, grid.shape[1])
 
     own = spec(cfg)["layers"]
@@ -199,4 +238,4 @@ def apply(
         return layer(p, x, features, cfg, order=keys, lo=lo, hi=hi), None
 
     x, _ = jax.lax.scan(step, x, params["layers"])
-    return norm.apply(params["norm"], x, cfg.norm)
+    return _normed(params, "norm", x, cfg)

@@ -13,11 +13,11 @@ interval (`intervals.qformer_contrastive`, `_generation` and `_matching`, pictur
 from typing import Any, Literal
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from mmjax.core import sharding
+from mmjax.sequence.behind import ends as ends
 
 Pattern = Literal["contrastive", "generation", "matching"]
 
@@ -35,19 +35,6 @@ class Text:
     tokens: Any
     image: Any
     order: Any
-
-
-def ends(
-    image: Int[Array, "b s"], order: Int[Array, "b s"], pictures: int
-) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
-    """Where each picture's labels start and stop (one past the last) in a packed row; start = stop where it has none.
-
-    Counted, not read off the grid: a picture's features may have a class token, and its text has no grid.
-    """
-    here = image[:, :, None] == jnp.arange(pictures, dtype=jnp.int32)[None, None]
-    stop = jnp.max(jnp.where(here, (order + 1)[:, :, None], 0), axis=1, initial=0)
-    stop = jax.lax.cummax(stop, axis=1)
-    return jnp.pad(stop[:, :-1], ((0, 0), (1, 0))), stop
 
 
 def labels(

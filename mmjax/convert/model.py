@@ -58,13 +58,19 @@ FAMILIES: dict[str, str] = {
     "llava_onevision": "llava",
     "internvl": "llava",
     "mistral3": "llava",
+    "idefics": "idefics",
+    "kosmos-2": "kosmos2",
     "qwen2_vl": "qwen_vl",
     "qwen2_5_vl": "qwen_vl",
     "qwen3_vl": "qwen_vl",
+    "mllama": "mllama",
     "paligemma": "siglip_vlm",
     "gemma3": "siglip_vlm",
     "deepseek_vl": "siglip_vlm",
     "deepseek_vl_hybrid": "siglip_vlm",
+    "idefics2": "idefics2",
+    "idefics3": "idefics2",
+    "smolvlm": "idefics2",
 }
 # Everything that a table makes of a config is at least as long as its layers.
 MAX_LAYERS = 10_000

@@ -49,6 +49,8 @@ class State:
     position: Field  # i32[B], its position: one past that of the last token so far, on the axis where that is largest
     lo: Field  # i32[B], the first label that it sees
     done: Field  # bool[B], rows that say nothing more
+    media_lo: Field = None  # i32[B], the media tokens that it looks at by cross-attention, where the model does so:
+    media_hi: Field = None  # those of the last token that was read
 
 
 def language(cfg: Config) -> decoder.Config | encoder_decoder.Config:
@@ -62,7 +64,7 @@ def answers(cfg: Config) -> bool:
 
 
 def unstacked(params: dict, cfg: Config, *, consume: bool = False) -> dict:
-    """The same parameters, of every block of the decoder by itself.
+    """The same parameters, of every block of the decoder (and cross-attention layer) by itself.
 
     For decoding, which reads every parameter once a token. Of stacked ones, a scan on CPUs copies each block's before
     it uses them, for several rows; and on TPUs the loop over tokens keeps a second cache, laid out otherwise. Compile
@@ -76,11 +78,14 @@ def unstacked(params: dict, cfg: Config, *, consume: bool = False) -> dict:
         return params | {"decoder": unstacked(params["decoder"], cfg.decoder, consume=consume)}
     if answers(cfg):
         return encoder_decoder.unstacked(params, consume=consume)
-    blocks = params["blocks"]
-    return params | {"blocks": transformer.unstack(blocks, consume=consume)} if isinstance(blocks, dict) else params
+    stacks = {name: params[name] for name in ("blocks", "cross") if isinstance(params.get(name), dict)}
+    apart = {name: transformer.unstack(stack, consume=consume) for name, stack in stacks.items()}
+    return params | apart if apart else params
 
 
-def empty(cfg: Config, rows: int, places: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> State:
+def empty(
+    cfg: Config, rows: int, places: int, dtype: Any = jnp.float32, *, stacked: bool = True, media: int = 1
+) -> State:
     """A state that has read nothing.
 
     Args:
@@ -88,26 +93,29 @@ def empty(cfg: Config, rows: int, places: int, dtype: Any = jnp.float32, *, stac
       rows, places: B and S: so many tokens, the longest row's padding among them, may be read and said.
       dtype: of keys and values; the parameters' is the right one.
       stacked: whether the parameters of the blocks are, or `unstacked`.
+      media: so many media tokens, padding among them, may be looked at by cross-attention, where the model does so.
 
     Raises:
-      InputError: a decoder that looks at media by cross-attention.
+      InputError: a decoder by itself that looks at media by cross-attention.
     """
-    of = language(cfg)
-    if of.cross is not None:
-        raise InputError("Text cannot be generated yet by a decoder that looks at media by cross-attention.")
+    of, looks = language(cfg), language(cfg).cross is not None
+    if looks and not isinstance(cfg, vlm.Config):
+        raise InputError("A decoder that looks at media by cross-attention needs the model that makes them around it.")
 
     def full(value: Any, dtype: Any, *shape: int) -> jax.Array:
         return jnp.full((rows, *shape), value, dtype)
 
     return _laid(
         State(
-            cache=decoder.empty_cache(of, rows, places, dtype, stacked=stacked),
+            cache=decoder.empty_cache(of, rows, places, dtype, stacked=stacked, media=media),
             tokens=full(-1, jnp.int32, places),
-            logits=full(0.0, jnp.float32, of.vocab),
+            logits=full(0.0, jnp.float32, of.said),
             label=full(0, jnp.int32),
             position=full(0, jnp.int32),
             lo=full(0, jnp.int32),
             done=full(True, jnp.bool_),
+            media_lo=full(0, jnp.int32) if looks else None,
+            media_hi=full(-1, jnp.int32) if looks else None,
         )
     )
 
@@ -137,27 +145,38 @@ def text_batch(
     )
 
 
-def rewound(state: State, n: int, position: int) -> State:
+def rewound(state: State, n: int, position: int, media: int = 0) -> State:
     """A state of one row that has read its first n tokens alone; its next position is `position`.
 
-    Of one row, for there a place is a label; it must read more before it says anything.
+    Of one row, for there a place is a label; it must read more before it says anything. Of the media tokens that are
+    looked at by cross-attention it keeps the first `media`.
     """
-    keep = jnp.arange(state.cache.places)[None] < n
-    cache = state.cache.replace(order=jnp.where(keep, state.cache.order, -1), at=jnp.int32(n))
+
+    def kept(cache: KVCache, n: int) -> KVCache:
+        order = jnp.where(jnp.arange(cache.places)[None] < n, cache.order, -1)
+        return cache.replace(order=order, at=jnp.int32(n))
+
+    cache = kept(state.cache, n)
+    cache = cache if cache.media is None else cache.replace(media=kept(cache.media, media))
     at = jnp.full_like(state.label, n), jnp.full_like(state.position, position)
-    return state.replace(cache=cache, tokens=jnp.where(keep, state.tokens, -1), label=at[0], position=at[1])
+    tokens = jnp.where(jnp.arange(cache.places)[None] < n, state.tokens, -1)
+    return state.replace(cache=cache, tokens=tokens, label=at[0], position=at[1])
 
 
-def grown(state: State, places: int) -> State:
-    """The state with room for more."""
-    more = places - state.cache.places
+def grown(state: State, places: int, media: int = 0) -> State:
+    """The state with room for so many tokens, and media tokens that are looked at; never for fewer than it has."""
 
-    def wider(x: jax.Array, axis: int, fill: int) -> jax.Array:
+    def wider(x: jax.Array, axis: int, places: int, fill: int) -> jax.Array:
+        more = max(places - x.shape[axis], 0)
         return jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)], constant_values=fill)
 
-    k, v = jax.tree.map(lambda x: wider(x, -2, 0), (state.cache.k, state.cache.v))
-    cache = state.cache.replace(k=k, v=v, order=wider(state.cache.order, 1, -1))
-    return state.replace(cache=cache, tokens=wider(state.tokens, 1, -1))
+    def larger(cache: KVCache, places: int) -> KVCache:
+        k, v = jax.tree.map(lambda x: wider(x, -2, places, 0), (cache.k, cache.v))
+        return cache.replace(k=k, v=v, order=wider(cache.order, 1, places, -1))
+
+    cache = larger(state.cache, places)
+    cache = cache if cache.media is None else cache.replace(media=larger(cache.media, media))
+    return state.replace(cache=cache, tokens=wider(state.tokens, 1, places, -1))
 
 
 def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Media | None = None) -> State:
@@ -165,6 +184,8 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
 
     A row goes on where its labels do: those of the batch must be larger than all before. The cache needs room for all
     columns of the batch; those after its longest row are free again afterwards. Rows with no tokens stay as they are.
+    Likewise for the media tokens of a model that looks at them by cross-attention: a batch that is read in parts brings
+    them with its first one.
 
     Args:
       params: the model's; those of the blocks may be a tuple (`unstacked`).
@@ -186,6 +207,12 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
         # One past the last token's, not past the largest: the times of a clip may run past the text behind it.
         position = jnp.take_along_axis(batch.position, safe[:, :, None], axis=1).max((1, 2)).astype(jnp.int32) + 1
         words = jnp.where(there, batch.tokens, -1)
+        looks = {}
+        if cache.media is not None:
+            taken = jnp.where((cache.media.order >= 0).any(0), jnp.arange(cache.media.places, dtype=jnp.int32), -1)
+            cache = cache.replace(media=cache.media.replace(at=taken.max() + 1))
+            for name in ("media_lo", "media_hi"):
+                looks[name] = jnp.where(some, _at(getattr(batch, name), safe), getattr(state, name))
         return _laid(
             State(
                 cache=cache.replace(at=at + last.max() + 1),
@@ -193,8 +220,9 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
                 logits=jnp.where(some[:, None], logits, state.logits),
                 label=jnp.where(some, batch.order.max(-1) + 1, state.label),
                 position=jnp.where(some, position, state.position),
-                lo=jnp.where(some, jnp.take_along_axis(batch.lo, safe, axis=1)[:, 0], state.lo),
+                lo=jnp.where(some, _at(batch.lo, safe), state.lo),
                 done=state.done & ~some,
+                **looks,
             )
         )
 
@@ -238,6 +266,11 @@ def begin(params: dict, batch: Batch, cfg: Config, places: int, *, media: Media 
         )
 
 
+def _at(x: Int[Array, "b l"], column: Int[Array, "b 1"]) -> Int[Array, "b"]:
+    """What stands in one column of each row."""
+    return jnp.take_along_axis(x, column, axis=1)[:, 0]
+
+
 def _by_rows(media: Media) -> Media:
     """Media tokens laid out as the rows they belong to: they may come from a host."""
     deep = None if media.deep is None else sharding.constrain(media.deep, (None, "batch", None, None))
@@ -255,6 +288,8 @@ def read(params: dict, state: State, token: Int[Array, "b"], cfg: Config) -> Sta
     label = jnp.where(state.done, -1, state.label)[:, None]
     position = jnp.broadcast_to(state.position[:, None, None], (*label.shape, 3))
     batch = text_batch(jnp.where(state.done, 0, token)[:, None], label, state.lo[:, None], position)
+    if state.media_lo is not None:
+        batch = batch.replace(media_lo=state.media_lo[:, None], media_hi=state.media_hi[:, None])
     with sharding.whole("length"):
         hidden, cache = _run(params, batch, cfg, state.cache, None)
         word = jnp.where(state.done, -1, token)[:, None]
@@ -268,6 +303,8 @@ def read(params: dict, state: State, token: Int[Array, "b"], cfg: Config) -> Sta
                 position=state.position + more,
                 lo=state.lo,
                 done=state.done,
+                media_lo=state.media_lo,
+                media_hi=state.media_hi,
             )
         )
 
@@ -341,14 +378,19 @@ def _placed(batch: Batch) -> Batch:
 
 def _laid(state: State) -> State:
     """Rows split as those of a batch, everything else whole: also the logits, which are looked through as a whole."""
-    rows = {name: getattr(state, name) for name in ("tokens", "logits", "label", "position", "lo", "done")}
-    cache = state.cache.replace(order=sharding.constrain(state.cache.order, ("batch", None)))
-    return State(cache, **{k: sharding.constrain(x, ("batch",) + (None,) * (x.ndim - 1)) for k, x in rows.items()})
+
+    def laid(cache: KVCache) -> KVCache:
+        return cache.replace(order=sharding.constrain(cache.order, ("batch", None)))
+
+    cache = laid(state.cache)
+    cache = cache if cache.media is None else cache.replace(media=laid(cache.media))
+    rows = {field.name: getattr(state, field.name) for field in dataclasses.fields(State) if field.name != "cache"}
+    return State(cache, **jax.tree.map(lambda x: sharding.constrain(x, ("batch",) + (None,) * (x.ndim - 1)), rows))
 
 
 run_prefill = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(prefill)
 run_begin = functools.partial(jax.jit, static_argnames=("cfg", "places"))(begin)
 run_decode = functools.partial(jax.jit, static_argnames=("cfg", "switches"), donate_argnames=("state",))(decode)
-run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked"))(empty)
+run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked", "media"))(empty)
 run_media = functools.partial(jax.jit, static_argnames=("cfg",))(media)
 run_sound = jax.jit(lambda logits: jnp.isfinite(logits.max(-1)).all())

@@ -14,8 +14,9 @@ from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import TEXT, Layout, patches_of
 
 FEWEST = 16  # tokens of the smallest part
-# What the cache knows of a token: of these, a conversation must begin with equal ones to go on from it.
-KNOWN = ("tokens", "lo", "hi", "position")
+# What the cache knows of a token: of these, a conversation must begin with equal ones to go on from it. The last two
+# where media are looked at by cross-attention.
+KNOWN = ("tokens", "lo", "hi", "position", "media_lo", "media_hi")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Read:
 
     @classmethod
     def of(cls, example: Example, document: Document, layout: Layout) -> "Read":
-        parts = [np.asarray(getattr(example, name)).reshape(len(example.tokens), -1) for name in KNOWN]
+        known = [x for name in KNOWN if (x := getattr(example, name)) is not None]
+        parts = [np.asarray(x).reshape(len(example.tokens), -1) for x in known]
         # A policy may depend on how many pictures there are: the same one is then no longer what it was.
         seen = [(document.spans[p.span], (p.policy, p.views, p.mixes)) for p in layout.pieces if p.views]
         return cls(np.concatenate(parts, axis=1), tuple(seen))
@@ -36,12 +38,18 @@ class Read:
         """With an answer's tokens after it."""
         n, at = len(self.rows), self.position(len(self.rows))
         steps = np.arange(len(tokens))
-        more = np.stack([np.asarray(tokens), np.full(len(tokens), self.rows[-1, 1]), n + steps, *[at + steps] * 3], 1)
+        same = [np.full(len(tokens), x) for x in self.rows[-1]]  # an answer looks at the media of the last token
+        more = np.stack([np.asarray(tokens), same[1], n + steps, *[at + steps] * 3, *same[6:]], 1)
         return replace(self, rows=np.concatenate([self.rows, more.astype(self.rows.dtype)]))
+
+    def shows(self, other: "Read") -> bool:
+        """Whether the media of both are the same objects."""
+        mine, theirs = ([id(span) for span, _ in of.media] for of in (self, other))
+        return mine == theirs
 
     def position(self, n: int) -> int:
         """The position after the first n tokens."""
-        return int(self.rows[:n][-1:, 3:].max(initial=-1)) + 1
+        return int(self.rows[:n][-1:, 3:6].max(initial=-1)) + 1
 
 
 def common(old: Read, new: Read, layout: Layout) -> int:
@@ -56,14 +64,25 @@ def common(old: Read, new: Read, layout: Layout) -> int:
         if span is not other or made != wanted:
             break
         same += 1
-    at = seen = 0
+    at = seen = media = 0
     for piece in layout.pieces:
         inside = at < n < at + piece.length
         if piece.modality != TEXT and (inside or (at < n and seen >= same)):
             n = at
+        if piece.views and seen >= same and new.rows.shape[1] > 6:
+            n = min(n, _first_look(*new.rows[:, 6:].T, media))
         seen += bool(piece.views)
-        at += piece.length
+        at, media = at + piece.length, media + (piece.features if piece.views else 0)
     return border(new.rows[:, 2], n)
+
+
+def _first_look(lo: np.ndarray, hi: np.ndarray, media: int) -> int:
+    """The first token that looks at a medium whose media tokens begin with this one.
+
+    A token that sees none counts where its layer may show it all (nn.cross_attention.Config.blind).
+    """
+    looks = np.maximum(hi, np.where(lo > hi, lo - 1, -1)) >= media
+    return int(looks.argmax()) if looks.any() else len(looks)
 
 
 def border(hi: np.ndarray, n: int) -> int:
@@ -101,6 +120,7 @@ _MEDIA = ("patch", "window", "frame", "instruction")
 _TOKENS = {
     "order": -1,
     "hi": -1,
+    "media_hi": -1,
     "slot": -1,
     "mix_slot": -1,
     "document": -1,
@@ -121,6 +141,11 @@ def columns(batch: Batch, start: int, stop: int, length: int) -> Batch:
     some = Batch(**{field.name: cut(field.name) for field in dataclasses.fields(Batch)})
     rows = batch.tokens.shape[0]
     return some.replace(patches=np.zeros((rows, 0, 1), np.uint8), grid=np.zeros((rows, 0, 3), np.int32))
+
+
+def told(part: Batch, batch: Batch) -> Batch:
+    """A part of a batch that is told which media tokens the batch has: the first one, where they are looked at."""
+    return part.replace(**{name: getattr(batch, name) for name in ("patch_order", "patch_kind", "grid")})
 
 
 def seen(batch: Batch) -> Batch:
@@ -163,8 +188,9 @@ def rest(example: Example, media: Sequence[Any], layout: Layout, n: int) -> tupl
     return replace(example, **moved, media=example.media - tokens), list(media)[gone:]
 
 
-def moved_on(batch: Batch, n: int) -> Batch:
-    """The batch with its labels n further on."""
+def moved_on(batch: Batch, n: int, media: int = 0) -> Batch:
+    """The batch with its labels n further on, and those of the media that it looks at so many."""
     there = np.asarray(batch.order) >= 0
-    more = {name: np.where(there, getattr(batch, name) + n, getattr(batch, name)) for name in ("order", "lo", "hi")}
+    steps = {"order": n, "lo": n, "hi": n} | ({} if batch.media_lo is None else {"media_lo": media, "media_hi": media})
+    more = {name: np.where(there, getattr(batch, name) + by, getattr(batch, name)) for name, by in steps.items()}
     return batch.replace(**{name: x.astype(np.int32) for name, x in more.items()})

@@ -189,35 +189,43 @@ class Session:
                 f"Document {layouts[counts.index(max(counts))].id!r} has {max(counts):,} tokens, and this model has "
                 f"{longest:,} positions, for its answer too; give less to read."
             )
-        kept = 0
+        kept = seen = 0  # tokens in the cache, and media tokens that are looked at
         read = Read.of(made[0][0], asked[0], layouts[0]) if len(documents) == 1 else None
         if read is not None:
             layout = layouts[0]
             known = None if self._state is None or not self._keeps else self._read
+            if known is not None and self.processor.sequence.canvas and not known.shows(read):
+                known = None  # padding of the pictures before would stand between them and new ones
             kept = 0 if known is None else prompts.common(known, read, layout)
-            made = [prompts.rest(*made[0], layout, kept)]
+            rest = prompts.rest(*made[0], layout, kept)
+            made, seen = [rest], made[0][0].media - rest[0].media
         sizes = [example.size for example, _ in made]
         values = Values(self.processor.values.patch * frames)
         bucket = self.processor.bucket(sizes)
         described = self.processor.described([example for example, _ in made])
         batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, described)
-        batch = prompts.moved_on(batch, kept)
         if engine.answers(self.cfg):
             media = self._media(batch, documents, frames)
             self._state = self._read = None
             places = ladder(batch.answer.tokens.shape[1] + max_tokens, LEAST)
             self._state = self._on(engine.run_begin, self.params, batch, cfg=self.cfg, places=places, media=media)
             return [(count, 0) for count in counts]
+        batch = prompts.moved_on(batch, kept, seen)
         rope = engine.language(self.cfg).blocks.rope
         whole = rope is not None and rope.needs_length
         cuts = prompts.parts(batch, batch.tokens.shape[1] if whole else self.part)
         wide = [ladder(stop - start, FEWEST) for start, stop in cuts]
         ends = [kept + start + n for (start, _), n in zip(cuts, wide, strict=True)]
-        state = self._room(len(documents), kept, max(*ends, max(counts) + max_tokens), read)
-        self._state = self._read = None  # its memory is given away
+        looks = engine.language(self.cfg).cross is not None
         media = self._media(batch, documents, frames)
+        most = seen + media.tokens.shape[1] if looks and media else seen
+        tokens = kept, max(*ends, max(counts) + max_tokens)
+        state = self._room(len(documents), tokens, (seen, most), read)
+        self._state = self._read = None  # its memory is given away
         for (start, stop), n in zip(cuts, wide, strict=True):
             part = prompts.columns(batch, start, stop, n)
+            if looks:  # the cache has them after the first part
+                part, media = (part, None) if start or media is None else (prompts.told(part, batch), media)
             state = self._on(engine.run_prefill, self.params, part, cfg=self.cfg, state=state, media=media)
         self._state, self._read = state, read
         return [(count, kept) for count in counts]
@@ -235,15 +243,16 @@ class Session:
                     raise InputError(f"Document {document.id!r}, span {n}: {error}") from error
         return replace(document, spans=tuple(spans))
 
-    def _room(self, rows: int, kept: int, places: int, read: Read | None) -> engine.State:
-        """A state that has read what is kept, and has room for so many places."""
-        places = ladder(places, LEAST)
+    def _room(self, rows: int, tokens: tuple[int, int], media: tuple[int, int], read: Read | None) -> engine.State:
+        """A state that has read what is kept of tokens and media tokens, and has room for so many."""
+        (kept, places), (seen, most) = tokens, media
+        places, most = ladder(places, LEAST), ladder(most)
         try:
             if not kept:
-                how = {"rows": rows, "places": places, "dtype": self._dtype, "stacked": self._stacked}
+                how = {"rows": rows, "places": places, "dtype": self._dtype, "stacked": self._stacked, "media": most}
                 return self._on(engine.run_empty, self.cfg, **how)
-            state = engine.rewound(self._state, kept, read.position(kept))
-            return engine.grown(state, places) if places > state.cache.places else state
+            state = engine.rewound(self._state, kept, read.position(kept), seen)
+            return engine.grown(state, places, most)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

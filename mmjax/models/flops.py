@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from mmjax.connectors import module
 from mmjax.core import tree
 from mmjax.core.spec import map_specs
+from mmjax.encoders import Encoder
 from mmjax.models import vlm
 from mmjax.models.language import Language
 from mmjax.nn import transformer
@@ -85,9 +86,9 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
     """
     names, sizes = tree.flatten(vlm.spec(cfg)), matrices(cfg)
     still = tree.flatten(tree.choose(vlm.spec(cfg), frozen)[0]) if frozen else {}
-    media, patches = media_tokens(cfg, row), row.patches + cfg.vision.prefix * len(row.pictures)
+    media, patches = media_tokens(cfg, row), sum(map(cfg.vision.tokens, row.pictures))
     attention = {
-        "vision": _vision(cfg.vision.blocks, row, cfg.vision.prefix),
+        "vision": sum(_vision(stack, row, cfg.vision) for stack in cfg.vision.stacks.values()),
         "decoder": _decoder(cfg.decoder, row, see, media),
     }
     forward, total, before = {}, 0.0, False
@@ -148,8 +149,8 @@ def _pairs(cfg: transformer.Config, pairs: float) -> float:
     return 4.0 * cfg.heads * cfg.head * pairs
 
 
-def _vision(cfg: transformer.Config, row: Row, prefix: int) -> float:
-    whole = float(sum((n + prefix) ** 2 for n in row.pictures))
+def _vision(cfg: transformer.Config, row: Row, encoder: Encoder) -> float:
+    whole = float(sum(encoder.tokens(n) ** 2 for n in row.pictures))
     within = row.patches * min(row.window, max(row.pictures, default=0))
     inside = len(cfg.windowed)
     return _pairs(cfg, (cfg.layers - inside) * whole + inside * within)
@@ -170,6 +171,5 @@ def _decoder(cfg: Language, row: Row, see: str, media: int) -> float:
         near += len(row.pictures) * each * (each - 1) / 2
     out = _pairs(blocks, (blocks.layers - len(blocks.windowed)) * pairs + len(blocks.windowed) * near)
     if cfg.cross is not None and row.pictures:  # one picture for each token
-        layers = cfg.blocks.layers // cfg.cross.every
-        out += 4.0 * cfg.cross.heads * cfg.cross.head * layers * row.tokens * media / len(row.pictures)
+        out += 4.0 * cfg.cross.heads * cfg.cross.head * len(cfg.crossed) * row.tokens * media / len(row.pictures)
     return out

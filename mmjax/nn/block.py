@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmjax.core import sharding
@@ -53,8 +54,10 @@ class Config:
     qk_norm: RMSNorm of queries and keys, of each head (Qwen3) or of all heads as one vector (InternViT-6B).
     qk_epsilon: its epsilon, where it is not `epsilon`.
     layer_scale: both branches times a vector that starts at this value (Touvron et al. 2021, CaiT, eq. 4; DINOv2).
+    gate: both branches times tanh of a learnt number, one for each, that starts here (Mllama's global encoder).
     norm_offset: what scales of norms are counted from (Gemma: 1).
     post_norm: whether a norm stands after each branch as well, before it is added (Gemma 2 and 3).
+    inner_norm: whether a norm stands before the last map of each branch (Sub-LN: Wang et al. 2022, MAGNETO, section 2).
     query_scale: what scores are multiplied by; 1 / sqrt(head) where left out.
     softcap: scores become softcap · tanh(score / softcap) (Gemma 2).
     rope: the rotary embedding of queries and keys, if any.
@@ -86,8 +89,10 @@ class Config:
     qk_norm: Literal["none", "head", "width"] = "none"
     qk_epsilon: float | None = None
     layer_scale: float | None = None
+    gate: float | None = None
     norm_offset: float = 0.0
     post_norm: bool = False
+    inner_norm: bool = False
     query_scale: float | None = None
     softcap: float | None = None
     rope: rotary.Config | None = None
@@ -128,7 +133,13 @@ class Config:
 
     @property
     def mlp(self) -> mlp.Config:
-        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias)
+        inner = norm.Config(self.hidden, self.norm_kind, self.epsilon, self.norm_offset) if self.inner_norm else None
+        return mlp.Config(self.width, self.hidden, None, self.activation, self.gated, self.bias, inner)
+
+    @property
+    def attended_norm(self) -> norm.Config:
+        """The norm of what attention puts together, all heads as one vector, where there is one (inner_norm)."""
+        return norm.Config(self.heads * self.head, self.norm_kind, self.epsilon, self.norm_offset)
 
 
 def spec(cfg: Config) -> Spec:
@@ -153,6 +164,8 @@ def spec(cfg: Config) -> Spec:
     attention = projections(cfg.width)
     if cfg.qk_norm != "none":
         attention |= {"q_norm": norm.spec(cfg.head_norm(cfg.heads)), "k_norm": norm.spec(cfg.head_norm(cfg.kv_heads))}
+    if cfg.inner_norm:
+        attention["inner_norm"] = norm.spec(cfg.attended_norm)
     block = {
         "attention_norm": norm.spec(cfg.norm_config),
         "attention": attention,
@@ -166,6 +179,9 @@ def spec(cfg: Config) -> Spec:
     if cfg.layer_scale is not None:
         scale = ParamSpec((cfg.width,), (None,), Constant(cfg.layer_scale))
         block |= {"attention_scale": scale, "mlp_scale": scale}
+    if cfg.gate is not None:
+        gate = ParamSpec((1,), (None,), Constant(cfg.gate))
+        block |= {"attention_gate": gate, "mlp_gate": gate}
     return block
 
 
@@ -188,8 +204,9 @@ def _branch(params: dict, name: str, h: jax.Array, cfg: Config) -> jax.Array:
     """What a branch adds."""
     if cfg.post_norm:
         h = norm.apply(params[f"{name}_post_norm"], h, cfg.norm_config)
-    scale = params.get(f"{name}_scale")
-    return h if scale is None else linear.times(h, scale)
+    if cfg.layer_scale is not None:
+        h = linear.times(h, params[f"{name}_scale"])
+    return h if cfg.gate is None else linear.times(h, jnp.tanh(params[f"{name}_gate"]))
 
 
 def _attention(
@@ -212,6 +229,9 @@ def _attention(
         else:
             past = caches.put(past, k, v)
             out = attend_cached(q, *caches.layer(past), see.order, see.lo, see.hi, **how)
+    if cfg.inner_norm:
+        flat = out.reshape(*out.shape[:2], -1)
+        out = norm.apply(params["inner_norm"], flat, cfg.attended_norm).reshape(out.shape)
     return _back(params, out, cfg), past
 
 

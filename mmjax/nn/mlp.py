@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmjax.core.spec import Spec
-from mmjax.nn import linear
+from mmjax.nn import linear, norm
 
 
 @jax.custom_jvp
@@ -42,6 +42,7 @@ class Config:
     activation: Activation = "gelu"
     gated: bool = False
     bias: bool = True
+    inner_norm: norm.Config | None = None  # of the hidden values, before the second map (Sub-LN)
 
     @property
     def up(self) -> linear.Config:
@@ -56,6 +57,8 @@ def spec(cfg: Config) -> Spec:
     out = {"up": linear.spec(cfg.up), "down": linear.spec(cfg.down)}
     if cfg.gated:
         out["gate"] = linear.spec(cfg.up)
+    if cfg.inner_norm is not None:
+        out["inner_norm"] = norm.spec(cfg.inner_norm)
     return out
 
 
@@ -64,4 +67,5 @@ def apply(params: dict, x: Float[Array, "b l d"], cfg: Config) -> Float[Array, "
     act = ACTIVATIONS[cfg.activation]
     h = linear.apply(params["up"], x, cfg.up)
     h = act(linear.apply(params["gate"], x, cfg.up)) * h if cfg.gated else act(h)
+    h = h if cfg.inner_norm is None else norm.apply(params["inner_norm"], h, cfg.inner_norm)
     return linear.apply(params["down"], h, cfg.down)

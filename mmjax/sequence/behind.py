@@ -7,14 +7,28 @@ what a picture sees stays one interval, its own patches and tokens:
     labels      0 1 2 5 6  3 4 7 8
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.core import sharding
 
 
+def ends(
+    image: Int[Array, "b s"], order: Int[Array, "b s"], pictures: int
+) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
+    """Where each picture's labels start and stop (one past the last) in a packed row; start = stop where it has none.
+
+    Counted, not read off the grid: a picture's features may have a class token, and its text has no grid.
+    """
+    here = image[:, :, None] == jnp.arange(pictures, dtype=jnp.int32)[None, None]
+    stop = jnp.max(jnp.where(here, (order + 1)[:, :, None], 0), axis=1, initial=0)
+    stop = jax.lax.cummax(stop, axis=1)
+    return jnp.pad(stop[:, :-1], ((0, 0), (1, 0))), stop
+
+
 def labels(
-    image: Int[Array, "b p"], order: Int[Array, "b p"], grid: Int[Array, "b n 3"], many: int
+    image: Int[Array, "b p"], order: Int[Array, "b p"], grid: Int[Array, "b n 3"], many: int, counted: bool = False
 ) -> tuple[Int[Array, "b s"], Int[Array, "b m"], Int[Array, "b m"]]:
     """Labels of a row's patches and of the tokens behind them, and what these see (see intervals.perceiver).
 
@@ -22,6 +36,7 @@ def labels(
       image, order: i32[B, P], the picture of each patch and its label, counted through the row; -1 in empty places.
       grid: i32[B, N, 3], (frames, rows, columns) of each picture, zeros where there is none.
       many: how many tokens each picture has.
+      counted: whether a picture's places are counted, as where class tokens are among them, and not read off its grid.
 
     Returns:
       The labels i32[B, P + N × many], -1 where there is nothing; and lo and hi of the tokens, i32[B, N × many].
@@ -30,6 +45,9 @@ def labels(
     count = grid.prod(-1)
     some = count > 0
     stop = jnp.cumsum(count, axis=1)
+    if counted:
+        start, stop = ends(image, order, n)
+        count = stop - start
     first = (stop - count) + jnp.arange(n, dtype=jnp.int32)[None] * many
     own = (first + count)[:, :, None] + jnp.arange(many, dtype=jnp.int32)[None, None]
     own = jnp.where(some[:, :, None], own, -1).reshape(b, n * many)

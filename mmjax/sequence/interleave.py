@@ -18,12 +18,15 @@ class Config:
     """Which descriptors a model wants.
 
     see: who sees whom in the sequence; "prefix" is both ways up to the first token that is learnt (prefix-LM).
-    cross: which of its document's media text looks at by cross-attention (Flamingo: the last one so far).
+    cross: which of its document's media text looks at by cross-attention (Flamingo: the last one so far; Llama 3.2
+      Vision: the last ones that stand next to each other).
     position: "mrope", or "sequential": 0, 1, 2, … whatever stands there.
     rope: how M-RoPE counts.
     merge: the patches that become one media token, merge × merge of them, lie next to each other (Qwen).
     window: above 0, patches lie window by window, each of so many media tokens a side, and have a second interval,
       their window's (Qwen2.5-VL).
+    canvas: above 0, a picture has the media tokens of so many windows whatever its size. Text looks at those of the
+      windows that its patches lie in; the rest are padding, and their labels come behind all others of the document.
     frames: whether patches see all frames of their video.
     mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
     answer: above 0, what is learnt or said is a second stream, that an encoder–decoder's decoder reads, with room for
@@ -32,11 +35,12 @@ class Config:
     """
 
     see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
-    cross: Literal["none", "last_image", "all_images"] = "none"
+    cross: Literal["none", "last_image", "last_images", "all_images"] = "none"
     position: Literal["mrope", "sequential"] = "mrope"
     rope: positions.MRope = positions.ONE
     merge: int = 1
     window: int = 0
+    canvas: int = 0
     frames: Literal["apart", "together"] = "apart"
     mixes: bool = False
     instruction: int = 0
@@ -125,7 +129,8 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             except InputError as error:
                 raise InputError(f"Document {layout.id!r}: {error}") from error
             written = within == -2
-            tokens[span] = np.where(within >= 0, _placeholder(piece, vocab), _newline(piece, vocab))
+            stands = _placeholder(piece, vocab) + (1 + within if vocab.numbered else 0)
+            tokens[span] = np.where(within >= 0, stands, _newline(piece, vocab))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
             _mixed(piece, at, made[table], mix, layout.id, cfg)
@@ -133,7 +138,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             if table is None:
                 begins.append(max(at - 1, 0))  # its marker sees it already
                 spans += _unbroken(at, written)
-                counts.append(piece.features)
+                counts.append(_shown(piece, layout.id, cfg))
         at += piece.length
     _refuse_ids(layout.id, tokens, vocab)
     if cfg.see == "bidirectional_images":
@@ -142,8 +147,12 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         lo, hi = intervals.prefix(n, layout.prefix) if cfg.see == "prefix" else intervals.causal(n)
     media = {"media_lo": None, "media_hi": None}
     if cfg.cross != "none":
-        look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
-        media = dict(zip(media, look(n, begins, counts), strict=True))
+        if cfg.cross == "last_images":
+            found = intervals.last_images(n, begins, counts, made[None] - sum(counts))
+        else:
+            look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
+            found = look(n, begins, counts)
+        media = dict(zip(media, found, strict=True))
     next_is = np.append(train[1:], False) & (np.append(modality[1:], EMPTY) == TEXT)
     pieces = tuple(p for p in layout.pieces if p.length)
     if cfg.position == "mrope":
@@ -208,6 +217,19 @@ def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: s
     places = [n for n, found in enumerate(piece.mixes) if found is not None]
     mix["mix_slot"][[at + n for n in places]] = [[before + i for i in piece.mixes[n].others] for n in places]
     mix["mix_share"][[at + n for n in places]] = [piece.mixes[n].shares for n in places]
+
+
+def _shown(piece: Piece, id: str, cfg: Config) -> int:
+    """How many of a medium's media tokens text may look at; the rest are padding."""
+    if not cfg.canvas:
+        return piece.features
+    windows_of, rest = divmod(sum(map(patches_of, piece.views)), cfg.window**2)
+    if rest or windows_of > cfg.canvas:
+        raise InputError(
+            f"Document {id!r} has a picture of {piece.grid} patches, which are not up to {cfg.canvas} whole windows of "
+            f"{cfg.window} × {cfg.window}; use the policy that belongs to the model (tokenizers.tiles.Canvas)."
+        )
+    return piece.features // cfg.canvas * windows_of
 
 
 def _no(token: int | None) -> int:

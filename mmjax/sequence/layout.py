@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 from mmjax.core.errors import InputError
 from mmjax.sequence import words
 from mmjax.sequence.document import Audio, Document, Image, Video
-from mmjax.tokenizers.convention import Convention, Frames, views
+from mmjax.tokenizers.convention import Convention, Frames, framed, views
 from mmjax.tokenizers.conventions import GENERIC
 from mmjax.tokenizers.mix import Mix
 from mmjax.tokenizers.parts import Medium, Part, Words, plain
@@ -54,7 +54,8 @@ class Clips(Protocol):
     clip: the grid, and how many numbers of the time position its frames are apart. chosen: which pictures of the video
     its frames are made of, as many for each. times: when each of its frames is, in seconds. still: by which policy a
     frame becomes patches. places: which of its media tokens stands at each place of the sequence, and what it is mixed
-    with (as `Picture.slots` and `mixes`); None: all of them in order.
+    with (as `Picture.slots` and `mixes`); None: all of them in order. A policy whose frames are pictures of their
+    own, as encoders with class tokens want them, says so (`apart`).
     """
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]: ...
@@ -85,7 +86,7 @@ class Piece:
     grid: Grid | None = None  # of a picture or video, in patches; of sound (frames, 1, 1)
     train: bool = False  # whether these tokens are learnt
     interval: float = 1.0  # numbers of the time position per frame
-    tiles: tuple[Grid, ...] = ()  # of a picture in several views, those after the first
+    tiles: tuple[Grid, ...] = ()  # of a picture (or a video) in several views, those after the first
     # Which of its media tokens stands at each place, -1 a newline, -2 the next of `ids`; None: all in order.
     slots: tuple[int, ...] | None = None
     merge: int = (
@@ -223,7 +224,7 @@ def layout(
                 f"go; its text looks at them by cross-attention (fuse='cross')."
             )
         pieces[part.span] = piece
-        written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document.id)
+        written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document)
         for item in written or [*part.before, range(piece.length), *part.after]:
             writer.view(part.span, item) if isinstance(item, range) else writer.add(item)
     out = [_piece(run, pieces) for run in writer.runs()]
@@ -255,22 +256,22 @@ def _piece(run: words.Run, media: dict[int, Piece]) -> Piece:
 
 
 def _written(
-    convention: Convention, piece: Piece, rows: int, media_tokens: Callable[[Grid], int], id: str
+    convention: Convention, piece: Piece, rows: int, media_tokens: Callable[[Grid], int], document: Document
 ) -> list[Part | range] | None:
     """What the convention writes around a picture's tiles or a video's frames: parts, and ranges of media tokens."""
     if piece.modality == VIDEO and convention.frames is not None:
-        return _stamped(convention.frames, piece)
+        return _stamped(convention.frames, piece, document.spans[piece.span])
     if piece.modality != IMAGE:
         return None
     try:
         found = views(convention, len(piece.views), rows)
     except InputError as error:
-        raise InputError(f"Document {id!r}, span {piece.span}: {error}") from error
+        raise InputError(f"Document {document.id!r}, span {piece.span}: {error}") from error
     if found is None:
         return None
     if piece.slots is not None:
         raise InputError(
-            f"Document {id!r}, span {piece.span}: {piece.policy} orders the tokens of all views together, but "
+            f"Document {document.id!r}, span {piece.span}: {piece.policy} orders the tokens of all views together, but "
             f"{convention.name} writes between them; use the family's own policy."
         )
     stops = list(itertools.accumulate((media_tokens(view) for view in piece.views), initial=0))
@@ -280,14 +281,16 @@ def _written(
     return out
 
 
-def _stamped(of: Frames, piece: Piece) -> list[Part | range]:
+def _stamped(of: Frames, piece: Piece, video: Video) -> list[Part | range]:
     """Every frame of a video with its time before it."""
     each = piece.length // len(piece.times)
-    out: list[Part | range] = []
-    for n, seconds in enumerate(piece.times):
-        out += [Words(of.stamp.format(seconds=seconds)), *plain(of.around.before)]
+    begin, stamps = framed(of, piece.times, video.frames / video.fps)
+    out: list[Part | range] = [Words(begin)]
+    for n, stamp in enumerate(stamps):
+        out += plain(of.between) if n else []
+        out += [Words(stamp), *plain(of.around.before)]
         out += [range(n * each, (n + 1) * each), *plain(of.around.after)]
-    return out
+    return [*out, Words(of.after)]
 
 
 def _image(
@@ -337,13 +340,15 @@ def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int]
     size = span.frames, span.height, span.width, span.fps
     grid, interval = clips.clip(*size)
     media = _counted(grid, media_tokens)
+    views = ((1, *grid[1:]),) * grid[0] if getattr(clips, "apart", False) else (grid,)
     slots, mixes = clips.places(grid) or (None, None)
     _refuse_newlines(slots, clips, vocab)
     return Piece(
         VIDEO,
         media if slots is None else len(slots),
         (),
-        grid,
+        views[0],
+        tiles=views[1:],
         slots=slots,
         mixes=mixes,
         media=media,

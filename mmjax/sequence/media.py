@@ -63,7 +63,7 @@ def still(pixels: PIL.Image.Image | np.ndarray, medium: Image, piece: Piece, pat
 def film(pixels: np.ndarray, medium: Video, piece: Piece, patch: int, frames: int = 1) -> Pixels:
     """The same of a video u8[frames, height, width, 3]."""
     refuse_shape(pixels.shape, (medium.frames, medium.height, medium.width))
-    group, wanted = len(piece.frames) // piece.grid[0], views_of(piece, medium)
+    group, wanted = len(piece.frames) // sum(view[0] for view in piece.views), views_of(piece, medium)
     if frames % group:
         raise InputError(f"{group} pictures make a frame of this video, but patches have {frames}; give it as many.")
     drawn = {n: render(pixels[n], wanted) for n in dict.fromkeys(piece.frames)}

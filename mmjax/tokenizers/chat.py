@@ -68,4 +68,5 @@ def _vocab(controls: dict[str, int], size: int, of: Convention) -> Vocab:
         image_newline=find(of.newline),
         video=find(of.placeholder_video),
         audio=find(of.placeholder_audio),
+        numbered=of.numbered,
     )

@@ -5,6 +5,8 @@
     llava-v1    <s>{system} USER: <image>\\n{text} ASSISTANT: {text}</s>
     chatml      <|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{text}<|im_end|>\\n
     flamingo    <image>{text}<|endofchunk|>
+    pixtral     <s>[INST][IMG]…[IMG_BREAK][IMG]…[IMG_END]{text}[/INST]{text}</s>
+    kosmos-2    <s><image>…</image> {text}</s>
     paligemma   <image>…<bos>{text}\\n{text}<eos>
     segments    [CLS]{text}[SEP]{text}[SEP]
 
@@ -15,7 +17,7 @@ import difflib
 from dataclasses import replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.convention import Convention, Tiles
+from mmjax.tokenizers.convention import Convention, Frames, Tiles
 from mmjax.tokenizers.parts import Around, Symbol
 
 S = Symbol
@@ -116,6 +118,18 @@ LLAVA_LLAMA_3 = Convention(
     newline="<image_newline>",  # not in their vocabulary: a vector of the model's own, here the token table's last
 )
 
+# Llama 3.2 Vision, whose text looks at pictures from beside: a marker stands for each (llama_models' chat_format).
+LLAMA_VISION = replace(
+    LLAVA_LLAMA_3,
+    name="llama-3.2-vision",
+    image=Around((S("<|image|>"),)),
+    media="before_begin",
+    strip="nothing",
+    pad="<|finetune_right_pad_id|>",
+    placeholder="",
+    newline="",
+)
+
 
 def _chatml(role: str) -> Around:
     return Around((S("<|im_start|>"), f"{role}\n"), (S("<|im_end|>"), "\n"))
@@ -148,6 +162,47 @@ INTERNVL = replace(
     CHATML, name="internvl", image=Around((S("<img>"),), (S("</img>"), "\n")), placeholder="<IMG_CONTEXT>"
 )
 
+# Agrawal et al. 2024, Pixtral 12B, with the tokens of mistral-common's v3; the system's text stands in the question.
+PIXTRAL = Convention(
+    "pixtral",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around((S("[INST]"),), (S("[/INST]"),)),
+    assistant=Around((), (S("</s>"),)),
+    image=Around((), (S("[IMG_END]"),)),
+    prompt=(),
+    system_into_user=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="[IMG]",
+    newline="[IMG_BREAK]",
+)
+# Mistral Small 3.1: v7, whose system has tokens of its own.
+MISTRAL3 = replace(
+    PIXTRAL,
+    name="mistral-3",
+    system=Around((S("[SYSTEM_PROMPT]"),), (S("[/SYSTEM_PROMPT]"),)),
+    system_into_user=False,
+)
+
+# Peng et al. 2023, Kosmos-2, section 3: a picture, and text that goes on; places in pictures are words.
+KOSMOS2 = Convention(
+    "kosmos-2",
+    begin=(S("<s>"),),
+    document=Around((), (S("</s>"),)),
+    assistant=Around((), (S("</s>"),)),
+    image=Around((S("<image>"),), (S("</image>"), " ")),
+    prompt=(),
+    media="first",
+    strip="text",
+    one_turn=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<unk>",
+    numbered=True,
+)
+
 # Laurençon et al. 2023, OBELICS and IDEFICS: a picture is one token, looked at by cross-attention.
 _FAKE = S("<fake_token_around_image>")
 IDEFICS = Convention(
@@ -173,6 +228,7 @@ IDEFICS2 = Convention(
     assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
     lead=(" ",),
     image=Around((_FAKE,), (_FAKE,)),
+    tiles=Tiles("whole_last", tile=Around((_FAKE,), (_FAKE,)), whole=Around((_FAKE,), (_FAKE,))),
     once=(_FAKE.symbol,),
     gap=(_FAKE.symbol,),
     pad="<unk>",
@@ -204,6 +260,13 @@ SMOLVLM = replace(
     IDEFICS3,
     name="smolvlm",
     begin=(S("<|im_start|>"),),
+    frames=Frames(
+        "\nFrame from {minute:02d}:{second:02d}:",
+        Around((_FAKE, S("<global-img>")), (_FAKE,)),
+        before="You are provided the following series of {count} frames from a {hours}:{minute:02d}:{second:02d} "
+        "[H:MM:SS] video.\n",
+        after="\n\n",
+    ),
     pad="<|im_end|>",
 )
 
@@ -275,6 +338,23 @@ GEMMA3 = Convention(
     placeholder="<image_soft_token>",
 )
 
+# Lu et al. 2024, DeepSeek-VL, in Hugging Face's directories.
+DEEPSEEK_VL = Convention(
+    "deepseek-vl",
+    begin=(S("<｜begin▁of▁sentence｜>"),),
+    document=Around((), (S("<｜end▁of▁sentence｜>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around(("User: ",), ("\n\n",)),
+    assistant=Around(("Assistant: ",), (S("<｜end▁of▁sentence｜>"),)),
+    prompt=("Assistant:",),
+    default_system="You are a helpful language and vision assistant. You are able to understand the visual content "
+    "that the user provides, and assist the user with a variety of tasks using natural language.",
+    strip="turn",
+    pad="<｜end▁of▁sentence｜>",
+    stop="<｜end▁of▁sentence｜>",
+    placeholder="<image_placeholder>",
+)
+
 # Alayrac et al. 2022, Flamingo, section 3.1, as OpenFlamingo writes it: a chunk is a picture and what is said of it.
 FLAMINGO = Convention(
     "flamingo",
@@ -309,10 +389,14 @@ CONVENTIONS = {
         LLAVA_V1,
         LLAVA_HF,
         LLAVA_LLAMA_3,
+        LLAMA_VISION,
         CHATML,
         QWEN_VL,
         QWEN3_VL,
         INTERNVL,
+        PIXTRAL,
+        MISTRAL3,
+        KOSMOS2,
         IDEFICS,
         IDEFICS2,
         IDEFICS3,
@@ -322,6 +406,7 @@ CONVENTIONS = {
         INSTRUCTBLIP,
         BLIP2_T5,
         GEMMA3,
+        DEEPSEEK_VL,
         FLAMINGO,
         SEGMENTS,
     )

@@ -122,17 +122,18 @@ class Fixed(Whole):
     """One size for every picture: `height` by `width` pixels, multiples of `patch`.
 
     fit: "stretch", whatever its shape (ViT, SigLIP); "crop", its middle, at the scale where its shorter side is `short`
-      (CLIP; 0: where it just covers the size); "pad", all of it, on a canvas of the right shape (LLaVA-1.5).
+      (CLIP; 0: where it just covers the size); "pad", all of it, on a canvas of the right shape (LLaVA-1.5); "inset",
+      the same, resized before and not with the canvas, no side below `short` (DeepSeek-VL).
     fill: of the canvas; LLaVA's is CLIP's mean colour.
     drop: the size need not be whole patches: what is left over at the right and the bottom is not looked at, as by a
       convolution without padding (SigLIP so400m sees 384 pixels as 27 patches of 14).
-    To the pixel what transformers 5.23 does (models/{vit,siglip,clip,llava}/image_processing_pil_*.py).
+    To the pixel what transformers 5.23 does (models/{vit,siglip,clip,llava,deepseek_vl}/image_processing_pil_*.py).
     """
 
     patch: int = 14
     height: int = 224
     width: int = 224
-    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    fit: Literal["stretch", "crop", "pad", "inset"] = "stretch"
     short: int = 0
     fill: Color = (122, 116, 104)
     filter: Filter = "bicubic"
@@ -141,8 +142,11 @@ class Fixed(Whole):
     def __post_init__(self):
         if min(self.patch, self.height, self.width) < 1 or not self._whole():
             raise InputError(f"{self} is not a grid of patches; give a height and a width that are multiples of patch")
-        if self.fit not in ("stretch", "crop", "pad") or (self.short and self.fit != "crop") or self.short < 0:
-            raise InputError(f"{self} fits nothing; give 'stretch', 'crop' or 'pad', and `short` with 'crop' alone")
+        fits, short = ("stretch", "crop", "pad", "inset"), self.fit in ("crop", "inset")
+        if self.fit not in fits or (self.short and not short) or self.short < 0:
+            raise InputError(f"{self} fits nothing; give one of {fits}, and `short` with 'crop' and 'inset' alone")
+        if self.fit == "inset" and self.short > min(self.height, self.width):
+            raise InputError(f"{self} has pictures whose sides are longer than its canvas; lower `short`")
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels to bring a picture to; InputError if it is empty."""
@@ -168,6 +172,14 @@ class Fixed(Whole):
             wide = max(width, -(-height * self.width // self.height))
             window = Window(-((tall - height) // 2), -((wide - width) // 2), tall, wide, self.fill)
             return (window, resize) if (tall, wide) != (height, width) else (resize,)
+        if self.fit == "inset":
+            scale = min(self.height / height, self.width / width)
+            tall, wide = (max(round(side * scale), self.short, 1) for side in (height, width))
+            window = Window(
+                -((self.height - tall) // 2), -((self.width - wide) // 2), self.height, self.width, self.fill
+            )
+            inner = Resize(tall, wide, self.filter)
+            return (inner, window) if (tall, wide) != (self.height, self.width) else (inner,)
         # The operations in the order they are published in, for another order rounds otherwise.
         short = self.short or min(self.height, self.width)
         tall = short if height <= width else int(short * height / width)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -106,6 +106,106 @@ class Pooled:
             slots += [token for row in own for token in row]
             mixes += [mix for row in mixed for mix in row]
         return (*slots, -1), (*mixes, None)
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Pictures of a clip, each of them a picture of its own (InternVL; transformers 5.23, models/internvl).
+
+    All are shown, or `number` of them, or `fps` a second, at an even distance: the first from the middle of its share
+    of the clip, or `shift` pictures from the start. Encoders with class tokens see frames so.
+    """
+
+    resolution: Policy
+    number: int | None = None
+    fps: float | None = None
+    shift: float | None = None
+    apart: ClassVar[bool] = True  # every frame is a view
+
+    def __post_init__(self):
+        if (self.number is not None and self.number < 1) or (self.fps is not None and not self.fps > 0):
+            raise InputError(f"{self} shows nothing; give a number or fps above 0, or neither.")
+        if self.shift is not None and not self.shift >= 0:
+            raise InputError(f"{self} begins before its clip; give a shift of at least 0.")
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
+        """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
+        return (len(self.chosen(frames, fps)), *self.resolution.grid(height, width)), 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown."""
+        _check(frames, fps)
+        n = frames
+        if self.number is not None or self.fps is not None:
+            n = int(frames / fps * self.fps) if self.number is None else self.number
+        if not 0 < n <= frames:
+            raise InputError(f"a video of {frames} frames does not give the {n} that are to be shown; leave it out.")
+        if n == frames and self.number is None and self.fps is None:
+            return tuple(range(frames))
+        step = frames / n
+        first = step / 2 if self.shift is None else self.shift
+        return tuple(int(np.float32(first + place * step)) for place in range(math.ceil((frames - first) / step)))
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """When they are, in seconds."""
+        return tuple(n / fps for n in self.chosen(frames, fps))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        return self.resolution
+
+    def places(self, grid: Grid) -> None:
+        """All media tokens stand in order."""
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """About `fps` pictures a second, at most `most`, at an even distance; of long clips not the first and last second.
+
+    To the digit what transformers 5.23 does for SmolVLM2 (models/smolvlm, video_processing_smolvlm.py). Without `fps`
+    and `most` all pictures are shown.
+
+    trim: seconds left out at both ends where more than `most` × `fps` seconds are left between them.
+    """
+
+    resolution: Policy
+    fps: float | None = None
+    most: int | None = None
+    trim: float = 1.0
+
+    def __post_init__(self):
+        if (self.fps is None) != (self.most is None):
+            raise InputError(f"{self} does not say which frames are shown; give both fps and most, or neither.")
+        if self.fps is not None and (not self.fps > 0 or self.most < 1 or self.trim < 0):
+            raise InputError(f"{self} shows nothing; give fps above 0, most of at least 1 and trim of at least 0.")
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
+        """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
+        return (len(self.chosen(frames, fps)), *self.resolution.grid(height, width)), 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown."""
+        _check(frames, fps)
+        if self.fps is None:
+            return tuple(range(frames))
+        seconds, last = frames / fps, frames - 1
+        n = max(1, min(round(self.fps * seconds), self.most))
+        first, end = 0, last
+        if seconds - 2 * self.trim > self.most * self.fps and self.trim > 0:
+            first, end = int(self.trim * fps), min(int(frames - self.trim * fps), last)
+        first, end = (first, end) if first < end else (0, last)
+        return tuple(np.unique(np.linspace(first, end, n, dtype=int)).tolist())
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """When they are, in seconds."""
+        return tuple(n / fps for n in self.chosen(frames, fps))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        return self.resolution
+
+    def places(self, grid: Grid) -> None:
+        """All media tokens stand in order."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class Vocab:
     not, for a media slot must be told from every other slot; but with that of the ends of a picture's rows, where a
     vector of the model stands (models.vlm: `newline`). None: the family has no such token. InputError names the field
     that breaks a rule.
+
+    numbered: whether a picture's media tokens carry the ids that follow `image` one after the other, whatever they mean
+      in a text (Kosmos-2: those behind <unk>).
     """
 
     pad: int
@@ -54,6 +57,7 @@ class Vocab:
     image_newline: int | None = None  # ends a row of a picture's tokens, where the family does so (LLaVA-NeXT)
     video: int | None = None  # the same for videos and sound; None: as `image`
     audio: int | None = None
+    numbered: bool = False
 
     @property
     def placeholders(self) -> tuple[int, ...]:
@@ -63,7 +67,7 @@ class Vocab:
     def __post_init__(self):
         for field in fields(self):
             token = getattr(self, field.name)
-            if field.name == "size" or token is None:
+            if field.name in ("size", "numbered") or token is None:
                 continue
             if not 0 <= token < self.size:
                 raise InputError(

@@ -140,7 +140,8 @@ def _part(
 ) -> tuple[tuple[dict, dict[str, jax.Array]], jax.Array]:
     """What one part of a batch adds to the gradient and to the sums, and the invariants it breaks."""
     batch, known = piece
-    violations = invariants.violations(batch, cfg.decoder.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline)
+    d = cfg.decoder
+    violations = invariants.violations(batch, d.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline, d.said)
 
     def mean(trained: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = cast(tree.merge(trained, fixed), compute)

@@ -11,7 +11,7 @@ from tiny import randomised
 
 from mmjax.connectors import perceiver
 from mmjax.core.errors import InputError
-from mmjax.nn import mlp
+from mmjax.nn import linear, mlp
 
 FLAMINGO = perceiver.Config(8, 8, 3, 2, 2, 4, 12, frames=3, media=2)
 IDEFICS = perceiver.Config(8, 8, 3, 2, 2, 4, 12, qk_norm=True, activation="relu")
@@ -30,7 +30,22 @@ IDEFICS2 = perceiver.Config(
     gated=True,
     projection=mlp.Config(6, 10, 8, "silu", True, False),
 )
-CASES = {"Flamingo": FLAMINGO, "Idefics": IDEFICS, "Idefics2": IDEFICS2}
+KOSMOS2 = perceiver.Config(
+    6,
+    8,
+    3,
+    1,
+    2,
+    4,
+    0,
+    norm_kind="none",
+    residual=False,
+    bias=True,
+    unit=True,
+    prefix=True,
+    projection=linear.Config(6, 8),
+)
+CASES = {"Flamingo": FLAMINGO, "Idefics": IDEFICS, "Idefics2": IDEFICS2, "Kosmos-2": KOSMOS2}
 GRIDS, NUMBERS = [(2, 1, 3), (1, 2, 2), (3, 1, 1)], [0, 1, 0]
 
 
@@ -63,6 +78,8 @@ def written_out(params, x, number, cfg):
     }[cfg.activation]
 
     def norm(p, x, kind=cfg.norm_kind):
+        if kind == "none":
+            return x
         x = x - x.mean(-1, keepdims=True) if kind == "layer" else x
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.epsilon) * p["scale"] + p.get("bias", 0)
 
@@ -71,22 +88,29 @@ def written_out(params, x, number, cfg):
         return (act(x @ p["gate"]["kernel"]) * h if gated else act(h)) @ p["down"]["kernel"]
 
     x = x.astype(np.float64)
-    x = forward(p["projection"], x, True) if cfg.projection else x
+    x = x / np.linalg.norm(x, axis=-1, keepdims=True) if cfg.unit else x
+    if isinstance(cfg.projection, mlp.Config):
+        x = forward(p["projection"], x, True)
+    elif cfg.projection:
+        x = x @ p["projection"]["kernel"] + p["projection"]["bias"]
     x = x + p["frames"][: x.shape[0], None, None] if cfg.frames else x
     x = x.reshape(-1, x.shape[-1]) + (p["media"][number] if cfg.media else 0)
     z = p["latents"]
     for i in range(cfg.layers):
         layer = jax.tree.map(lambda a, i=i: a[i], p["layers"])
-        h = norm(layer["latent_norm"], z)
-        seen = np.concatenate([norm(layer["feature_norm"], x), h])
+        h = norm(layer.get("latent_norm"), z)
+        seen = np.concatenate([norm(layer.get("feature_norm"), x), h])
         q, k, v = (np.einsum("ld,dhe->hle", y, layer[n]["kernel"]) for y, n in ((h, "q"), (seen, "k"), (seen, "v")))
+        if cfg.bias:
+            q, k, v = (y + layer[n]["bias"][:, None] for y, n in ((q, "q"), (k, "k"), (v, "v")))
         if cfg.qk_norm:
             q, k = norm(layer["q_norm"], q, "layer"), norm(layer["k_norm"], k, "layer")
         k, v = (np.repeat(a, cfg.heads // len(a), axis=0) for a in (k, v))
         score = np.exp(q @ k.transpose(0, 2, 1) / cfg.head**0.5)
-        z = z + np.einsum("hle,hed->ld", score / score.sum(-1, keepdims=True) @ v, layer["out"]["kernel"])
-        z = z + forward(layer["mlp"], norm(layer["mlp_norm"], z), cfg.gated)
-    return norm(p["norm"], z)
+        y = np.einsum("hle,hed->ld", score / score.sum(-1, keepdims=True) @ v, layer["out"]["kernel"])
+        z = z * cfg.residual + y + layer["out"].get("bias", 0)
+        z = z + forward(layer["mlp"], norm(layer["mlp_norm"], z), cfg.gated) if cfg.hidden else z
+    return norm(p.get("norm"), z)
 
 
 @pytest.mark.parametrize("name", CASES)

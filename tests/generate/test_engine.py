@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import fused
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +15,11 @@ from mmjax.core.errors import InputError
 from mmjax.generate import engine, sample
 from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.models import decoder, vlm
-from mmjax.nn import rope, transformer
+from mmjax.nn import cross_attention, rope, transformer
 from mmjax.nn.rope_scaling import Dynamic
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Bucket
+from mmjax.sequence.document import Document, Image, Text
 
 BLOCKS = transformer.Config(
     width=24, layers=3, heads=4, kv_heads=2, head=8, hidden=40, rope=rope.Config(8, (4,)), windowed=(1,)
@@ -258,10 +260,42 @@ def test_bfloat16():
     assert (said(state, 9)[:, 0] == np.argmax(other.logits, -1)).all()
 
 
-def test_cross_attention_is_refused():
-    from mmjax.nn import cross_attention
+@pytest.mark.parametrize(("name", "apart"), [("resampled, last image", True), ("patches, last image", False)])
+def test_answers_look_at_media_that_are_projected_once(name, apart):
+    """Rows of two, one and no pictures: the answer goes on looking at what the prompt's last token looks at."""
+    (model, cfg), picture = fused.systems()[name], lambda h, w: Image(4 * h, 4 * w, b"")
+    spans = ((picture(2, 2), Text("or"), picture(2, 3), Text("b")), (Text("so"), picture(1, 3)), (Text("hello"),))
+    documents = [Document(str(n), of) for n, of in enumerate(spans)]
+    params = randomised(vlm.spec(model))
+    batch = fused.make([[one] for one in documents], Bucket(3, 24, 12, 2), model, cfg)
+    real = (np.asarray(batch.order) >= 0).sum(1)
+    switches, values = sample.prepare([GREEDY] * 3)
+    made = engine.unstacked(params, model) if apart else params
+    state = engine.empty(model, 3, 40, stacked=not apart, media=20)
+    state = engine.run_prefill(made, batch, cfg=model, state=state)
+    counts = (np.asarray(state.cache.media.order) >= 0).sum(1)
+    assert counts.tolist() == ([6, 3, 0] if "resampled" in name else [10, 3, 0])
+    assert int(state.cache.media.at) == counts.max()  # the padding's places are free again
+    at = int(state.cache.at)
+    state = engine.run_decode(made, state, np.int32(4), NO_ENDS, values, cfg=model, switches=switches)
+    new = said(state, at)
+    columns = {f: np.array(getattr(batch, f)) for f in ("tokens", "modality", "order", "lo", "hi", "position")}
+    columns |= {f: np.array(getattr(batch, f)) for f in ("media_lo", "media_hi")}
+    for r, n in enumerate(real):
+        span = slice(n, n + 4)
+        columns["tokens"][r, span], columns["modality"][r, span] = new[r], 1
+        columns["order"][r, span] = columns["hi"][r, span] = np.arange(n, n + 4)
+        columns["position"][r, span] = columns["position"][r, n - 1].max() + 1 + np.arange(4)[:, None]
+        for f in ("lo", "media_lo", "media_hi"):
+            columns[f][r, span] = columns[f][r, n - 1]
+    logits = jax.jit(vlm.logits, static_argnums=2)(params, batch.replace(**jax.tree.map(jnp.asarray, columns)), model)
+    for r, n in enumerate(real):
+        np.testing.assert_allclose(state.logits[r], logits[r, n + 3], rtol=2e-5, atol=2e-5)
+        assert np.argmax(logits[r, n - 1 : n + 3], -1).tolist() == new[r].tolist()
 
+
+def test_a_decoder_alone_has_no_media_to_look_at():
     blocks = dataclasses.replace(BLOCKS, windowed=())
     cross = decoder.Config(30, blocks, cross=cross_attention.Config(24, 16, 2, 8, 40, every=3))
-    with pytest.raises(InputError, match="cross-attention"):
+    with pytest.raises(InputError, match="the model that makes them"):
         engine.empty(cross, 1, 8)

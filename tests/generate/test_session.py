@@ -83,6 +83,42 @@ def test_a_conversation_reads_only_what_is_new(session):
     assert again.ids == other.ids
 
 
+@pytest.mark.parametrize("cross", ["last_image", "all_images"])
+def test_pictures_beside_the_sequence_are_projected_once(cross, monkeypatch):
+    """Turns with a picture, another one, none, and two at once; what was kept; rows of two, one and no pictures."""
+    store, how = Store(memory=2**20), {"sampling": WARM, "max_tokens": 5}
+    session, fresh = Session(*made(cross=cross), part=16, store=store), Session(*made(cross=cross))
+    given = []
+    real = engine.run_prefill
+    monkeypatch.setattr(engine, "run_prefill", lambda *a, **k: (given.append(k["media"] is not None), real(*a, **k))[1])
+    spans, found = (picture(7), "the fox"), []
+    new = True  # whether the last turn has pictures
+    for more in (("and", picture(8, 16, 4)), ("x",), (picture(1), "or", picture(2, 8, 16)), ()):
+        given.clear()
+        document = asked(*spans)
+        answer = session.answer([document], **how)[0]
+        assert given == [new, *[False] * (len(given) - 1)]  # the first part alone brings media
+        fresh._state = None
+        anew = fresh.answer([document], **how)[0]
+        assert answer.ids == anew.ids
+        np.testing.assert_allclose(session._state.logits, fresh._state.logits, rtol=2e-5, atol=2e-5)
+        assert answer.reused > answer.prompt // 3 or not found
+        found.append(document)
+        said = Text(answer.text, "assistant")
+        new = any(isinstance(span, Image) for span in more)
+        spans = (*spans, said, *(Text(s, turn=True) if isinstance(s, str) else s for s in more))
+    assert store.counts.missed == 4
+    # Another picture at the beginning: all of it is read again, its mark too, which looks at it.
+    other = asked(picture(9), "the fox")
+    session.answer([asked(picture(7), "the fox")], **how)
+    assert session.answer([other], **how)[0].reused < 3
+    fresh._state = None
+    assert session.answers[0].ids == fresh.answer([other], **how)[0].ids
+    together = session.answer([found[1], found[0], asked("the dog")], **how)
+    for document, one in zip((found[1], found[0], asked("the dog")), together, strict=True):
+        assert fresh.answer([document], **how)[0].ids == one.ids
+
+
 def test_the_same_question_again_reads_its_last_token(session):
     question = asked(picture(3), "the fox")
     one = session.answer([question], WARM, max_tokens=5)[0]

@@ -63,19 +63,25 @@ def oracle(params, x, cfg, order, lo, hi, position):
         seen = (lo[:, :, None] <= order[:, None]) & (order[:, None] <= hi[:, :, None])
         weight = np.where(seen[:, None], np.exp(np.einsum("blhe,bshe->bhls", q, k) / np.sqrt(8)), 0)
         out = np.einsum("bhls,bshe->blhe", weight / weight.sum(-1, keepdims=True), v)
+        if cfg.inner_norm:
+            out = rms(out.reshape(*out.shape[:2], -1), a["attention"]["inner_norm"]["scale"]).reshape(out.shape)
         x = x + np.einsum("blhe,hed->bld", out, a["attention"]["out"]["kernel"]) + a["attention"]["out"]["bias"]
         h = rms(x, a["mlp_norm"]["scale"])
         gate, up = (h @ a["mlp"][n]["kernel"] + a["mlp"][n]["bias"] for n in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ a["mlp"]["down"]["kernel"] + a["mlp"]["down"]["bias"]
+        h = gate / (1 + np.exp(-gate)) * up
+        h = rms(h, a["mlp"]["inner_norm"]["scale"]) if cfg.inner_norm else h
+        x = x + h @ a["mlp"]["down"]["kernel"] + a["mlp"]["down"]["bias"]
     return x
 
 
-def test_equals_the_formula_written_straight_down(rng):
+@pytest.mark.parametrize("inner", [False, True])
+def test_equals_the_formula_written_straight_down(rng, inner):
     x, see = inputs(rng)
-    p = randomised(transformer.spec(CFG))
+    cfg = dataclasses.replace(CFG, inner_norm=inner)
+    p = randomised(transformer.spec(cfg))
     # Descriptors as arguments, as a batch has them: jaxlib 0.7.2 computes wrongly with them as constants.
-    ours = jax.jit(lambda p, x, see: transformer.apply(p, x, CFG, **see))(p, x, see)
-    np.testing.assert_allclose(ours, oracle(p, x, CFG, **see), rtol=1e-5, atol=2e-5)
+    ours = jax.jit(lambda p, x, see: transformer.apply(p, x, cfg, **see))(p, x, see)
+    np.testing.assert_allclose(ours, oracle(p, x, cfg, **see), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("change", [*({"remat": name} for name in list(transformer.REMAT)[1:]), {"unroll": 3}])

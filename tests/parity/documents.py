@@ -140,7 +140,7 @@ def compare(
     placed = jax.tree.map(jnp.asarray, batch)
     found = invariants.violations(placed, cfg.decoder.vocab, cfg.placeholder, vlm.present(placed, cfg), cfg.newline)
     assert not np.asarray(found).any(), found
-    weight = weights_for((*there.shape, cfg.decoder.vocab)) * there[..., None]
+    weight = weights_for((*there.shape, cfg.decoder.said)) * there[..., None]
 
     def loss(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = vlm.logits(params, batch, cfg)[:, : there.shape[1]]

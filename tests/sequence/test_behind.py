@@ -22,6 +22,16 @@ def test_labels_alternate():
     np.testing.assert_array_equal(hi[1], [-1, -1, 7, 7])
 
 
+def test_labels_of_places_that_are_counted():
+    """A class token behind either picture's patches, which no grid counts."""
+    image = jnp.array([[0, 0, 0, 1, 1, -1, 0, 1]])
+    order = jnp.array([[0, 1, 2, 4, 5, -1, 3, 6]])
+    labels, lo, hi = behind.labels(image, order, GRID[:1], 2, True)
+    np.testing.assert_array_equal(labels[0], [0, 1, 2, 6, 7, -1, 3, 8, 4, 5, 9, 10])
+    np.testing.assert_array_equal(lo[0], [0, 0, 6, 6])
+    np.testing.assert_array_equal(hi[0], [5, 5, 10, 10])
+
+
 def test_present_within_and_start():
     np.testing.assert_array_equal(behind.present(GRID, 2), [[True] * 4, [False, False, True, True]])
     np.testing.assert_array_equal(behind.within(IMAGE, ORDER, GRID), [[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, -1, -1]])

@@ -5,6 +5,7 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.sequence import intervals
+from mmjax.sequence.batch import Bucket, build
 from mmjax.sequence.interleave import HIDDEN, PIXEL, Config, interleave
 from mmjax.sequence.layout import IMAGE, TEXT, VIDEO, Layout, Piece
 from mmjax.sequence.positions import mrope
@@ -60,6 +61,14 @@ def test_squares_of_several_views_stand_in_order():
     x = interleave(laid(image(4, 4, tiles=((1, 4, 4),) * 3)), VOCAB, Config(position="sequential", merge=2))
     np.testing.assert_array_equal(x.slot, np.arange(16))
     np.testing.assert_array_equal(x.patch_raster[:8], [0, 1, 4, 5, 2, 3, 6, 7])
+
+
+def test_ids_of_media_tokens_may_count_up():
+    vocab = dataclasses.replace(VOCAB, numbered=True)
+    x = interleave(laid(text(1, 8), image(1, 3), text(7)), vocab, Config(position="sequential"))
+    np.testing.assert_array_equal(x.tokens, [1, 8, 7, 8, 9, 7])  # the words 7 and 8 are words
+    batch = build([[(x, [np.zeros((3, 48), np.uint8)])]], Bucket(1, 8, 4, 1), 48, vocab, Config(position="sequential"))
+    assert (batch.slot[0, :6] >= 0).tolist() == [False, False, True, True, True, False]
 
 
 def test_no_pictures():

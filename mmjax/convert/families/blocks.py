@@ -31,6 +31,8 @@ class Names:
     mlp_scale: str = ""
     attention_post_norm: str = ""
     mlp_post_norm: str = ""
+    attention_inner_norm: str = ""
+    mlp_inner_norm: str = ""
 
 
 CLIP = Names(  # also SigLIP's
@@ -89,6 +91,9 @@ def blocks(cfg: transformer.Config, ours: str, theirs: str, names: Names) -> lis
     out += dense(f"{ours}/mlp/down", theirs + names.down, cfg.bias)
     if cfg.layer_scale is not None:
         out += [Rule(f"{ours}/{name}", theirs + getattr(names, name)) for name in ("attention_scale", "mlp_scale")]
+    if cfg.inner_norm:
+        for name in ("attention", "mlp"):
+            out += norm(f"{ours}/{name}/inner_norm", theirs + getattr(names, f"{name}_inner_norm"), cfg.norm_kind)
     if names.attention_post_norm:
         for name in ("attention_post_norm", "mlp_post_norm"):
             out += norm(f"{ours}/{name}", theirs + getattr(names, name), cfg.norm_kind)

@@ -49,7 +49,7 @@ def configure(config: dict) -> vit.Config:
         norm_kind="layer" if kind == "layer_norm" else "rms",
         epsilon=raw.get(config, "layer_norm_eps", 1e-6),
         qk_norm="width" if config.get("use_qk_norm", False) else "none",
-        qk_epsilon=1e-6,
+        qk_epsilon=1e-6 if config.get("use_qk_norm", False) else None,
         layer_scale=float(config.get("layer_scale_init_value", 0.1)),
     )
     patch, image = raw.square(config, "patch_size", 14), raw.square(config, "image_size", 448)

@@ -5,34 +5,38 @@ otherwise, by 1/255 mostly.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmjax.convert.processor.files import Settings
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
-from mmjax.tokenizers.resolution import Ended, Fixed, Native, Policy
-from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped, Pooled
+from mmjax.tokenizers.canvas import Canvas
+from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
+from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
+from mmjax.tokenizers.video import Grouped, Pooled, Stills
 from mmjax.tokenizers.view import Filter
 
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 SIDE, PIXELS = 2**13, 2**27  # the largest picture that a setting may ask for
 FACTOR = 1 / 255
+Readers = Mapping[str, tuple[Callable[[Settings, "Tower"], Policy], Colours]]
 
 
 @dataclass(frozen=True)
 class Tower:
     """What config.json says of the encoder: pixels a patch, patches a token, pictures in a patch of a clip.
 
-    size: pixels of the pictures that its position table is for; 0 where it has none of a size.
+    size: pixels of the pictures (or tiles) that its position table is for; 0 where it has none of a size.
+    tiles: of every picture; 0 where that depends on the picture.
     """
 
     patch: int
     merge: int = 1
     group: int = 1
     size: int = 0
+    tiles: int = 0
 
 
 def kind(of: Settings, default: str) -> str:
@@ -102,13 +106,14 @@ def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...])
     return side
 
 
-def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, Colours]:
+def still(of: Settings, tower: Tower, allowed: Sequence[str], more: Readers | None = None) -> tuple[Policy, Colours]:
     """The policy of pictures, and their mean and deviation.
 
     Args:
       of: the image processor's settings, which may be none.
       tower: the encoder's sizes.
       allowed: the image processors that the family's own processor works with; the first where none is named.
+      more: readers of those that the family alone has.
 
     Raises:
       InputError: a class or settings that mmjax does not reproduce, or that the encoder has no patches for.
@@ -118,7 +123,7 @@ def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, C
         raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(allowed)} for this")
     if not of.flag("do_resize", True):
         raise InputError(f"{of.where} does not resize pictures (do_resize), but these encoders take one size")
-    read, default_colours = READERS[name]
+    read, default_colours = {**READERS, **(more or {})}[name]
     return read(of, tower), colours(of, default_colours)
 
 
@@ -126,6 +131,8 @@ def _clip(of: Settings, tower: Tower) -> Fixed:
     """CLIP's: the shorter side to a size, then the middle."""
     size = _size(of, "size", {"shortest_edge": 224}, square=False)
     crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    if of.flag("use_square_size", False):  # Kosmos-2, whatever `size` says
+        size = {"height": 224, "width": 224}
     cropped = of.flag("do_center_crop", True)
     if "shortest_edge" in size and cropped:
         short = _square(of, "size", size, ("shortest_edge",))
@@ -163,13 +170,37 @@ def _siglip(of: Settings, tower: Tower) -> Fixed:
     return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
 
 
-def _fixed(of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, **more) -> Fixed:
+def _gemma3(of: Settings, tower: Tower) -> Fixed | PanAndScan:
+    """Gemma 3's: SigLIP's, and with `do_pan_and_scan` crops of long pictures, whose sizes are its processor's own."""
+    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    whole = _fixed(of, tower, side, default="bilinear")
+    if not of.flag("do_pan_and_scan", False):
+        return whole
+    least = of.whole("pan_and_scan_min_crop_size", 256, most=SIDE)
+    most = of.whole("pan_and_scan_max_num_crops", 4, most=MOST_TILES)
+    ratio = of.number("pan_and_scan_min_ratio_to_activate", 1.2)
+    return PanAndScan(tower.patch, side, least, most, ratio, whole.filter)
+
+
+def _deepseek(of: Settings, tower: Tower) -> Fixed:
+    """DeepSeek-VL's: the longer side to a size, on a square canvas of the mean colour."""
+    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    if not of.flag("do_pad", True):
+        raise InputError(f"{of.where} does not pad pictures to squares (do_pad), which this encoder takes alone")
+    mean = _triple(of, "image_mean", OPENAI[0])
+    short = of.whole("min_size", 14, most=SIDE)
+    return _fixed(of, tower, side, "inset", short, fill=tuple(int(m * 255) for m in mean))
+
+
+def _fixed(
+    of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, default: Filter = "bicubic", **more
+) -> Fixed:
     if side < tower.patch or (tower.size and side // tower.patch != tower.size // tower.patch):
         raise InputError(
             f"{of.where} makes pictures of {side} pixels, where config.json has an encoder for {tower.size or 'more'} "
             f"in patches of {tower.patch}; use the files that belong together"
         )
-    return Fixed(tower.patch, side, side, fit, short, filter=_filter(of), drop=side % tower.patch > 0, **more)
+    return Fixed(tower.patch, side, side, fit, short, filter=_filter(of, default), drop=side % tower.patch > 0, **more)
 
 
 def _tiled(of: Settings, tower: Tower, size: dict[str, int], crop: dict[str, int] | None) -> AnyRes:
@@ -222,6 +253,18 @@ def _qwen(of: Settings, tower: Tower) -> Native:
     return Native(tower.patch, tower.merge, least, most, filter=_filter(of))
 
 
+def _canvas(of: Settings, tower: Tower) -> Canvas:
+    """Llama 3.2 Vision's: whole tiles, as many as the encoder has."""
+    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    most = of.whole("max_image_tiles", 4)
+    if side != tower.size or most != tower.tiles or not of.flag("do_pad", True):
+        raise InputError(
+            f"{of.where} makes up to {most} tiles of {side} pixels, where config.json has {tower.tiles} of "
+            f"{tower.size} and do_pad must be true; use the files that belong together"
+        )
+    return Canvas(tower.patch, side, most, _filter(of, "bilinear"))
+
+
 BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 
 
@@ -252,6 +295,23 @@ def _same(of: Settings, tower: Tower) -> None:
             )
 
 
+def _got(of: Settings, tower: Tower) -> Tiles:
+    """InternVL's; its processor asks for tiles whatever `crop_to_patches` says here."""
+    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    _fixed(of, tower, side)
+    least, most = (of.whole(f"{n}_patches", d, most=MOST_TILES) for n, d in (("min", 1), ("max", 12)))
+    return Tiles(tower.patch, side, least, most, filter=_filter(of))
+
+
+def _pixtral(of: Settings, tower: Tower) -> Pixtral:
+    """Pixtral's and Mistral 3's; its processor gives it the encoder's patches, whatever `patch_size` says here."""
+    if of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures (do_center_crop), which mmjax does not do after Pixtral's resize")
+    size = _size(of, "size", {"longest_edge": 1024}, square=True)
+    longest = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("longest_edge",))
+    return Pixtral(tower.patch, longest, tower.merge, filter=_filter(of))
+
+
 def _blip(of: Settings, tower: Tower) -> Fixed:
     """BLIP's: stretched to a square."""
     size = _size(of, "size", {"height": 384, "width": 384}, square=True)
@@ -260,7 +320,16 @@ def _blip(of: Settings, tower: Tower) -> Fixed:
     return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
 
 
+def _idefics(of: Settings, tower: Tower) -> Fixed:
+    """Idefics': stretched to a square, which its own files call `image_size`."""
+    size = _size(of, "image_size" if "image_size" in of else "size", {"height": 224, "width": 224}, square=True)
+    if of.whole("image_num_channels", 3) != 3 or of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures or gives them other channels than red, green and blue; mmjax not")
+    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+
+
 READERS = {
+    "IdeficsImageProcessor": (_idefics, OPENAI),
     "BlipImageProcessor": (_blip, OPENAI),
     "CLIPImageProcessor": (_clip, OPENAI),
     "LlavaImageProcessor": (_llava, OPENAI),
@@ -268,15 +337,37 @@ READERS = {
     "LlavaNextImageProcessor": (_next, OPENAI),
     "LlavaOnevisionImageProcessor": (_onevision, OPENAI),
     "Qwen2VLImageProcessor": (_qwen, OPENAI),
+    "GotOcr2ImageProcessor": (_got, OPENAI),
+    "PixtralImageProcessor": (_pixtral, OPENAI),
+    "Gemma3ImageProcessor": (_gemma3, HALF),
+    "DeepseekVLImageProcessor": (_deepseek, OPENAI),
+    "MllamaImageProcessor": (_canvas, HALF),
 }
 
 
 def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
     """The policy of videos of LLaVA-OneVision, and their mean and deviation; errors as for `still`."""
     allowed = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
+    each, frames = _frames(of, tower, allowed)
+    return Pooled(each, **frames), colours(of, OPENAI)
+
+
+def stills(of: Settings, tower: Tower) -> tuple[Stills, Colours]:
+    """The same of InternVL."""
+    each, frames = _frames(of, tower, ("InternVLVideoProcessor", "GotOcr2ImageProcessor"))
+    shift, said = None, of.values.get("initial_shift")
+    if frames and said is not None and said is not True:
+        shift = 0.0 if said is False else of.number("initial_shift")
+    if frames and set(frames.values()) == {None}:
+        raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
+    return Stills(each, **frames, shift=shift), colours(of, OPENAI)
+
+
+def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, float | None]]:
+    """How frames of one size become patches, and which are chosen: nothing where all are shown."""
     name = of.text("video_processor_type") or kind(of, allowed[0])
     if name not in allowed:
-        raise InputError(f"{of.where} names the video processor {shown(name)}; LLaVA-OneVision has {allowed[0]}")
+        raise InputError(f"{of.where} names the video processor {shown(name)}; mmjax has {allowed[0]} for this")
     if not of.flag("do_resize", True) or of.flag("do_center_crop", False):
         raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
     size = _size(of, "size", {"height": 384, "width": 384}, square=False)
@@ -284,7 +375,7 @@ def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
     frames: dict[str, float | None] = {}
     if of.flag("do_sample_frames", False):
         frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
-    return Pooled(_fixed(of, tower, side), **frames), colours(of, OPENAI)
+    return _fixed(of, tower, side), frames
 
 
 def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) -> tuple[Grouped, Colours]:

@@ -20,7 +20,7 @@ from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
 from mmjax.convert.processor.family import Family, stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import Reader, chats, load_tokenizer, reader, start_of
+from mmjax.convert.processor.text import Reader, chats, films_of, load_tokenizer, reader, start_of
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -31,10 +31,11 @@ from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.tiles import AnyRes, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
 FEWEST = 16  # tokens and patches of the smallest bucket
@@ -55,6 +56,7 @@ class Processor:
     prompts: whether a question is written as its text is, where the directory has no template.
     reader: tokenizes what the connector reads beside each picture, the question (InstructBLIP).
     patch: pixels a side. group: pictures of a clip in a patch.
+    films: writes conversations with videos; None: `chat` does.
     """
 
     chat: Chat
@@ -70,6 +72,7 @@ class Processor:
     per_picture: int = 0
     prompts: bool = False
     reader: Reader | None = None
+    films: Chat | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -84,8 +87,9 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, repr(self.sequence))
-        parts += () if self.reader is None else (self.reader.fingerprint,)
+        counted = f"{self.sequence} {self.per_picture}"
+        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, counted)
+        parts += tuple(other.fingerprint for other in (self.reader, self.films) if other is not None)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -117,18 +121,20 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if self.chat.convention.template is None and not self.prompts:
+        film = self.films is not None and any(isinstance(span, Video) for span in document.spans)
+        if self.chat.convention.template is None and not self.prompts and not film:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
             )
         asked = document.spans[-1].role != "assistant" if ask is None else ask
-        return self._laid(document, self.chat, answer, asked)
+        return self._laid(document, self.films if film else self.chat, answer, asked)
 
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
         policy = self.resolution if alone else self.several
-        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, ask=ask)
+        fuse = "sequence" if self.sequence.cross == "none" else "cross"
+        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, fuse=fuse, ask=ask)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
@@ -195,11 +201,11 @@ class Processor:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
         Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size: so that a few compiled programs serve all lengths.
+        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
@@ -222,14 +228,14 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     tokenizer = load_tokenizer(found)
     chat, plain = chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
-    ends = stops(found, tokenizer, chat.vocab)
+    ends = stops(found, tokenizer, chat.vocab, family)
     start = start_of(found)
     stream = {} if start is None else {"answer": 1, "start": start}
     if family is None:
         sequence = interleave.Config(position="sequential", **stream)
         return Processor(chat, plain, sequence, ends, prompts=start is not None)
     tower = family.tower(found.config)
-    policy, colours = settings.still(found.images, tower, family.processors)
+    policy, colours = settings.still(found.images, tower, family.processors, family.readers)
     family.check(found, policy, tower)
     policy = family.refined(found, policy)
     clips = None
@@ -254,6 +260,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         family.per_picture(found.config),
         family.prompts,
         _reader(found, family, model),
+        films_of(found, family, plain),
     )
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmjax.convert.families.decoder import FAMILIES
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
@@ -17,10 +19,11 @@ from mmjax.sequence.document import Document, Text
 from mmjax.tokenizers import text
 from mmjax.tokenizers.base import Tokenizer
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import Convention
+from mmjax.tokenizers.convention import Convention, places, spelled
 from mmjax.tokenizers.hub import Hub
 from mmjax.tokenizers.parts import NOTHING, Around, Symbol
 from mmjax.tokenizers.template import Template
+from mmjax.tokenizers.template_marks import PRIVATE
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -153,27 +156,23 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
-    lead, last = edges_of(found, tokenizer)
-    after = {"user": Around((), tuple(map(Symbol, last))), "document": Around((), tuple(map(Symbol, last)))}
-    convention = Convention(
-        name=found.config.text("model_type"),
-        begin=tuple(map(Symbol, lead)),
-        pad=pad,
-        stop=found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
-        placeholder=media.get("image", ""),
-        placeholder_video=media.get("video", ""),
-        **{**({} if family is None else family.writing), **(after if last else {})},
-    )
-    added = () if family is None else family.adds
-    missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
-    if missing:
-        raise InputError(
-            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
-            f"tokenizer that belongs to it"
-        )
+    lead, last = edges_of(found, tokenizer) if family is None or family.lead is None else (family.lead, ())
+    behind = Around((), tuple(map(Symbol, last)))
+    own = {
+        "name": found.config.text("model_type"),
+        "begin": tuple(map(Symbol, lead)),
+        "pad": pad,
+        "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        **({"user": behind, "document": behind} if last else {}),
+        **_places(media, family),
+    }
+    convention = Convention(**own | _writing(family, found, known))
+    _refuse_missing(convention, tokenizer, found, () if family is None else family.adds)
     plain = Chat(tokenizer, convention)
     plain.vocab = _vocab(plain, found, family)
-    for kind, symbol in media.items():
+    for kind, symbol in (("image", convention.placeholder), ("video", convention.placeholder_video)):
+        if not symbol:
+            continue
         for key in (f"{kind}_token_id", f"{kind}_token_index"):
             if found.config.whole(key, plain.controls[symbol], least=0) != plain.controls[symbol]:
                 raise InputError(
@@ -182,15 +181,56 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
                 )
     if found.template is None:
         return plain, plain
-    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= 0xE000 for c in s)]
+    symbols = [s for s in plain.controls if not any(c.isspace() or ord(c) >= PRIVATE for c in s)]
     given = {name: symbol for name, symbol in found.named.items() if symbol in symbols}
     content = "string" if family is None else "list"
     template = Template(found.template, symbols, media=media, content=content, given=given)
-    nothing = dict.fromkeys(("image", "video"), NOTHING)
+    kept = () if family is None else ("image", "video") if family.cross else family.around
+    nothing = {kind: NOTHING for kind in ("image", "video") if kind not in kept}
     begin = () if family is None or not lead or _begun(template, found) else convention.begin
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
+
+
+def films_of(found: Found, family: Family | None, plain: Chat) -> Chat | None:
+    """The tokenizer that writes conversations with videos, where that is not the template's matter."""
+    if family is None or family.films is None:
+        return None
+    own = {"name": plain.convention.name, "pad": plain.convention.pad, "document": NOTHING}
+    convention = dataclasses.replace(family.films, **own, **_writing(family, found, plain.tokenizer.controls))
+    _refuse_missing(convention, plain.tokenizer, found)
+    chat = Chat(plain.tokenizer, convention)
+    chat.vocab = plain.vocab
+    return chat
+
+
+def _refuse_missing(convention: Convention, tokenizer: Any, found: Found, added: tuple[str, ...] = ()) -> None:
+    fine = {*tokenizer.controls, *added}
+    missing = [symbol for symbol in convention.symbols if symbol not in fine and tokenizer._find(symbol) is None]
+    if missing:
+        raise InputError(
+            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
+            f"tokenizer that belongs to it"
+        )
+
+
+def _writing(family: Family | None, found: Found, known: Collection[str]) -> dict[str, Any]:
+    """What the family writes around media, as words where it may and the tokenizer has no such symbol."""
+    if family is None:
+        return {}
+    writing = family.writing(found) if callable(family.writing) else family.writing
+    if all(symbol in known for symbol in family.ends):
+        writing = {**writing, **family.dialogue}
+    words = {symbol for symbol in family.spelled if not any(one in known for one in places(symbol))}
+    return {name: spelled(value, words) for name, value in writing.items()}
+
+
+def _places(media: Mapping[str, str], family: Family | None) -> dict[str, Any]:
+    """Fields of a convention: what stands where a medium's tokens go, or for a medium that is looked at from beside."""
+    if family is not None and family.cross:
+        return {kind: Around((Symbol(symbol),)) for kind, symbol in media.items()}
+    return {"placeholder": media.get("image", ""), "placeholder_video": media.get("video", "")}
 
 
 def _begun(template: Template, found: Found) -> bool:
@@ -202,7 +242,11 @@ def _begun(template: Template, found: Found) -> bool:
 def _vocab(chat: Chat, found: Found, family: Family | None) -> Vocab:
     """The ids, in the model's own table of tokens: it may be longer than the tokenizer's."""
     inner = found.config.part("text_config")
-    size = inner.whole("vocab_size", found.config.whole("vocab_size", chat.size))
+    own = FAMILIES.get(inner.text("model_type"))  # where config.json has not even that
+    size = found.config.whole("vocab_size", chat.size if own is None else own.vocab)
+    size = inner.whole("vocab_size", size)
+    size += found.config.whole("additional_vocab_size", 0, least=0)  # of Idefics, in a table of their own
     # As transformers counts them: the id of a picture stands there too, and the model knows its own ends of rows.
-    newline = chat.vocab.image if family is not None and family.newline else None
-    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1))
+    newline = chat.vocab.image if family is not None and family.newline else chat.vocab.image_newline
+    more = 0 if family is None else family.more
+    return dataclasses.replace(chat.vocab, image_newline=newline, size=max(size, 1) + more)
