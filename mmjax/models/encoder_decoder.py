@@ -35,6 +35,8 @@ class Config(Language):
     tied: bool = True
     head_scale: float = 1.0
 
+    answers = True
+
     def __post_init__(self):
         if self.answer.look != self.blocks.width or self.blocks.look is not None:
             raise InputError(
@@ -45,12 +47,6 @@ class Config(Language):
             raise InputError(
                 f"Encoder and decoder share a token table, but are {self.blocks.width} and {self.answer.width} wide."
             )
-
-    # What a decoder alone may have, and this has not.
-    cross = None
-    longest = None
-    window = 0
-    answers = True
 
 
 def spec(cfg: Config) -> Spec:
