@@ -88,6 +88,28 @@ def qwen(path, images=None, kind="qwen2_5_vl", config=None, **more):
     return directory(path, config, images, QWEN, **more)
 
 
+def ended():
+    """A tokenizer.json whose texts end with </s>."""
+    out = tokenizer()
+    steps = out["post_processor"]
+    steps["single"] = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    end = next(token["id"] for token in out["added_tokens"] if token["content"] == "</s>")
+    steps["special_tokens"] = {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}}
+    return out
+
+
+def blip(path, kind="blip-2", images=None, config=None, **more):
+    vision = {"patch_size": 4, "image_size": 8}
+    config = {"model_type": kind, "vision_config": vision, "num_query_tokens": 3} | (config or {})
+    images = {"image_processor_type": "BlipImageProcessor", "size": {"height": 8, "width": 8}} | (images or {})
+    out = directory(path, config, images, None, **more)
+    write(out, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    if kind == "instructblip":
+        (out / "qformer_tokenizer").mkdir()
+        write(out / "qformer_tokenizer", "tokenizer.json", ended())
+    return out
+
+
 def internvl(path, images=None, length=1):
     config = {"model_type": "internvl", "vision_config": {"patch_size": [4, 4], "image_size": [8, 8]}}
     images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": {"height": 8, "width": 8}} | (images or {})
@@ -175,6 +197,49 @@ def test_a_question_to_llava(tmp_path):
     assert batch.patches.shape == (1, 4, 4 * 4 * 3)
     assert batch.position[0, :n, 0].tolist() == list(range(n))
     invariants.check(batch, made.vocab, [["q"]])
+
+
+def test_queries_stand_before_everything(tmp_path):
+    """A picture's, wherever the picture is; what the text says is text; and questions need no template."""
+    made = processor.load(blip(tmp_path))
+    behind = Document("d", (SAID, PICTURE))
+    batch = made.batch([QUESTION, behind])
+    n = int((batch.order[0] >= 0).sum())
+    assert symbols(made, batch.tokens[0, :n].tolist()) == [*["<image>"] * 3, "<s>"]
+    np.testing.assert_array_equal(batch.tokens[0], batch.tokens[1])
+    assert batch.slot[0, :4].tolist() == [0, 1, 2, -1]
+    assert batch.patches.shape == (2, 4, 4 * 4 * 3)
+    assert batch.instruction is None
+    with pytest.raises(InputError, match="one question and one answer"):
+        made.layout(Document("d", (SAID, Text("x", "assistant"), SAID)))
+
+
+def test_a_question_is_read_beside_its_pictures(tmp_path):
+    made = processor.load(blip(tmp_path, "instructblip"))
+    two = Document("two", (PICTURE, PICTURE, Text("a")))
+    batch = made.batch([two, Document("one", (PICTURE, Text("abc"), Text("x", "assistant")))])
+    read, end = batch.instruction, made.reader.tokenizer.controls["</s>"]
+    ids = made.reader.tokenizer.encode("abc")
+    assert made.reader.after == (end,)
+    assert read.tokens.shape == (2, 2 * 16)
+    assert read.tokens[1, : len(ids) + 1].tolist() == [*ids, end]
+    assert [read.document[0, 0], read.document[0, 16]] == [0, 1]
+    invariants.check(batch, made.vocab, media=np.array([[True] * 6, [True] * 3 + [False] * 3]))
+    (tmp_path / "other").mkdir()
+    other = processor.load(blip(tmp_path / "other", "instructblip"))
+    assert other.fingerprint == made.fingerprint
+
+
+def test_what_an_encoder_decoder_is_asked_ends(tmp_path):
+    """</s> stands behind the question, and the answer begins with an id of its own."""
+    path = blip(tmp_path, config={"text_config": {"model_type": "t5", "vocab_size": 1000, "pad_token_id": 5}})
+    write(path, "tokenizer.json", ended())
+    made = processor.load(path)
+    example, _ = made.example(QUESTION)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 3, "</s>"]
+    assert example.tokens[-1] == made.chat.controls["</s>"]
+    assert example.answer.tokens.tolist() == [5]
+    assert made.batch([QUESTION]).answer.tokens.shape == (1, 1)
 
 
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
@@ -449,6 +514,12 @@ REFUSED = {
         ),
         "counts 2 tokens more than patches",
     ),
+    "other queries": (
+        lambda p: blip(p, processor_config={"num_query_tokens": 4}),
+        "'num_query_tokens' is 4, and config.json 3",
+    ),
+    "crop": (lambda p: blip(p, images={"do_center_crop": True}), "which BLIP's processor does not do"),
+    "text that ends": (lambda p: llava(p, tokenizer=ended()), "writes a token after every text"),
     "two patches": (lambda p: llava(p, processor_config={"patch_size": 7}), "'patch_size' is 7, and config.json 4"),
     "two ids": (lambda p: llava(p, config={"image_token_index": 3}), "'image_token_index' is 3, and the tokenizer has"),
     "no image token": (lambda p: llava(p, processor_config={"image_token": "<picture>"}), "no token '<picture>'"),
