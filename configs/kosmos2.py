@@ -83,5 +83,5 @@ def config() -> Config:
         optimizer=Optimizer(learning_rate=2e-4, warmup=0.01, final=0.0, b2=0.98, weight_decay=0.01),
         objective=Objective(chunk=2048),
         update=Update(compute="bfloat16"),
-        mesh=MeshConfig(fsdp=CHIPS),
+        mesh=MeshConfig(data=1, fsdp=CHIPS),
     )

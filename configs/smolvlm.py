@@ -66,5 +66,5 @@ def config() -> Config:
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         objective=Objective(chunk=2048),
         update=Update(compute="bfloat16"),
-        mesh=MeshConfig(data=1, fsdp=CHIPS),
+        mesh=MeshConfig(data=2, fsdp=CHIPS // 2),
     )

@@ -83,6 +83,20 @@ NEMO |= {"num_key_value_heads": 8, "rope_theta": 1000000000.0, "sliding_window":
 BLIP2 = {"model_type": "blip-2", "image_token_index": 50265, "num_query_tokens": 32, "vision_config": {}}
 BLIP2 |= {"qformer_config": {"model_type": "blip_2_qformer"}, "text_config": OPT_27B | {"vocab_size": 50304}}
 
+SO400M = SIGLIP | {"num_hidden_layers": 27}
+PALIGEMMA_SEES = {k: v for k, v in SO400M.items() if k != "image_size"} | {"projection_dim": 2048}
+PALIGEMMA = {"model_type": "paligemma", "image_token_index": 257152, "vision_config": PALIGEMMA_SEES}
+PALIGEMMA_TEXT = {"hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma", "num_attention_heads": 8}
+PALIGEMMA_TEXT |= {"num_hidden_layers": 18, "num_key_value_heads": 1, "num_image_tokens": 256, "vocab_size": 257216}
+PALIGEMMA2_TEXT = {"hidden_size": 2304, "intermediate_size": 9216, "model_type": "gemma2", "vocab_size": 257216}
+PALIGEMMA2_TEXT |= {"num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4}
+GEMMA3_TEXT = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+GEMMA3_TEXT |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+DEEPSEEK_TEXT = {"hidden_size": 2048, "intermediate_size": 5632, "model_type": "llama", "num_attention_heads": 16}
+DEEPSEEK_TEXT |= {"max_position_embeddings": 16384, "num_hidden_layers": 24, "vocab_size": 102400}
+DEEPSEEK_SEES = {"hidden_size": 1024, "image_size": 384, "intermediate_size": 4096, "num_attention_heads": 16}
+DEEPSEEK_SEES |= {"model_type": "siglip_vision_model", "num_hidden_layers": 24, "patch_size": 16}
+
 # Name on the hub → (config.json, parameters that its files hold).
 PUBLISHED: dict[str, tuple[dict, int]] = {
     "meta-llama/Llama-2-7b-hf": ({"model_type": "llama", "rms_norm_eps": 1e-5, "pretraining_tp": 1}, 6_738_415_616),
@@ -128,6 +142,24 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
         2_614_341_888,
     ),
     "google/gemma-3-1b-it": (GEMMA3, 999_885_952),
+    "google/paligemma-3b-pt-224": (
+        PALIGEMMA | {"text_config": PALIGEMMA_TEXT, "hidden_size": 2048, "projection_dim": 2048},
+        2_923_466_480,
+    ),
+    "google/paligemma2-3b-pt-224": (
+        PALIGEMMA | {"text_config": PALIGEMMA2_TEXT, "hidden_size": 2304, "projection_dim": 2304},
+        3_032_242_416,
+    ),
+    "google/gemma-3-4b-it": (
+        {"model_type": "gemma3", "mm_tokens_per_image": 256, "image_token_index": 262144, "text_config": GEMMA3_TEXT}
+        | {"vision_config": SO400M | {"image_size": 896}, "boi_token_index": 255999, "eoi_token_index": 256000},
+        4_300_079_472,
+    ),
+    "deepseek-community/deepseek-vl-1.3b-chat": (
+        {"model_type": "deepseek_vl", "image_token_id": 100015, "text_config": DEEPSEEK_TEXT}
+        | {"vision_config": DEEPSEEK_SEES, "tie_word_embeddings": False},
+        1_975_235_584,
+    ),
     "llava-hf/llava-1.5-7b-hf": (LLAVA, 7_063_427_072),
     "llava-hf/llava-v1.6-vicuna-7b-hf": (NEXT, 7_063_431_168),
     "llava-hf/llava-v1.6-mistral-7b-hf": (NEXT | {"text_config": MISTRAL}, 7_566_747_648),

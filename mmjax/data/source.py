@@ -280,8 +280,10 @@ def _range(part: int, share: int) -> range:
     return range(part * share, (part + 1) * share)
 
 
-def read(source: Source | Sequence, start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[Any]:
-    """The batches (what `source` has for each step) from step `start` on, read by Grain in threads.
+def read(
+    source: Source | Sequence, start: int, stop: int | None = None, *, threads: int = 2, ahead: int = 8
+) -> Iterator[Any]:
+    """The batches (what `source` has for each step) from step `start` on, up to `stop`, read by Grain in threads.
 
     `ahead` of them are read at most before they are asked for.
     """
@@ -289,6 +291,6 @@ def read(source: Source | Sequence, start: int, *, threads: int = 2, ahead: int 
 
     return iter(
         grain.MapDataset.source(source)
-        .slice(slice(start, None))
+        .slice(slice(start, stop))
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     )

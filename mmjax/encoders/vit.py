@@ -1,7 +1,8 @@
 """The vision transformer over packed patches: many pictures of any size in one row, kept apart by their intervals.
 
-One transformer and a config for ViT, DeiT, DINOv2, CLIP, SigLIP, SigLIP 2, Pixtral, Qwen-VL's towers and InternViT (see
-encoders.published): they differ in what is added to the patches, in norms and activations, and in the head.
+One transformer and a config for ViT, DeiT, DINOv2, CLIP, SigLIP, SigLIP 2, Pixtral, InternViT and the towers of
+Idefics2 and 3 and of Qwen-VL (see encoders.published): they differ in what is added to the patches, in norms and
+activations, and in the head.
 """
 
 from dataclasses import dataclass

@@ -194,7 +194,7 @@ class Session:
         if read is not None:
             layout = layouts[0]
             known = None if self._state is None or not self._keeps else self._read
-            if known is not None and self.processor.sequence.canvas and known.media != read.media:
+            if known is not None and self.processor.sequence.canvas and not known.shows(read):
                 known = None  # padding of the pictures before would stand between them and new ones
             kept = 0 if known is None else prompts.common(known, read, layout)
             rest = prompts.rest(*made[0], layout, kept)

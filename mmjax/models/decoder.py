@@ -235,7 +235,10 @@ def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.A
     if not cfg.window:
         return see
     near = jnp.maximum(lo, own - (cfg.window - 1))
-    return see | {"window": (near if cfg.window_ahead else jnp.where(_in_block(own, hi), lo, near), hi)}
+    if not cfg.window_ahead:
+        inside = sharding.constrain(_in_block(own, hi), ("batch", "length"))
+        near = jnp.where(inside, lo, near)
+    return see | {"window": (near, hi)}
 
 
 @sharding.whole_rows("own", "hi")

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Audio, Document, Image, Video
+from mmjax.tokenizers.numerals import in_words
 from mmjax.tokenizers.parts import NOTHING, Around, Medium, Part, Symbol, Writing, plain
 from mmjax.tokenizers.writing import Fuse, Writer, written_around
 
@@ -40,14 +41,19 @@ class Tiles:
 class Frames:
     """What is written around each frame of a video.
 
-    stamp: words before it, in which "{seconds:.1f}" is its time and "{number}" its number, from 1.
+    stamp: words before it, in which "{seconds:.1f}" is its time, or "{minute:02d}:{second:02d}", rounded down, and
+      "{number}" its number, from 1.
     around: its tokens.
     between: between two frames.
+    before, after: words before the first frame and after the last; "{count}" is how many frames there are, in English,
+      and "{hours}:{minute:02d}:{second:02d}" how long the video is.
     """
 
     stamp: str
     around: Around = NOTHING
     between: Writing = ()
+    before: str = ""
+    after: str = ""
 
 
 @runtime_checkable
@@ -83,7 +89,7 @@ class Convention:
       that is written of the document, `begin` included (BLIP-2). "before_begin": where they are, but `begin` is written
       after those that a document begins with (Llama 3.2 Vision).
     chunk: closes what was said about a medium: before the next one and at the document's end (Flamingo).
-    lead: stands before a turn's text where nothing but words comes first (Idefics).
+    lead: stands before a turn's text where no picture comes first (Idefics).
     strip: whether white space is left out at both ends of a turn, or of every text.
     system_into_user: whether the system's text stands at the beginning of the user's first turn.
     apart: whether turns are tokenized apart from each other.
@@ -207,6 +213,19 @@ def places(symbol: str) -> Iterator[str]:
     for row in range(1, MOST_TILES + 1):
         for column in range(1, MOST_TILES + 1):
             yield symbol.format(row=row, column=column)
+
+
+def framed(of: Frames, times: Sequence[float], seconds: float) -> tuple[str, list[str]]:
+    """The words before a video that is so long, and before each of its frames."""
+
+    def clock(time: float) -> dict[str, int]:
+        return {"hours": int(time // 3600), "minute": int(time // 60), "second": int(time % 60)}
+
+    begin = of.before
+    if begin:
+        own = clock(seconds)
+        begin = begin.format(count=in_words(len(times)), **own | {"minute": own["minute"] % 60})
+    return begin, [of.stamp.format(seconds=time, number=n + 1, **clock(time)) for n, time in enumerate(times)]
 
 
 def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] | int] | None:

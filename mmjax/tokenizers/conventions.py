@@ -17,7 +17,7 @@ import difflib
 from dataclasses import replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.convention import Convention, Tiles
+from mmjax.tokenizers.convention import Convention, Frames, Tiles
 from mmjax.tokenizers.parts import Around, Symbol
 
 S = Symbol
@@ -260,6 +260,13 @@ SMOLVLM = replace(
     IDEFICS3,
     name="smolvlm",
     begin=(S("<|im_start|>"),),
+    frames=Frames(
+        "\nFrame from {minute:02d}:{second:02d}:",
+        Around((_FAKE, S("<global-img>")), (_FAKE,)),
+        before="You are provided the following series of {count} frames from a {hours}:{minute:02d}:{second:02d} "
+        "[H:MM:SS] video.\n",
+        after="\n\n",
+    ),
     pad="<|im_end|>",
 )
 
@@ -319,6 +326,23 @@ GEMMA3 = Convention(
     placeholder="<image_soft_token>",
 )
 
+# Lu et al. 2024, DeepSeek-VL, in Hugging Face's directories.
+DEEPSEEK_VL = Convention(
+    "deepseek-vl",
+    begin=(S("<｜begin▁of▁sentence｜>"),),
+    document=Around((), (S("<｜end▁of▁sentence｜>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around(("User: ",), ("\n\n",)),
+    assistant=Around(("Assistant: ",), (S("<｜end▁of▁sentence｜>"),)),
+    prompt=("Assistant:",),
+    default_system="You are a helpful language and vision assistant. You are able to understand the visual content "
+    "that the user provides, and assist the user with a variety of tasks using natural language.",
+    strip="turn",
+    pad="<｜end▁of▁sentence｜>",
+    stop="<｜end▁of▁sentence｜>",
+    placeholder="<image_placeholder>",
+)
+
 # Alayrac et al. 2022, Flamingo, section 3.1, as OpenFlamingo writes it: a chunk is a picture and what is said of it.
 FLAMINGO = Convention(
     "flamingo",
@@ -368,6 +392,7 @@ CONVENTIONS = {
         PALIGEMMA,
         BLIP2,
         GEMMA3,
+        DEEPSEEK_VL,
         FLAMINGO,
         SEGMENTS,
     )

@@ -100,7 +100,7 @@ class Writer:
         seen = [s for s in spans if not isinstance(s[1], Text)]
         said = [s for s in spans if isinstance(s[1], Text)]
         if of.media in IN_PLACE or role == "document":
-            lead = of.lead if role != "document" and spans and isinstance(spans[0][1], Text) else ()
+            lead = of.lead if role != "document" and spans and not isinstance(spans[0][1], Image) else ()
             written = [part for s in spans for part in self._span(*s)]
             return [*plain(around.before), *plain(lead), *written, *plain(around.after, self.train)]
         media = [part for s in seen for part in self._span(*s)]

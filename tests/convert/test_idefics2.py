@@ -10,9 +10,10 @@ from mmjax.convert import processor
 from mmjax.convert.huggingface import Origin
 from mmjax.core.errors import InputError
 from mmjax.encoders import vit
-from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.document import Document, Image, Text, Video
 from mmjax.tokenizers.slices import Bounded
 from mmjax.tokenizers.tiles import Splits
+from mmjax.tokenizers.video import Trimmed
 
 FAKE = "<fake_token_around_image>"
 TAGS = ["<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))]
@@ -34,7 +35,9 @@ def made(path, config, images, length, tags=TAGS, names=None):
     told = tokenizer()
     first = max(token["id"] for token in told["added_tokens"]) + 1
     flags = {k: v for k, v in told["added_tokens"][0].items() if k not in ("id", "content")}
-    told["added_tokens"] += [{"id": first + n, "content": s, **flags} for n, s in enumerate([FAKE, *tags])]
+    told["added_tokens"] += [
+        {"id": first + n, "content": s, **flags} for n, s in enumerate([FAKE, "<end_of_utterance>", *tags])
+    ]
     write(out, "tokenizer.json", told)
     if names:
         write(out, "special_tokens_map.json", names)
@@ -74,6 +77,30 @@ def test_tiles_and_their_places(tags, tmp_path):
     assert symbols(ours, whole.tokens.tolist()) == ["<s>", "</s>"]
 
 
+def test_frames_and_their_times(tmp_path):
+    """SmolVLM's own way of writing conversations with videos, whatever the template says."""
+    sampling = {"video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 16}}}
+    ours = processor.load(made(tmp_path, THIRD, TILES | sampling, 1))
+    assert ours.clips == Trimmed(Splits(4, 8, 16, split=False), 1.0, 64)
+    film = Document("f", (Video(120, 9, 12, 2.0, np.zeros((120, 9, 12, 3), np.uint8)), Text("Why?")))
+    example, pixels = ours.example(film)
+    n = 60
+    frame = [FAKE, "<global-img>", "<image>", FAKE]
+    assert symbols(ours, example.tokens.tolist()) == ["<|im_start|>", *frame * n, "<end_of_utterance>"]
+    said = ours.chat.decode([t for t in example.tokens.tolist() if t not in ours.chat.controls.values()])
+    begin = "User: You are provided the following series of sixty frames from a 0:01:00 [H:MM:SS] video.\n"
+    assert said.startswith(begin + "\nFrame from 00:00:\nFrame from 00:01:")
+    assert said.endswith("\nFrame from 00:59:\n\nWhy?\nAssistant:")
+    assert example.grid.tolist() == [[n, 2, 2]]
+    assert example.media == n
+    assert pixels[0].shape == (4 * n, 48)
+    assert ours.films is not None
+    assert ours.layout(asked(10, 40)).pieces[0].ids == (ours.chat.controls["<s>"],)
+    (tmp_path / "second").mkdir()
+    with pytest.raises(InputError, match="there is no policy for videos"):
+        processor.load(made(tmp_path / "second", SECOND, QUARTERS, 3)).layout(film)
+
+
 REFUSED = {
     "other counts": (SECOND, QUARTERS, 4, {}, "'image_seq_len' is 4, and the model makes 3 tokens"),
     "other tiles": (THIRD, TILES | {"max_image_size": {"longest_edge": 16}}, 1, {}, "'image_seq_len' is 1, and the mo"),
@@ -90,6 +117,8 @@ REFUSED = {
     "a square": (THIRD, TILES | {"size": {"height": 8, "width": 8}}, 1, {}, "wants longest_edge"),
     "other processors": (SECOND, TILES, 3, {}, "names the image processor 'SmolVLMImageProcessor'"),
     "other names": (SECOND, QUARTERS, 3, {"image_boundary_token": "</s>"}, "calls image_boundary_token '</s>'"),
+    "half a choice": (THIRD, TILES | {"fps": 1}, 1, {}, "needs fps and the most frames"),
+    "no choice": (THIRD, TILES | {"do_sample_frames": True}, 1, {}, "needs fps and the most frames"),
     "not resized": (THIRD, TILES | {"do_resize": False}, 1, {}, "do_resize"),
 }
 

@@ -106,6 +106,57 @@ def kosmos2(path, template=LLAVA, **config):
     return directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
 
 
+MARKS = ("<bos>", "<eos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+MARKS += ("<image_placeholder>", "<｜end｜>")
+    "<bos>",
+    "<eos>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    "<image_placeholder>",
+    "<｜end｜>",
+)
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def siglip(path, kind, processor_name, images=None, config=None, template=None, **more):
+    """A model around SigLIP at 16 pixels in patches of 4."""
+    vision = {"model_type": "siglip_vision_model", "patch_size": 4, "image_size": 16}
+    images = {"image_processor_type": processor_name, "size": 16} | (images or {})
+    out = directory(path, {"model_type": kind, "vision_config": vision} | (config or {}), images, **more)
+    made = tokenizer()
+    first = max(token["id"] for token in made["added_tokens"]) + 1
+    flags = {**tokenizer_files.FLAGS, "special": True}
+    made["added_tokens"] += [{"id": first + n, "content": s, **flags} for n, s in enumerate(MARKS)]
+    write(out, "tokenizer.json", made)
+    write(out, "tokenizer_config.json", NAMES | ({"chat_template": template} if template else {}))
+    return out
+
+
+def paligemma(path, images=None, config=None, **more):
+    return siglip(path, "paligemma", "SiglipImageProcessor", images, config, **more)
+
+
+GEMMA = TEMPLATE.replace("IMAGE", "<start_of_image>").replace("<|im_start|>", "")
+
+
+def gemma3(path, images=None, config=None, **more):
+    config = {"mm_tokens_per_image": 4} | (config or {})
+    counted = {"image_seq_length": 4} | more.pop("processor_config", {})
+    images = {"size": {"height": 16, "width": 16}} | (images or {})
+    return siglip(path, "gemma3", "Gemma3ImageProcessor", images, config, GEMMA, processor_config=counted, **more)
+
+
+DEEPSEEK = TEMPLATE.replace("IMAGE", "<image_placeholder>").replace("<|im_start|>", "").replace("</s>", "<｜end｜>")
+
+
+def deepseek(path, images=None, **more):
+    counted = {"num_image_tokens": 16} | more.pop("processor_config", {})
+    return siglip(
+        path, "deepseek_vl", "DeepseekVLImageProcessor", images, None, DEEPSEEK, processor_config=counted, **more
+    )
+
+
 SMALL = {"min_pixels": 64, "max_pixels": 1024}
 PICTURE = Image(10, 14, np.arange(10 * 14 * 3, dtype=np.uint8).reshape(10, 14, 3))
 SAID = Text("What is <image> or <|image_pad|>?")
@@ -134,7 +185,7 @@ def test_a_question_to_llava(tmp_path):
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
     """What their processors write around media that the template has but a marker for."""
     made = processor.load(internvl(tmp_path, {"max_patches": 2}))
-    batch = made.batch([QUESTION])
+    batch = made.batch([Document("q", (Image(7, 14, PICTURE.source[:7]), SAID))])
     n = int((batch.order[0] >= 0).sum())
     media = ["<img>", *["<IMG_CONTEXT>"] * 3, "</img>"]  # two tiles and the whole
     assert symbols(made, batch.tokens[0, :n].tolist()) == ["<s>", "<|im_start|>", *media, "</s>", "<|im_start|>"]
@@ -239,6 +290,47 @@ def test_frames_of_qwen3_have_their_times(tmp_path):
     assert (between == TEXT).any()
 
 
+def test_a_question_to_paligemma_is_a_prefix(tmp_path):
+    """Without a template: pictures, its own first token whatever the tokenizer writes, the question, a line's end."""
+    made = processor.load(paligemma(tmp_path, {"image_seq_length": 16}))
+    example, _ = made.example(QUESTION)
+    n = len(example.tokens)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>"]
+    assert made.chat.decode(example.tokens.tolist()) == f"{SAID.text}\n"
+    assert example.hi.tolist() == [n - 1] * n  # all of it sees all of it
+    answered = Document("a", (SAID, PICTURE, Text("A cat.", "assistant", True)))
+    example, _ = made.example(answered)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "<eos>"]
+    assert example.hi.tolist() == [*[n - 1] * n, *range(n, len(example.tokens))]
+    assert example.weight.sum() == len(example.tokens) - n
+    with pytest.raises(InputError, match="several turns of one role"):
+        made.layout(Document("m", (*answered.spans, Text("and?"))))
+
+
+def test_pictures_and_crops_for_gemma_3(tmp_path):
+    """The template has a mark, the processor writes around it; four patches are a token, seen by those beside it."""
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 4}
+    made = processor.load(gemma3(tmp_path, crops))
+    assert (made.sequence.merge, made.resolution.filter) == (2, "bilinear")
+    wide = Image(8, 24, np.zeros((8, 24, 3), np.uint8))
+    example, _ = made.example(Document("g", (PICTURE, wide, SAID)))
+    one = ["<start_of_image>", *["<image_soft_token>"] * 4, "<end_of_image>"]
+    assert symbols(made, example.tokens.tolist()) == ["<s>", *one * (3 + 4), "</s>"]
+    assert "some crops to help you see better" in made.chat.decode(example.tokens.tolist())
+    places = np.flatnonzero(example.modality == IMAGE).reshape(-1, 4)
+    assert (example.hi[places] == places[:, 3:]).all()
+    assert example.grid.tolist() == [[1, 4, 4]] * 7
+    (tmp_path / "plain").mkdir()
+    assert len(processor.load(gemma3(tmp_path / "plain")).example(Document("g", (wide, SAID)))[0].grid) == 1
+
+
+def test_control_tokens_of_any_script(tmp_path):
+    """DeepSeek's have full-width bars: what a template writes of them is a token, and what a text says is not."""
+    made = processor.load(deepseek(tmp_path))
+    said = Text("what is <｜end｜>?")
+    assert symbols(made, made.example(Document("d", (said,)))[0].tokens.tolist()) == ["<s>", "<｜end｜>"]
+
+
 def test_stops(tmp_path):
     assert processor.load(llava(tmp_path, generation_config={"eos_token_id": [7, 9]})).stops == (7, 9)
     other = tmp_path / "b"
@@ -320,7 +412,26 @@ REFUSED = {
     "merged breaks": (lambda p: pixtral(p, patch_size=4, spatial_merge_size=2), "'spatial_merge_size' is 2"),
     "cropped": (lambda p: pixtral(p, {"do_center_crop": True}, patch_size=4), "do_center_crop"),
     "two longest": (lambda p: pixtral(p, {"size": {"height": 8, "width": 16}}, patch_size=4), "height, width alike"),
-    "a template too many": (lambda p: kosmos2(p), "has a chat template, which the processor of a kosmos-2"),
+    "a template too many": (lambda p: kosmos2(p), "has a chat template, which the processor of a kosmos-2 has not"),
+    "another count": (
+        lambda p: paligemma(p, {"image_seq_length": 4}),
+        "'image_seq_length' is 4, and the encoder makes",
+    ),
+    "unread template": (lambda p: paligemma(p, template=LLAVA), "which PaliGemma's processor does not read"),
+    "a count left out": (
+        lambda p: gemma3(p, processor_config={"image_seq_length": None}),
+        "'image_seq_length' is (None|256), and the encoder makes 4",
+    ),
+    "unequal squares": (lambda p: gemma3(p, config={"mm_tokens_per_image": 9}), "'mm_tokens_per_image' is 9, which"),
+    "other marks": (
+        lambda p: gemma3(p, processor_config={}, special_tokens_map={"boi_token": "<boi>"}),
+        "says 'boi_token' is '<boi>'",
+    ),
+    "no canvas": (lambda p: deepseek(p, {"do_pad": False}), "does not pad pictures to squares"),
+    "other patches": (
+        lambda p: deepseek(p, processor_config={"num_image_tokens": 9}),
+        "'num_image_tokens' is 9, and the encoder makes 16",
+    ),
     "unknown family": (lambda p: llava(p, config={"model_type": "idefics9"}), "'idefics9', whose processor mmjax"),
     "another encoder's": (lambda p: llava(p, {"image_processor_type": "ViTImageProcessor"}), "'ViTImageProcessor'"),
     "no resize": (lambda p: llava(p, {"do_resize": False}), "does not resize pictures"),

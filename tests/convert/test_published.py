@@ -15,11 +15,15 @@ from mmjax.models import vlm
 from mmjax.nn.rope_scaling import Dynamic, LongRope, Yarn
 from mmjax.train.prepare import refuse_model, refuse_rows
 
-# CLIP's last block and the norm after it; SigLIP's; the norm alone.
-UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "idefics": 2560}
+# CLIP's last block and the norm after it; SigLIP's; SigLIP's pooling head; the norm alone.
+UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "deepseek_vl": 12_595_200}
+UNUSED |= {"idefics": 2560}
 # The config that is the same model.
 SAME = {
     "Salesforce/blip2-opt-2.7b": "blip2_opt",
+    "google/paligemma-3b-pt-224": "paligemma",
+    "google/gemma-3-4b-it": "gemma3",
+    "deepseek-community/deepseek-vl-1.3b-chat": "deepseek_vl",
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
@@ -41,6 +45,8 @@ QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
 BLIP2, _ = PUBLISHED["Salesforce/blip2-opt-2.7b"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
 NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
+PALIGEMMA, _ = PUBLISHED["google/paligemma-3b-pt-224"]
+GEMMA3, _ = PUBLISHED["google/gemma-3-4b-it"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
 MLLAMA, _ = PUBLISHED["meta-llama/Llama-3.2-11B-Vision"]
 
@@ -53,8 +59,8 @@ def found(given: dict):
 def test_parameters_are_as_many_as_published(name):
     given, count = PUBLISHED[name]
     of = found(given)
-    spec = of.of.spec(of.cfg)
-    assert sum(math.prod(p.shape) for p in tree.flatten(spec).values()) + UNUSED.get(given["model_type"], 0) == count
+    spec, unused = of.of.spec(of.cfg), UNUSED.get(given["model_type"], 0) if of.rest else 0
+    assert sum(math.prod(p.shape) for p in tree.flatten(spec).values()) + unused == count
     rules.plan(spec, of.rules)
 
 
@@ -98,6 +104,15 @@ def test_left_out_parts_are_those_of_transformers():
         10,
     )
     assert found({"model_type": "internvl"}).cfg.placeholder == 151_667
+    cfg = found({"model_type": "paligemma"}).cfg
+    assert (cfg.vision.table.rows, cfg.vision.blocks.hidden, cfg.decoder.vocab, cfg.placeholder) == (
+        16,
+        4096,
+        257152,
+        256000,
+    )
+    cfg = found(PUBLISHED["google/paligemma2-3b-pt-224"][0]).cfg.decoder
+    assert (cfg.window, cfg.window_ahead, cfg.blocks.windowed[:2], cfg.softcap) == (4096, False, (0, 2), 30.0)
     text = found({"model_type": "qwen2_5_vl"}).cfg.decoder
     assert (text.vocab, text.blocks.layers, text.blocks.epsilon) == (152064, 80, 1e-5)
     assert found(LLAVA | {"vision_feature_layer": 3}).cfg.vision.blocks.layers == 3
@@ -127,6 +142,19 @@ REFUSED = [
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),
     ({"model_type": "gemma", "use_bidirectional_attention": True}, "'use_bidirectional_attention'"),
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "Gemma 3 has them for"),
+    (PALIGEMMA | {"projection_dim": 2304}, "'projection_dim' is 2304"),
+    (PALIGEMMA | {"text_config": {"model_type": "llama"}}, "'llama'; paligemma has gemma or gemma2"),
+    (
+        PALIGEMMA | {"text_config": PALIGEMMA["text_config"] | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}},
+        "(Dyn",
+    ),
+    (PALIGEMMA | {"vision_config": {"model_type": "clip_vision_model"}}, "'model_type' is 'clip_vision_model'"),
+    (GEMMA3 | {"mm_tokens_per_image": 200}, "'mm_tokens_per_image' is 200"),
+    (GEMMA3 | {"mm_tokens_per_image": 81}, "'mm_tokens_per_image' is 81"),
+    (GEMMA3 | {"text_config": {"final_logit_softcapping": 30.0}}, "'final_logit_softcapping' is '30.0'"),
+    (GEMMA3 | {"text_config": {"attn_logit_softcapping": 50.0}}, "'attn_logit_softcapping' is '50.0'"),
+    (GEMMA3 | {"text_config": {"use_bidirectional_attention": True}}, "'use_bidirectional_attention' is 'True'"),
+    ({"model_type": "deepseek_vl_hybrid"}, "whose second encoder, SAM's"),
     (LLAVA | {"text_config": {"model_type": "mixtral"}}, "model_type is 'mixtral'"),
     (LLAVA | {"text_config": "llama"}, "'text_config' is 'llama'"),
     (LLAVA | {"vision_config": {"model_type": "siglip2_vision_model"}}, "tower's model_type is 'siglip2_vision_model'"),

@@ -42,6 +42,7 @@ PROCESSORS = {
         "qwen2_vl.Qwen2VL",
         {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}, **HALF},
     ),
+    "kosmos-2": ("clip.CLIP", {"use_square_size": True}),
     "pixtral-12b": ("pixtral.Pixtral", {}),
     "mistral-small-3.1": ("pixtral.Pixtral", {"patch_size": square(28), "size": {"longest_edge": 1540}}),
     "internvl-3": (

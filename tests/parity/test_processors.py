@@ -22,7 +22,18 @@ torch = pytest.importorskip("torch", reason="needs the `parity` extra")
 pytest.importorskip("transformers", reason="needs the `parity` extra")
 
 from parity import vocabularies
-from parity.test_conventions import CHATML, GEMMA, IDEFICS, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
+from parity.test_conventions import (
+    CHATML,
+    DEEPSEEK,
+    DEEPSEEK_NAMES,
+    GEMMA,
+    IDEFICS,
+    LLAVA_HF,
+    QWEN_IMAGE,
+    QWEN_SYSTEM,
+    square,
+    words,
+)
 from PIL import Image as Pictures
 from transformers import (
     AutoImageProcessor,
@@ -77,19 +88,7 @@ MISTRAL = (
     "{{ '[IMG]' if content['type'] == 'image' else content['text'] }}{% endfor %}{{ '[/INST]' }}{% endif %}{% endfor %}"
 )
 TURNS_OF_GEMMA = GEMMA.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-# As deepseek-community/deepseek-vl-1.3b-chat has it.
-DEEPSEEK = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language.\n\n{% for message in messages %}"
-    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% else %}"
-    "{{ message['role'].capitalize() }}: {% endif %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<image_placeholder>{% else %}{% set text = content['text'] %}"
-    "{% if loop.first %}{% set text = text.lstrip() %}{% endif %}{% if loop.last %}{% set text = text.rstrip() %}"
-    "{% endif %}{{ text }}{% endif %}{% endfor %}{% if not loop.last or add_generation_prompt %}"
-    "{% if message['role'] == 'user' %}{{ '\n\n' }}{% else %}{{ 'END' }}{% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-).replace("END", DEEPSEEK_END)
+TURNS_OF_DEEPSEEK = DEEPSEEK.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 3}
 CROPS |= {"pan_and_scan_min_ratio_to_activate": 1.2}
 SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14}
@@ -263,10 +262,10 @@ DIRECTORIES = {
     ),
     "deepseek_vl": (
         "short",
-        (DEEPSEEK_BEGIN, DEEPSEEK_END, "<image_placeholder>"),
-        {"bos_token": DEEPSEEK_BEGIN, "eos_token": DEEPSEEK_END, "image_token": "<image_placeholder>"},
-        DEEPSEEK_BEGIN,
-        DEEPSEEK,
+        DEEPSEEK_NAMES.values(),
+        DEEPSEEK_NAMES,
+        DEEPSEEK_NAMES["bos_token"],
+        TURNS_OF_DEEPSEEK,
         "DeepseekVLImageProcessor",
         {"size": square(30), "image_mean": [0.5] * 3, "image_std": [0.25] * 3},
         {"processor_class": "DeepseekVLProcessor", "num_image_tokens": 4},
@@ -306,7 +305,7 @@ DIRECTORIES = {
         {"patch_size": 14, "image_size": 30},
     ),
 }
-NUMBERS = {4: "four", 9: "nine", 21: "twenty-one"}
+NUMBERS = {1: "one", 3: "three", 4: "four", 9: "nine"}
 CONFIGS = {
     "gemma3": {"mm_tokens_per_image": 4},
     "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},

@@ -9,9 +9,10 @@ from mmjax.convert.processor.images import Readers, Tower
 from mmjax.core.errors import InputError
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
+from mmjax.tokenizers.convention import Convention
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Grouped, Pooled, Stills
+from mmjax.tokenizers.video import Grouped, Pooled, Stills, Trimmed
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -40,9 +41,9 @@ class Family:
     readers: of image processors that this family alone has: from settings and the encoder's sizes to the policy, and
       the mean and deviation where the settings have none.
     spelled: symbols of `writing` that are words where the tokenizer has none such.
+    films: the convention that conversations with videos are written in, whatever the template; None: by the template.
     newline: whether rows of a picture's tokens end with a vector of the model's own.
     cross: whether text looks at media by cross-attention: their markers alone stand in the sequence.
-    begins: whether its processor writes `bos_token` before every text of its own accord.
     more: rows of its token table beyond what config.json calls vocab_size.
     """
 
@@ -54,11 +55,12 @@ class Family:
     around: tuple[str, ...] = ()
     lead: tuple[str, ...] | None = None
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
-    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills, Colours]] | None = None
+    videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills | Trimmed, Colours]] | None = None
     several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     readers: Readers = field(default_factory=dict)
     spelled: tuple[str, ...] = ()
+    films: Convention | None = None
     newline: bool = False
     per_picture: Callable[[Settings], int] = lambda config: 0
     prompts: bool = False
@@ -67,7 +69,6 @@ class Family:
     ends: tuple[str, ...] = ()
     dialogue: Mapping[str, Any] = field(default_factory=dict)
     cross: bool = False
-    begins: bool = False
     more: int = 0
 
 

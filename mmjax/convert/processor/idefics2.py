@@ -5,15 +5,17 @@ from dataclasses import replace
 
 from mmjax.convert.processor.family import Family, sequential
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import SIDE, Tower, _filter, _size, _square
+from mmjax.convert.processor.images import MOST_FRAMES, SIDE, Tower, _filter, _size, _square, colours, kind
 from mmjax.core.errors import InputError
-from mmjax.nn.patch_embed import HALF
+from mmjax.core.strict_json import shown
+from mmjax.nn.patch_embed import HALF, Colours
 from mmjax.sequence import interleave
 from mmjax.tokenizers.convention import Convention
-from mmjax.tokenizers.conventions import IDEFICS2, IDEFICS3
+from mmjax.tokenizers.conventions import IDEFICS2, IDEFICS3, SMOLVLM
 from mmjax.tokenizers.resolution import Policy
 from mmjax.tokenizers.slices import Bounded
 from mmjax.tokenizers.tiles import Splits
+from mmjax.tokenizers.video import Trimmed
 
 TAGS = ("<global-img>", "<row_{row}_col_{column}>")
 # What the tokenizers' files may call the tokens that the processors write.
@@ -71,25 +73,52 @@ def _splits(of: Settings, tower: Tower) -> Splits:
     return Splits(tower.patch, tile, longest, of.flag("do_image_splitting", True), _filter(of, "lanczos"), drop)
 
 
+def _videos(found: Found, tower: Tower) -> tuple[Trimmed, Colours]:
+    """SmolVLM's: frames as whole pictures of a tile's size, chosen by `video_sampling` or by fps and num_frames."""
+    of = found.videos
+    allowed = ("SmolVLMVideoProcessor", "SmolVLMImageProcessor", "Idefics3ImageProcessor")
+    name = of.text("video_processor_type") or kind(of, allowed[0])
+    if name not in allowed:
+        raise InputError(f"{of.where} names the video processor {shown(name)}; SmolVLM has {allowed[0]}")
+    if not of.flag("do_resize", True) or of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
+    fps, most = of.number("fps"), of.whole("num_frames", most=MOST_FRAMES)
+    sampling = of.part("video_sampling")
+    values = {k: v for k, v in of.values.items() if k != "do_image_splitting"} | {"do_image_splitting": False}
+    if sampling.values:
+        fps, most = sampling.number("fps"), sampling.whole("max_frames", most=MOST_FRAMES)
+        values.setdefault("size", sampling.values.get("video_size"))
+    if (fps is None) != (most is None) or (fps is None and (sampling.values or of.flag("do_sample_frames", False))):
+        raise InputError(f"{of.where} chooses frames and needs fps and the most frames (video_sampling, or num_frames)")
+    frame = _splits(Settings(values, of.where), tower)
+    frame = replace(frame, longest=min(frame.longest, Splits.LARGEST))
+    _refuse_count(found, (frame.tile // frame.patch // tower.merge) ** 2, 169)
+    return Trimmed(frame, fps, most), colours(of, HALF)
+
+
 def _check(found: Found, policy: Policy, tower: Tower) -> None:
     """Raises InputError where pictures are counted as other tokens than they become, or marked by other symbols."""
     if isinstance(policy, Splits):
         made, counted = (policy.tile // policy.patch // tower.merge) ** 2, 169
     else:
         made, counted = _latents(found.config), 64
-    said = found.processor.whole("image_seq_len", counted)
-    if said != made:
-        raise InputError(
-            f"{found.processor.where} says 'image_seq_len' is {said}, and the model makes {made} tokens of a picture; "
-            f"use the files that belong together"
-        )
+    _refuse_count(found, made, counted)
     for name, symbol in NAMED.items():
         if found.named.get(name, symbol) != symbol:
             raise InputError(f"The tokenizer in {found.path} calls {name} {found.named[name]!r}, and not {symbol!r}")
 
 
+def _refuse_count(found: Found, made: int, default: int) -> None:
+    said = found.processor.whole("image_seq_len", default)
+    if said != made:
+        raise InputError(
+            f"{found.processor.where} says 'image_seq_len' is {said}, and the model makes {made} tokens of a picture; "
+            f"use the files that belong together"
+        )
+
+
 def _writing(of: Convention) -> dict:
-    return {name: getattr(of, name) for name in ("image", "tiles", "once", "gap")}
+    return {name: getattr(of, name) for name in ("image", "tiles", "frames", "once", "gap")}
 
 
 _SECOND = Family(
@@ -116,5 +145,8 @@ _THIRD = replace(
 FAMILIES: dict[str, Family] = {
     "idefics2": _SECOND,
     "idefics3": _THIRD,
-    "smolvlm": replace(_THIRD, processors=_THIRD.processors[::-1]),
+    # transformers writes conversations with videos by a template of its own, whatever the directory's.
+    "smolvlm": replace(
+        _THIRD, processors=_THIRD.processors[::-1], writing=_writing(SMOLVLM), videos=_videos, films=SMOLVLM
+    ),
 }

@@ -28,9 +28,7 @@ def _tower(config: Settings) -> Tower:
 def _check(found: Found, policy: Policy, tower: Tower) -> None:
     """Raises InputError for a chat template."""
     if found.template is not None:
-        raise InputError(
-            f"{found.path} has a chat template, which the processor of a kosmos-2 does not read; delete it"
-        )
+        raise InputError(f"{found.path} has a chat template, which the processor of a kosmos-2 has not; delete it")
 
 
 FAMILIES: dict[str, Family] = {

@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {
         {"media": "before_begin"},
         per_picture=_media_tokens,
         cross=True,
-        begins=True,
+        lead=("<|begin_of_text|>",),
         more=UNSAID,
     ),
 }

@@ -22,7 +22,7 @@ from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
 from mmjax.convert.processor.family import Family, stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import Reader, chats, load_tokenizer, reader
+from mmjax.convert.processor.text import Reader, chats, films_of, load_tokenizer, reader
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -58,6 +58,7 @@ class Processor:
     prompts: whether a question is written as its text is, where the directory has no template.
     reader: tokenizes what the connector reads beside each picture, the question (InstructBLIP).
     patch: pixels a side. group: pictures of a clip in a patch.
+    films: writes conversations with videos; None: `chat` does.
     """
 
     chat: Chat
@@ -73,6 +74,7 @@ class Processor:
     per_picture: int = 0
     prompts: bool = False
     reader: Reader | None = None
+    films: Chat | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -89,7 +91,7 @@ class Processor:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
         counted = f"{self.sequence} {self.per_picture}"
         parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, counted)
-        parts += () if self.reader is None else (self.reader.fingerprint,)
+        parts += tuple(other.fingerprint for other in (self.reader, self.films) if other is not None)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -121,13 +123,14 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if self.chat.convention.template is None and not self.prompts:
+        film = self.films is not None and any(isinstance(span, Video) for span in document.spans)
+        if self.chat.convention.template is None and not self.prompts and not film:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
             )
         asked = document.spans[-1].role != "assistant" if ask is None else ask
-        return self._laid(document, self.chat, answer, asked)
+        return self._laid(document, self.films if film else self.chat, answer, asked)
 
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
@@ -262,6 +265,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         family.per_picture(found.config),
         family.prompts,
         _reader(found, family, model),
+        films_of(found, family, plain),
     )
 
 

@@ -132,8 +132,6 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
     lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
-    if family is not None and family.begins:
-        lead += (found.named.get("bos_token", "<|begin_of_text|>"),)
     own = {
         "name": found.config.text("model_type"),
         "begin": tuple(map(Symbol, lead)),
@@ -142,13 +140,7 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
         **_places(media, family),
     }
     convention = Convention(**own | _writing(family, found, known))
-    added = () if family is None else family.adds
-    missing = [s for s in convention.symbols if s not in known and s not in added and tokenizer._find(s) is None]
-    if missing:
-        raise InputError(
-            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
-            f"tokenizer that belongs to it"
-        )
+    _refuse_missing(convention, tokenizer, found, () if family is None else family.adds)
     plain = Chat(tokenizer, convention)
     plain.vocab = _vocab(plain, found, family)
     for kind, symbol in (("image", convention.placeholder), ("video", convention.placeholder_video)):
@@ -172,6 +164,28 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     chat = Chat(plain.tokenizer, dataclasses.replace(convention, begin=begin, template=template, **nothing))
     chat.vocab = plain.vocab
     return chat, plain
+
+
+def films_of(found: Found, family: Family | None, plain: Chat) -> Chat | None:
+    """The tokenizer that writes conversations with videos, where that is not the template's matter."""
+    if family is None or family.films is None:
+        return None
+    own = {"name": plain.convention.name, "pad": plain.convention.pad, "document": NOTHING}
+    convention = dataclasses.replace(family.films, **own, **_writing(family, found, plain.tokenizer.controls))
+    _refuse_missing(convention, plain.tokenizer, found)
+    chat = Chat(plain.tokenizer, convention)
+    chat.vocab = plain.vocab
+    return chat
+
+
+def _refuse_missing(convention: Convention, tokenizer: Any, found: Found, added: tuple[str, ...] = ()) -> None:
+    fine = {*tokenizer.controls, *added}
+    missing = [symbol for symbol in convention.symbols if symbol not in fine and tokenizer._find(symbol) is None]
+    if missing:
+        raise InputError(
+            f"The tokenizer in {found.path} has no token {shown(missing[0])}, which this model is asked with; use the "
+            f"tokenizer that belongs to it"
+        )
 
 
 def _writing(family: Family | None, found: Found, known: Collection[str]) -> dict[str, Any]:
