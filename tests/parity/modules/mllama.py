@@ -4,6 +4,7 @@ Every row by itself in the reference: of rows together it pads the number of pic
 picture see that padding too. What a row's logits are would depend on its neighbours.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
