@@ -6,6 +6,7 @@
 without W + s · A B being made. `merged` makes it.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,11 +97,6 @@ def _adapted(p: ParamSpec, cfg: Config) -> dict[str, ParamSpec]:
     }
 
 
-def adapted(node: Any) -> bool:
-    """Whether this is an adapted kernel."""
-    return isinstance(node, Mapping) and node.keys() == set(PARTS)
-
-
 def parted(params: dict) -> tuple[dict[str, Any], dict[str, dict]]:
     """The leaves of a model by name, as they are without adapters; and what is adapted, by the names of kernels."""
     flat, nodes = tree.flatten(params), {}
@@ -113,15 +109,20 @@ def parted(params: dict) -> tuple[dict[str, Any], dict[str, dict]]:
 
 def merged(params: dict) -> dict:
     """Parameters without adapters: W + s · A B in float32, rounded once to W's format. Of arrays or NumPy's."""
-    if adapted(params):
-        return added(params["base"], params["a"], params["b"], params["scale"])
-    return {k: merged(v) if isinstance(v, Mapping) else v for k, v in params.items()}
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        return added(*(node[part] for part in PARTS)) if node.keys() == set(PARTS) else merged(node)
+
+    return {name: one(node) for name, node in params.items()}
 
 
 def added(base: Any, a: Any, b: Any, scale: Any) -> Any:
     """W + s · A B of one kernel, or of a stack of them."""
     xp = np if isinstance(base, np.ndarray) else jnp
+    multiply = np.matmul if xp is np else functools.partial(jnp.matmul, precision="highest")
     a, b, s = (xp.asarray(x, np.float32) for x in (a, b, scale))
     rank, lead = a.shape[-1], s.shape
-    product = xp.matmul(a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)) * s[..., None, None]
+    product = multiply(a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)) * s[..., None, None]
     return (xp.asarray(base, np.float32) + product.reshape(base.shape)).astype(base.dtype)

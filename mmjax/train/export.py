@@ -17,9 +17,10 @@ from mmjax.convert.model import Model
 from mmjax.core import manifest as manifests
 from mmjax.core import parts, tree
 from mmjax.core.cast import cast
+from mmjax.core.checksum import checksums_numpy
 from mmjax.core.errors import InputError
 from mmjax.nn import lora
-from mmjax.train import start
+from mmjax.train import parameters, start
 
 To = Literal["merged", "adapter"]
 CHECKPOINTS, AVERAGE = "checkpoints", "/average/"
@@ -55,7 +56,7 @@ class Merged:
         return cast(lora.added(wide, self.a, self.b, self.scale), self.dtype, self.what)
 
 
-def export(run: Path, target: Path, to: To = "merged", step: int | None = None) -> None:
+def export(run: Path, target: Path, to: To = "merged", step: int | None = None, base: Path | None = None) -> None:
     """Writes a step of a run as a new directory.
 
     merged: a Hugging Face directory like the one that the run started from; adapters are added to their kernels in
@@ -67,10 +68,11 @@ def export(run: Path, target: Path, to: To = "merged", step: int | None = None) 
       target: a directory that is not there yet.
       to: what is written.
       step: the newest, if left out.
+      base: where the model is that the run started from, if it was moved.
 
     Raises:
-      InputError: there is no such run or step, it is damaged, or did not start from a model that is still there; or
-        what `to` names refuses it.
+      InputError: there is no such run or step, it is damaged, or did not start from a model, or that is not there any
+        more, or is another one now; or what `to` names refuses it.
     """
     directory = Path(run) / CHECKPOINTS
     manifest = manifests.read_manifest(directory, manifests.newest_step(directory) if step is None else step)
@@ -79,28 +81,39 @@ def export(run: Path, target: Path, to: To = "merged", step: int | None = None) 
     said = manifest["metadata"].get("config", {})
     if not said.get("base"):
         raise InputError(f"{run} did not start from a model whose form it could have; give a fine-tuning's --out.")
-    model, there = start.opened(Path(said["base"])), _leaves(parts.stored(directory, manifest))
-    base = tree.flatten(model.params)
-    whole = {name: _whole(there.get(f"{name}/base", there.get(name)), base[name]) for name in base}
-    wrong = [name for name, leaf in whole.items() if leaf is None or tuple(leaf.shape) != tuple(base[name].shape)]
-    if wrong:
-        raise InputError(f"The model in {said['base']} is not the one that {run} started from ({wrong[0]} differs).")
+    path = Path(base or said["base"])
+    model, there = start.opened(path), _leaves(parts.stored(directory, manifest))
+    old = tree.flatten(model.params)
+    # What no stage trains is the base's, and in no checkpoint.
+    whole = {name: there.get(f"{name}/base", there.get(name, leaf)) for name, leaf in old.items()}
+    nodes = {name for name in old if f"{name}/a" in there}
+    borrowed = {f"{name}/base" if name in nodes else name: leaf for name, leaf in old.items() if whole[name] is leaf}
+    if any(tuple(leaf.shape) != tuple(old[name].shape) for name, leaf in whole.items()) or (
+        _named(borrowed, said["update.compute"]) != manifest["metadata"].get("borrowed")
+    ):
+        raise InputError(f"The model in {path} is not the one that {run} started from; put it back, or give its place.")
     if to == "merged":
-        params = {name: _merged(name, there, whole[name], base[name].dtype) for name in base}
+        params = {name: _merged(name, there, whole[name], old[name].dtype) for name in old}
         huggingface.save(target, Model(model.of, model.cfg, tree.unflatten(params), model.origin))
         return
-    changed = [name for name, leaf in base.items() if not np.array_equal(np.asarray(whole[name]), np.asarray(leaf))]
+    moved = [name for name, leaf in old.items() if whole[name] is not leaf]
+    changed = [name for name in moved if not np.array_equal(np.asarray(whole[name]), np.asarray(old[name]))]
+    there |= {f"{name}/base" if name in nodes else name: leaf for name, leaf in whole.items()}
     params = tree.unflatten(there)
     config = None
     if "lora.rank" in said:
         config = lora.Config(said["lora.rank"], said["lora.alpha"], rslora=said["lora.rslora"])
     adapted = Model(model.of, model.cfg, params, model.origin)
-    adapter.save(target, adapted, base=str(said["base"]), changed=changed, config=config)
+    adapter.save(target, adapted, base=str(path), changed=changed, config=config)
 
 
-def _whole(leaf: Any, base: Any) -> Any:
-    """A leaf as it is now, without its adapter: in fewer bits than it is trained in, it is the base's."""
-    return base if leaf is not None and leaf.dtype != np.float32 and leaf.shape == tuple(base.shape) else leaf
+def _named(borrowed: dict[str, Any], compute: str) -> str:
+    """As train.start.borrowed names what a run has of its base, leaf by leaf."""
+    sums = {}
+    for name, leaf in borrowed.items():
+        dtype = "float32" if parameters.wide(name) else compute
+        sums |= checksums_numpy({name: cast(np.asarray(leaf), dtype, f"The parameter {name}")})
+    return start.name_of(sums)
 
 
 def _leaves(stored: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +142,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("target", metavar="DST", help="a directory that is not there yet")
     parser.add_argument("--to", choices=("merged", "adapter"), default="merged", help="what it becomes (merged)")
     parser.add_argument("--step", type=int, metavar="N", help="of its checkpoints; otherwise the newest")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where the model is that it started from, if moved")
     given = parser.parse_args(arguments)
-    export(Path(given.run), Path(given.target), given.to, given.step)
+    export(Path(given.run), Path(given.target), given.to, given.step, given.base)
     print(given.target)
     return 0

@@ -84,7 +84,7 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
         stages=stages,
         steps=sum(stage.steps for stage in stages),
         resolution=its.resolution,
-        packing=_packing(its, sources + evaluation),
+        packing=_packing(its, sources + evaluation, model.cfg.decoder.longest),
         sequence=its.sequence,
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         answer=64,
@@ -109,13 +109,15 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError(f"{target} is there already; remove it, or leave --export out.")
     status = loop.run(cfg)
     if to and not status and processes.index() == 0:
-        export.export(cfg.out, target, to)
+        export.export(cfg.out, target, to, base=cfg.base)
         print(f"{to}: {target}")
     return status
 
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:
     """How LLaVA's JSON is read, which has a newline behind a picture: without it, where the template writes one."""
+    if its.chat.convention.template is None:
+        return "as_written"
     probe = its.layout(Document("a probe", (Image(64, 64, b""), Text("x"))))
     behind = itertools.dropwhile(lambda piece: not piece.views, probe.pieces)
     written = its.plain.decode([i for piece in behind if not piece.views for i in piece.ids])
@@ -133,8 +135,12 @@ def _source(text: str, place: Literal["as_written", "bare"]) -> sets.Files:
         raise InputError(f"The weight of {path} is {weight!r}; give a number, as {path}=0.5.") from error
 
 
-def _packing(its: Processor, sources: Sequence[sets.Files]) -> Packing:
-    """Rows with room for two of the longest documents among the first of every dataset."""
+def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) -> Packing:
+    """Rows with room for two of the longest documents among the first of every dataset, of at most so many tokens.
+
+    Raises:
+      InputError: there is nothing to learn in any of those of a dataset.
+    """
     longest, lay = 0, start.layout_of(its)
     for source in sources:
         documents = sets.open_source(source)[1]
@@ -145,4 +151,5 @@ def _packing(its: Processor, sources: Sequence[sets.Files]) -> Packing:
                 f"assistant says; give others."
             )
         longest = max(longest, *(laid.tokens for laid in some))
-    return Packing(rows=8, tokens=ladder(2 * longest, 64))
+    tokens = ladder(2 * longest, 64)
+    return Packing(rows=8, tokens=tokens if most is None else min(tokens, most))

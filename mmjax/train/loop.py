@@ -76,9 +76,10 @@ def run(cfg: Config) -> int:
         parts = stages.parts(cfg)
         data = prepare_data(cfg, *cluster.parts(mesh, Rules()))
         shapes = [stages.abstract(part, mesh) for part in parts]
+        held = [stages.own(part, shape) for part, shape in zip(parts, shapes, strict=True)]  # by checkpoints
         folder = cfg.out / "checkpoints"
         with (
-            _owned(cfg, (cfg.keep + 1) * max(map(nbytes, shapes))),
+            _owned(cfg, (cfg.keep + 1) * max(map(nbytes, held))),
             StopRequest() as stop,
             Checkpoints(folder, keep=cfg.keep, every=cfg.keep_every) as checkpoints,
         ):
@@ -89,16 +90,20 @@ def run(cfg: Config) -> int:
                 report.print_budget(data.training.layout)
             now = None
             if before:
-                like = lambda step: shapes[stages.at(parts, step)]  # noqa: E731 (of the step that is whole)
+                like = lambda step: held[stages.at(parts, step)]  # noqa: E731 (of the step that is whole)
                 now, before = checkpoints.restore(like, fallback=cfg.fallback)
+                now = start.completed(parts[0], shapes[0], now)
+                if start.borrowed(parts[0], now.params) != before.get("borrowed", ""):
+                    raise InputError(f"The model in {cfg.base} is not the one that {cfg.out} began with; put it back.")
             programs = compile_all(cfg, data, parts, shapes, mesh, done=0 if now is None else int(now.step))
-            loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
+            loop = Loop(cfg, data, parts, programs, checkpoints, began - before.get("seconds", 0.0), before)
             if now is None:
                 now = start.start(parts[0], shapes[0])
                 loop.judge_start(now)
+            loop.borrowed = start.borrowed(parts[0], now.params)
             for n in programs:
                 now = stages.begun(parts[n], shapes[n], now)
-                now = loop.train(now, stop, n, parts[n].last)
+                now = loop.train(now, stop, n)
                 if loop.asked:
                     return loop.asked
             loop.finish(now)
@@ -133,11 +138,10 @@ def compile_all(
     counter = Compiles()
     left = [n for n, part in enumerate(parts) if part.last > done or n == len(parts) - 1]
     programs = {n: compile_steps(parts[n].cfg, data.training, shapes[n], mesh) for n in left}
-    before = counter.seconds
     data.evaluation.compile(cfg, shapes[-1].params, mesh, Rules())
+    rest = counter.seconds - sum(of.seconds for of in programs.values())  # towers and the evaluation
     last = programs[left[-1]]
-    programs[left[-1]] = dataclasses.replace(last, seconds=last.seconds + counter.seconds - before)
-    return programs
+    return programs | {left[-1]: dataclasses.replace(last, seconds=last.seconds + rest)}
 
 
 def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
@@ -163,6 +167,7 @@ class Loop:
 
     cfg: Config
     data: Data
+    parts: Sequence[stages.Part]
     programs: dict[int, Programs]  # by stage
     checkpoints: Checkpoints
     began: float  # time.monotonic() when the run would have begun in one go
@@ -171,6 +176,7 @@ class Loop:
     tokens: int = 0  # useful tokens trained on, over all sessions
     late: int = 0  # programs compiled after the loop began
     waiting: float = 0.0  # seconds in which the loop waited for data, over all sessions
+    borrowed: str = ""  # names what is the base's all the time (train.start.borrowed)
     asked: int = 0  # the exit status that any process was asked to end with
 
     def __post_init__(self):
@@ -178,12 +184,13 @@ class Loop:
         self.late, self.waiting = self.before.get("late", 0), self.before.get("waiting", 0.0)
         self.data.training.holes.reasons |= self.before.get("holes", {})
 
-    def train(self, now: TrainState, stop: StopRequest, stage: int, last: int) -> TrainState:
+    def train(self, now: TrainState, stop: StopRequest, stage: int) -> TrainState:
         """Steps of a stage until its last, or until asked to stop; either way the last step done is saved.
 
         What a step says is read while the next one runs, so that no device waits for the host.
         """
-        cfg, start, programs = self.cfg, int(now.step), self.programs[stage]
+        cfg, start, last = self.cfg, int(now.step), self.parts[stage].last
+        programs = self.programs[stage]
         if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
         asking = {status: self._asking(programs, status) for status in (0, *stop.STATUSES)}
@@ -283,8 +290,9 @@ class Loop:
             "late": self.late,
             "waiting": self.waiting,
             "holes": dict(self.data.training.holes.reasons),
+            "borrowed": self.borrowed,
         }
-        self.checkpoints.save(step, now, metadata=metadata)
+        self.checkpoints.save(step, stages.own(self.parts[0], now), metadata=metadata)
 
     def _refuse_violations(self, step: int, violations: np.ndarray) -> None:
         if violations.any():

@@ -1,6 +1,7 @@
 """Which parameters a run has, and which of them each stage trains: from the config alone."""
 
 import dataclasses
+import re
 
 from mmjax.core import tree
 from mmjax.core.errors import InputError
@@ -10,6 +11,7 @@ from mmjax.nn import lora
 from mmjax.train.config import Config, Stage
 
 FIXED = "/kernel/scale"  # of adapters (nn.lora): part of their config
+OWN = r".*/kernel/(a|b|scale)"  # of adapters: no base has them
 
 
 def spec(cfg: Config) -> Spec:
@@ -25,15 +27,32 @@ def spec(cfg: Config) -> Spec:
     of = of if cfg.lora is None else lora.spec(of, cfg.lora)
     if cfg.base is None or cfg.update.compute == "float32":
         return of
-    trained = {name for stage in cfg.stages for name in moving(of, cfg, stage)}
-    if not cfg.stages:
-        trained = tree.flatten(tree.choose(of, cfg.update.frozen)[1]).keys()
+    moved = trained(of, cfg)
 
     def lies(name: str, p: ParamSpec) -> ParamSpec:
-        wide = name in trained or name.split("/")[-1] == "scale"  # as train.step.cast has it
-        return p if wide else dataclasses.replace(p, dtype=cfg.update.compute)
+        return p if name in moved or wide(name) else dataclasses.replace(p, dtype=cfg.update.compute)
 
     return tree.unflatten({name: lies(name, p) for name, p in tree.flatten(of).items()})
+
+
+def wide(name: str) -> bool:
+    """Whether a parameter is computed in float32 in any case (train.step.cast)."""
+    return name.split("/")[-1] == "scale"
+
+
+def trained(of: Spec, cfg: Config) -> set[str]:
+    """The names of the parameters that any stage trains."""
+    if not cfg.stages:
+        return set(tree.flatten(tree.choose(of, cfg.update.frozen)[1]))
+    return {name for stage in cfg.stages for name in moving(of, cfg, stage)}
+
+
+def borrowed(of: Spec, cfg: Config) -> tuple[str, ...]:
+    """The parameters that are the base's all the time, which checkpoints do not hold; patterns for core.tree.choose."""
+    if cfg.base is None:
+        return ()
+    names = {name for name in tree.flatten(of) if not re.fullmatch(OWN, name)}
+    return tree.cover(of, names - trained(of, cfg))
 
 
 def moving(of: Spec, cfg: Config, stage: Stage) -> list[str]:

@@ -11,9 +11,10 @@ from mmjax.core.manifest import listed_steps
 from mmjax.train.config import Config
 from mmjax.train.prepare import Data
 
-# Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
+# Fields that resuming may change; where base, documents and tokenizer lie may, for what they are is compared by
+# fingerprint.
 MAY_CHANGE = re.compile(
-    r"out|(mesh|cluster|features)\..*|threads|keep|keep_every|save_every|fallback|update\.patience|"
+    r"out|base|(mesh|cluster|features)\..*|threads|keep|keep_every|save_every|fallback|update\.patience|"
     r"data\.tokenizer|data\.(sources|evaluation)\.\d+\.(path|root|errors)"
 )
 

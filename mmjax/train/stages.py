@@ -18,13 +18,18 @@ from mmjax.train.state import TrainState
 
 @dataclass(frozen=True)
 class Part:
-    """The steps after `first`, up to `last`. cfg: the run as if it were these steps alone. spec: of its parameters."""
+    """The steps after `first`, up to `last`.
+
+    cfg: the run as if it were these steps alone. spec: of all parameters. borrowed: those that are the base's all the
+    time; checkpoints do not hold them.
+    """
 
     name: str
     first: int
     last: int
     cfg: Config
     spec: Spec
+    borrowed: tuple[str, ...] = ()
 
 
 def parts(cfg: Config) -> tuple[Part, ...]:
@@ -37,11 +42,13 @@ def parts(cfg: Config) -> tuple[Part, ...]:
     if cfg.lora is not None and not cfg.stages:
         raise InputError("The config has adapters (lora) and no stages, which say when they are trained; give one.")
     if not cfg.stages:
-        return (Part("", 0, cfg.steps, cfg, parameters.spec(cfg)),)
+        spec = parameters.spec(cfg)
+        return (Part("", 0, cfg.steps, cfg, spec, parameters.borrowed(spec, cfg)),)
     if sum(stage.steps for stage in cfg.stages) != cfg.steps:
         told = " + ".join(str(stage.steps) for stage in cfg.stages)
         raise InputError(f"The stages have {told} steps, but steps is {cfg.steps}; set it to their sum.")
     out, first, spec = [], 0, parameters.spec(cfg)
+    borrowed = parameters.borrowed(spec, cfg)
     for stage in cfg.stages:
         frozen = tree.cover(spec, tree.flatten(spec).keys() - parameters.moving(spec, cfg, stage))
         rate = stage.learning_rate or cfg.optimizer.learning_rate
@@ -53,7 +60,7 @@ def parts(cfg: Config) -> tuple[Part, ...]:
             update=dataclasses.replace(cfg.update, frozen=frozen),
             features=cfg.features if "vision" in frozen else Features(),
         )
-        out.append(Part(stage.name, first, first + stage.steps, alone, spec))
+        out.append(Part(stage.name, first, first + stage.steps, alone, spec, borrowed))
         first += stage.steps
     if cfg.features.on and not any(part.cfg.features.on for part in out):
         raise InputError(
@@ -71,6 +78,11 @@ def at(parts: Sequence[Part], step: int) -> int:
 def abstract(part: Part, mesh: jax.sharding.Mesh) -> TrainState:
     """The state of a stage, without making it."""
     return state.abstract(part.spec, optimizer(part.cfg), mesh, Rules(), part.cfg.update.frozen)
+
+
+def own(part: Part, now: TrainState) -> TrainState:
+    """What a checkpoint holds of a state, abstract or not."""
+    return now.replace(params=tree.choose(now.params, part.borrowed)[1])
 
 
 def optimizer(cfg: Config) -> optax.GradientTransformation:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from mmjax.convert.processor import Processor
 from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.cast import cast
+from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
+from mmjax.core.fingerprint import fingerprint
 from mmjax.models import vlm
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import TEXT, Layout, Piece
-from mmjax.train import stages, state
+from mmjax.train import parameters, stages, state
 from mmjax.train.config import Config
 from mmjax.train.state import TrainState
 
@@ -64,6 +67,11 @@ def both(path: Path) -> tuple[Model, Processor]:
             its = processors.load(folder, model)
     if its.resolution is None:
         raise InputError(f"{path} has no settings of pictures (preprocessor_config.json); add those of the model.")
+    if its.reader is not None:
+        raise InputError(
+            f"The connector in {path} reads the question beside each picture, which documents that are trained on do "
+            f"not say yet; give a model whose connector sees pictures alone."
+        )
     return processors.with_colours(model, its), its
 
 
@@ -101,18 +109,39 @@ def start(part: stages.Part, shape: TrainState) -> TrainState:
     cfg, tx = part.cfg, stages.optimizer(part.cfg)
     if cfg.base is None:
         return state.create_sharded(part.spec, tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
-    there = tree.flatten(opened(cfg.base).params)
     wanted = tree.flatten(shape.params)
-    given = {name: name.removesuffix("/base") for name in wanted}
-    params = {name: _placed(name, there[given[name]], wanted[name]) for name in wanted if given[name] in there}
-    new = {name: wanted[name] for name in wanted if name not in params}  # adapters
+    new = {name: x for name, x in wanted.items() if re.fullmatch(parameters.OWN, name)}
+    params = _read(cfg.base, {name: x for name, x in wanted.items() if name not in new})
     if new:
         spec = tree.flatten(part.spec)
         make = functools.partial(specs.init, tree.unflatten({name: spec[name] for name in new}))
         made = jax.jit(make, out_shardings=state.shardings(tree.unflatten(new)))(jax.random.key(cfg.seed))
         params |= tree.flatten(made)
-    params = {name: params[name] for name in wanted}
     return state.of_params(tree.unflatten(params), tx, shape, cfg.update.frozen)
+
+
+def completed(part: stages.Part, shape: TrainState, now: TrainState) -> TrainState:
+    """The state that a checkpoint holds a part of (`stages.own`), with the parameters that are the base's."""
+    if not part.borrowed:
+        return now
+    there = _read(part.cfg.base, tree.flatten(tree.choose(shape.params, part.borrowed)[0]))
+    return now.replace(params=tree.merge(now.params, tree.unflatten(there)))
+
+
+def borrowed(part: stages.Part, params: dict) -> str:
+    """A name for what the parameters that are the base's hold: another after any change of the directory."""
+    return name_of(checksums(tree.choose(params, part.borrowed)[0]))
+
+
+def name_of(sums: dict[str, str]) -> str:
+    """A name for leaves of these checksums; "" for none."""
+    return fingerprint(sorted(sums.items())) if sums else ""
+
+
+def _read(base: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Parameters of the base by name."""
+    there = tree.flatten(opened(base).params)
+    return {name: _placed(name, there[name.removesuffix("/base")], like) for name, like in wanted.items()}
 
 
 def _placed(name: str, leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -125,11 +125,15 @@ def pixtral(path, images=None, **own):
 
 def kosmos2(path, template=LLAVA, **config):
     vision = {"patch_size": 4, "image_size": 8}
-    return directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
+    path = directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<|im_start|>"}
+    write(path, "tokenizer_config.json", named | ({"chat_template": template} if template else {}))
+    return path
 
 
-MARKS = ("<bos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<image_placeholder>", "<｜end｜>")
-NAMES = {"bos_token": "<bos>", "eos_token": "</s>"}
+MARKS = ("<bos>", "<eos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+MARKS += ("<image_placeholder>", "<｜end｜>")
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
 def siglip(path, kind, processor_name, images=None, config=None, template=None, **more):
@@ -240,12 +244,12 @@ def test_what_an_encoder_decoder_is_asked_ends(tmp_path):
 
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
     """What their processors write around media that the template has but a marker for."""
-    made = processor.load(internvl(tmp_path, {"max_patches": 2}))
-    batch = made.batch([Document("q", (Image(7, 14, PICTURE.source[:7]), SAID))])
+    made = processor.load(internvl(tmp_path, {"max_patches": 6}))
+    batch = made.batch([QUESTION])
     n = int((batch.order[0] >= 0).sum())
-    media = ["<img>", *["<IMG_CONTEXT>"] * 3, "</img>"]  # two tiles and the whole
+    media = ["<img>", *["<IMG_CONTEXT>"] * 7, "</img>"]  # six tiles and the whole
     assert symbols(made, batch.tokens[0, :n].tolist()) == ["<s>", "<|im_start|>", *media, "</s>", "<|im_start|>"]
-    assert batch.grid[0].tolist() == [[1, 2, 2]] * 3
+    assert batch.grid[0].tolist() == [[1, 2, 2]] * 7
     invariants.check(batch, made.vocab, [["q"]], batch.patch_kind[:, ::4] == 1)
     other = tmp_path / "other"
     other.mkdir()
@@ -259,11 +263,9 @@ def test_a_question_to_internvl_and_to_pixtral(tmp_path):
 
 
 def test_a_question_to_kosmos2(tmp_path):
-    path = kosmos2(tmp_path, "", latent_query_num=3)
-    write(path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
-    made = processor.load(path)
+    made = processor.load(kosmos2(tmp_path, "", latent_query_num=3))
     batch = made.batch([QUESTION])
-    unknown = made.chat.controls["<unk>"]
+    unknown = made.chat.controls["<|im_start|>"]
     tokens = batch.tokens[0].tolist()
     assert tokens[:6] == [made.chat.controls[s] for s in ("<s>", "<image>")] + [unknown + n for n in (1, 2, 3)] + [
         made.chat.controls["</image>"]
@@ -356,7 +358,7 @@ def test_a_question_to_paligemma_is_a_prefix(tmp_path):
     assert example.hi.tolist() == [n - 1] * n  # all of it sees all of it
     answered = Document("a", (SAID, PICTURE, Text("A cat.", "assistant", True)))
     example, _ = made.example(answered)
-    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "</s>"]
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "<eos>"]
     assert example.hi.tolist() == [*[n - 1] * n, *range(n, len(example.tokens))]
     assert example.weight.sum() == len(example.tokens) - n
     with pytest.raises(InputError, match="several turns of one role"):
@@ -463,7 +465,7 @@ REFUSED = {
         "'image_seq_length' is 256, and the connector makes 1",
     ),
     "tiles of another size": (lambda p: internvl(p, {"size": {"height": 16, "width": 16}}), "an encoder for 8"),
-    "fewer tiles than fewest": (lambda p: internvl(p, {"min_patches": 5, "max_patches": 2}), "is not a resolution"),
+    "fewer tiles than fewest": (lambda p: internvl(p, {"min_patches": 5, "max_patches": 2}), "into 5 to 2 tiles"),
     "another patch": (lambda p: pixtral(p), "'patch_size' is 16, and config.json 4"),
     "merged breaks": (lambda p: pixtral(p, patch_size=4, spatial_merge_size=2), "'spatial_merge_size' is 2"),
     "cropped": (lambda p: pixtral(p, {"do_center_crop": True}, patch_size=4), "do_center_crop"),

@@ -151,6 +151,7 @@ SYSTEMS = [
         },
     ),
 ]
+HEADS = ("paligemma", "gemma3", "deepseek_vl")  # whose towers have a pooling head that nothing reads
 MODULES = {
     "qwen2_vl_vision": "transformers.models.qwen2_vl.configuration_qwen2_vl",
     "qwen2_5_vl_vision": "transformers.models.qwen2_5_vl.configuration_qwen2_5_vl",
@@ -246,7 +247,7 @@ def test_onto_a_mesh_and_changed_and_back_into_transformers(system, tmp_path):
         # What our model does not compute with is as it was.
         unused = any(name.endswith(key) for key in ours.origin.kept)
         torch.testing.assert_close(p, before[name] if unused else 0.5 * before[name], rtol=0, atol=0)
-    assert bool(ours.origin.kept) == (system[0].startswith("llava"))
+    assert bool(ours.origin.kept) == (system[0].startswith("llava") or system[0] in HEADS)
     assert load(tmp_path / "out").cfg == ours.cfg
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import sys
 
@@ -265,3 +266,25 @@ def test_what_cannot_be_exported(finished, place, tmp_path):
         export.export(finished, finished / "merged", "merged")
     with pytest.raises(InputError, match="step 1 "):
         export.export(finished, tmp_path / "x", "merged", step=1)
+    tiny_llava.write(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=r"not the one that .* started from"):
+        export.export(finished, tmp_path / "x", "merged", base=tmp_path / "other")
+    shutil.copytree(place / "model", tmp_path / "moved")
+    export.export(finished, tmp_path / "x", "merged", base=tmp_path / "moved")
+    for path in (finished / "merged").iterdir():
+        assert (tmp_path / "x" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_base_that_was_moved_or_is_another(finished, place, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "checkpoints" / "done" / "5.json").unlink()
+    tiny_llava.write(tmp_path / "model", seed=1)
+    given = arguments(place, tmp_path / "out")
+    given[given.index("--model") + 1] = str(tmp_path / "model")
+    with pytest.raises(InputError, match=r"is not the one that .* began with"):
+        finetune.run(given)
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(place / "model", tmp_path / "model")
+    assert finetune.run(given) == 0
+    assert report.losses(tmp_path / "out") == report.losses(finished)

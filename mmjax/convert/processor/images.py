@@ -300,6 +300,8 @@ def _got(of: Settings, tower: Tower) -> Tiles:
     side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
     _fixed(of, tower, side)
     least, most = (of.whole(f"{n}_patches", d, most=MOST_TILES) for n, d in (("min", 1), ("max", 12)))
+    if least > most:
+        raise InputError(f"{of.where} cuts pictures into {least} to {most} tiles (min_patches, max_patches); turn them")
     return Tiles(tower.patch, side, least, most, filter=_filter(of))
 
 
