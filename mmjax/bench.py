@@ -22,7 +22,7 @@ from mmjax.core import config, processes
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules, make_mesh
-from mmjax.models import flops, vlm
+from mmjax.models import flops
 from mmjax.plan.chips import CHIPS
 
 WHAT = """Measures the train step on the hardware that is here; nothing is written.
@@ -87,18 +87,18 @@ def measure(cfg: Any, steps: int) -> dict[str, Any]:
     Raises:
       InputError: the run cannot be: as `mmjax.train` says.
     """
-    from mmjax.train import cluster, loop, state
+    from mmjax.train import cluster, loop, parameters, state
     from mmjax.train.prepare import prepare_data
 
     cfg = _short(cfg, WARM + steps)
     mesh = make_mesh(cfg.mesh)
     source = prepare_data(cfg, *cluster.parts(mesh, Rules())).training
     tx = state.optimizer(cfg.optimizer, cfg.steps)
-    shape = state.abstract(vlm.spec(cfg.model), tx, mesh, Rules(), cfg.update.frozen)
+    shape = state.abstract(parameters.spec(cfg), tx, mesh, Rules(), cfg.update.frozen)
     began = time.monotonic()
     programs = loop.compile_steps(cfg, source, shape, mesh)
     compiling = time.monotonic() - began
-    start = state.create_sharded(vlm.spec(cfg.model), tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
+    start = state.create_sharded(parameters.spec(cfg), tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
     timed = _timed(cfg, source, programs, start)
     if len(timed) < 2:
         raise InputError(
@@ -116,7 +116,7 @@ def measure(cfg: Any, steps: int) -> dict[str, Any]:
         "processes": jax.process_count(),
         "jax": jax.__version__,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "parameters": specs.count(vlm.spec(cfg.model)),
+        "parameters": specs.count(parameters.spec(cfg)),
         "compute": cfg.update.compute,
         "steps": len(timed),
         "step_seconds": _spread([s.seconds for s in timed]),

@@ -237,7 +237,7 @@ class Checkpoints:
 
         The bits are those that were saved, on any number of devices. A leaf of `like` says where its array goes: a
         `jax.ShapeDtypeStruct` or JAX array with a sharding, there; without one, to the default device, uncommitted;
-        a NumPy array or Python number, to the host.
+        a NumPy array or Python number, to the host. Where steps hold different trees, it is a function of the step.
 
         A damaged step is set aside, in <dir>/damaged, with a warning that names the file or leaf, and the step before
         it is tried; if none is whole, all stay where they are. Damage is: a manifest or file that is missing or not as
@@ -276,6 +276,7 @@ class Checkpoints:
 
     def _restore(self, like: Any, step: int, verify: bool, partial: bool) -> Restored:
         manifest = processes.from_first(lambda: read_manifest(self.directory, step))
+        like = like(step) if callable(like) else like
         wanted = flatten(like)
         leaves = {name: text for name, text in manifest["leaves"].items() if name in wanted or not partial}
         match_leaves(wanted, manifest | {"leaves": leaves}, self.directory)

@@ -11,10 +11,13 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny_llava
 
 NOTEBOOKS = {p.stem: p for p in sorted((Path(__file__).parents[1] / "colab").glob("*.ipynb"))}
 # What the cell tagged "parameters" says instead.
 SMALL = {
+    "finetune_vlm": 'model, stages, arguments = "model", ["connector+lora:2"], ["--packing.rows", "2"]\n'
+    'concepts, out = 8, "run"',
     "quickstart": 'arguments = ["--steps", "3", "--packing.rows", "4"]\nout = "run"',
     "functional_api": "width, steps = 32, 2",
     "tokens_and_masks": 'concept, side = "dog", 168',
@@ -45,12 +48,14 @@ def test_runs(name, tmp_path, monkeypatch):
         monkeypatch.delenv("PYTHONPATH", raising=False)
     else:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parents[1]), os.environ.get("PYTHONPATH", "")]))
+    if name == "finetune_vlm" and not (here / "model").exists():
+        tiny_llava.write(here / "model")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert "on cpu" in code[0].outputs[0].text
     assert not any(o.get("name") == "stderr" and "Error" in o.text for c in code for o in c.outputs)
-    if name == "quickstart":
-        assert (here / "run" / "result.json").exists()
+    left = {"quickstart": "run/result.json", "finetune_vlm": "run/run/merged/config.json"}
+    assert name not in left or (here / left[name]).exists()
 
 
 def test_all_begin_with_the_same_cell_and_have_parameters():

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from types import ModuleType
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +14,7 @@ class Connector:
     per_picture: media tokens of every picture, where that number is fixed; 0: it depends on the picture.
     square: patches a side that become one media token and lie together (sequence.windows); 1: a token for each patch.
     prefix: whether it reads the encoder's class and register tokens besides patches (BLIP-2).
+    reads_text: whether it reads a text beside each picture (InstructBLIP).
     alone: the module cannot stand between encoder and decoder by itself: its tokens are counted by neither, or it makes
       none. Use it as a function.
     """
@@ -20,6 +22,7 @@ class Connector:
     per_picture: int = 0
     square: int = 1
     prefix: bool = False
+    reads_text: bool = False
     alone: bool = False
 
     def of_features(self, path: tuple[str, ...]) -> bool:
@@ -34,8 +37,8 @@ class Connector:
         raise TypeError(f"{type(self).__name__} does not say how many media tokens it makes.")
 
 
-def module(cfg: Connector) -> ModuleType:
-    """The Python module that a connector's Config stands in, with its `spec` and `apply`."""
+def module(cfg: Any) -> ModuleType:
+    """The Python module that a connector's (or a language model's) Config stands in, with its `spec` and `apply`."""
     return sys.modules[type(cfg).__module__]
 
 
@@ -47,9 +50,13 @@ def connect(
     image: Int[Array, "b p"],
     order: Int[Array, "b p"],
     grid: Int[Array, "b n 3"],
+    text: Any = None,
 ) -> Float[Array, "b m e"]:
-    """Media tokens of packed pictures, whichever connector it is: its `apply` gets those descriptors that it reads."""
-    of, at = module(cfg), {"image": image, "order": order, "grid": grid}
+    """Media tokens of packed pictures, whichever connector it is: its `apply` gets those descriptors that it reads.
+
+    text: what it reads beside the pictures (a qformer_labels.Text), where cfg.reads_text.
+    """
+    of, at = module(cfg), {"image": image, "order": order, "grid": grid, "text": text}
     return of.apply(params, features, cfg, **{k: v for k, v in at.items() if k in _reads(of)})
 
 

@@ -11,16 +11,19 @@ from mmjax.nn import linear
 
 @dataclass(frozen=True)
 class Config(Connector):
+    """per_picture: media tokens of every picture, where its encoder makes a fixed number of them (encoders.tiled)."""
+
     inputs: int
     outputs: int
     bias: bool = True
+    per_picture: int = 0
 
     @property
     def linear(self) -> linear.Config:
         return linear.Config(self.inputs, self.outputs, self.bias, ("embed", None))
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        return grid[0] * grid[1] * grid[2]
+        return self.per_picture or grid[0] * grid[1] * grid[2]
 
 
 def spec(cfg: Config) -> Spec:

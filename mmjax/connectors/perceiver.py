@@ -27,7 +27,7 @@ class Config(Connector):
     residual: whether what attention makes is added to the latents, or takes their place (Kosmos-2).
     bias: of the attention's maps (Kosmos-2).
     unit: whether features are made vectors of length one first (Kosmos-2).
-    prefix: whether class and register tokens are among the features (Kosmos-2).
+    prefix: whether class and register tokens are among the features (Idefics, Kosmos-2).
     qk_norm: LayerNorm of each head's queries and keys (Idefics).
     activation, gated: of the MLPs: gelu (Flamingo), relu (Idefics), gated silu (Idefics2).
     projection: an MLP that brings features to the latents' width first (Idefics2's modality projection).
@@ -68,6 +68,10 @@ class Config(Connector):
             raise InputError(
                 f"Features of width {self.inputs} must come to the latents' width {self.width} (one projection makes "
                 f"keys of both); give a map from the one to the other (dense or projection)."
+            )
+        if self.prefix and self.frames:
+            raise InputError(
+                "A class token is of no frame: this resampler reads such tokens or embeds frames; not both."
             )
 
     @property
@@ -221,7 +225,7 @@ def apply(
       params: as `spec(cfg)`.
       features: of packed pictures.
       cfg: sizes.
-      image, order: i32[B, P], the picture of each patch and its label, counted through the row. Where frames have
+      image, order: i32[B, P], the picture of each feature and its label, counted through the row. Where frames have
         embeddings, a video's labels count frame after frame.
       grid: i32[B, N, 3], zeros where there is no picture (its tokens are meaningless: nothing may look at them).
       number: i32[B, N], which picture of its document each is, where cfg.media is set. Numbers and frames past the end

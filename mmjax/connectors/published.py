@@ -87,9 +87,12 @@ CONNECTORS: dict[str, Callable[[], Connector]] = {
     "idefics2-8b": _idefics2,
     "perceiver-io-text": _perceiver_io_text,
     "perceiver-io-image": _perceiver_io_image,
-    "blip2-stage1": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, text=True, vocab=30_523),
-    "blip2-opt-2.7b": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, outputs=2560),
-    "instructblip-vicuna-7b": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, 4096, text=True, vocab=30_523),
+    "blip2-stage1": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, text=True, vocab=30_523, prefix=True),
+    "blip2-opt-2.7b": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, outputs=2560, prefix=True),
+    "instructblip-vicuna-7b": lambda: qformer.Config(
+        1408, 768, 32, 12, 12, 3072, 4096, text=True, vocab=30_523, prefix=True
+    ),
+    "blip2-flan-t5-xl": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, outputs=2048, prefix=True),
     "internvl2-8b": lambda: pixel_shuffle.Config(1024, 4096),
     "idefics3-8b": lambda: pixel_shuffle.Config(1152, 4096, norm=False, layers=1, bias=False),
     "smolvlm-2b": lambda: pixel_shuffle.Config(1152, 2048, side=3, norm=False, layers=1, bias=False),

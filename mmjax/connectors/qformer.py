@@ -87,6 +87,10 @@ class Config(Connector):
         return self.queries or 0
 
     @property
+    def reads_text(self) -> bool:
+        return self.vocab is not None
+
+    @property
     def alone(self) -> bool:
         return self.queries is None
 

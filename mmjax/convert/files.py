@@ -203,6 +203,16 @@ class Directory:
         return data.view(of.dtype).reshape(of.shape)
 
 
+class One(Directory):
+    """The tensors of one file, as of a directory that has no others."""
+
+    def __init__(self, path: PathLike, name: str):
+        self.path = Path(path)
+        self.where = str(self.path / name)
+        self.headers = {name: _header(self.path / name)}
+        self._home = dict.fromkeys(self.headers[name].tensors, name)
+
+
 def _names(path: Path) -> list[str]:
     try:
         return sorted(os.listdir(path))

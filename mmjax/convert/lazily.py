@@ -28,16 +28,14 @@ class Leaf:
 
     def __getitem__(self, i: int) -> np.ndarray:
         piece = self.pieces[i]
-        return cast(
-            piece.load(self.source.read(piece.key), self.shape[self.stacked :]), self.dtype, f"The tensor {piece.key}"
-        )
+        return cast(piece.load(self.source.read(piece.key)), self.dtype, f"The tensor {piece.key}")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if not self.stacked:
+        if len(self.pieces) == 1 and not self.stacked:
             return self[0]
         out = np.empty(self.shape, self.dtype)
-        for i in range(len(out)):
-            out[i] = self[i]
+        for i, piece in enumerate(self.pieces):
+            out[piece.at] = self[i]
         return out
 
 

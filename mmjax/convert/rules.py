@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -76,6 +77,7 @@ class Rule:
     join: several rules may name one tensor: theirs is their leaves one after the other, in the order of the table,
       along this axis of theirs.
     layers: the numbers (or words) that "{}" takes; 0, 1, 2 … if left out.
+    rows: where ours has no axis of layers, but each of these tensors so many rows of its first axis.
     """
 
     ours: str
@@ -83,23 +85,26 @@ class Rule:
     layout: Layout = same
     join: int | None = None
     layers: Sequence[int | str] | None = None
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One layer of a leaf in a tensor: theirs[start:stop along axis].transpose(axes).reshape(ours)."""
+    """What of a leaf is in a tensor: leaf[at] is theirs[start:stop along axis].transpose(axes).reshape(ours)."""
 
     key: str
     shape: Shape  # of the piece in their tensor
     axes: tuple[int, ...]
+    ours: Shape  # of the piece in our leaf
+    at: int | slice | EllipsisType = ...  # a layer, some rows, or all of it
     axis: int | None = None
     start: int = 0
 
-    def load(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+    def load(self, tensor: np.ndarray) -> np.ndarray:
         if self.axis is not None:
             cut = slice(self.start, self.start + self.shape[self.axis])
             tensor = tensor[(slice(None),) * self.axis + (cut,)]
-        return tensor.transpose(self.axes).reshape(shape)
+        return tensor.transpose(self.axes).reshape(self.ours)
 
     def save(self, leaf: np.ndarray) -> np.ndarray:
         return leaf.reshape([self.shape[a] for a in self.axes]).transpose(np.argsort(self.axes))
@@ -133,15 +138,9 @@ def plan(spec: Spec, rules: Iterable[Rule]) -> Plan:
         )
     pieces, tensors, joins = {}, {}, {}
     for rule in rules:
-        shape, out = leaves[rule.ours].shape, []
-        keys = [rule.theirs]
-        if "{}" in rule.theirs:
-            numbers = range(shape[0]) if rule.layers is None else rule.layers
-            if len(numbers) != shape[0]:
-                raise ValueError(f"The rule of {rule.ours} names {len(numbers)} layers of {shape[0]}.")
-            keys, shape = [rule.theirs.format(i) for i in numbers], shape[1:]
-        theirs, axes = rule.layout(shape)
-        for key in keys:
+        out = []
+        for key, place, shape in _parts(rule, leaves[rule.ours].shape):
+            theirs, axes = rule.layout(shape)
             at, start, whole = rule.join, 0, theirs
             if key in tensors:
                 before = tensors[key]
@@ -152,10 +151,29 @@ def plan(spec: Spec, rules: Iterable[Rule]) -> Plan:
                 start = before[at]
                 whole = (*before[:at], start + theirs[at], *before[at + 1 :])
             joins[key], tensors[key] = at, whole
-            out.append(Piece(key, theirs, axes, at, start))
+            out.append(Piece(key, theirs, axes, shape, place, at, start))
         pieces[rule.ours] = tuple(out)
-    stacked = frozenset(r.ours for r in rules if "{}" in r.theirs)
+    stacked = frozenset(r.ours for r in rules if "{}" in r.theirs and r.rows is None)
     return Plan(leaves, pieces, stacked, tensors)
+
+
+def _parts(rule: Rule, shape: Shape) -> Iterator[tuple[str, int | slice | EllipsisType, Shape]]:
+    """The tensors of a leaf of this shape: their names, and what of the leaf each holds."""
+    if "{}" not in rule.theirs:
+        yield rule.theirs, ..., shape
+        return
+    numbers = range(shape[0]) if rule.layers is None else rule.layers
+    if rule.rows is not None:
+        if sum(rule.rows) != shape[0] or len(numbers) != len(rule.rows):
+            raise ValueError(f"The rule of {rule.ours} names {rule.rows} of {shape[0]} rows.")
+        stops = np.cumsum(rule.rows).tolist()
+        for i, n, stop in zip(numbers, rule.rows, stops, strict=True):
+            yield rule.theirs.format(i), slice(stop - n, stop), (n, *shape[1:])
+        return
+    if len(numbers) != shape[0]:
+        raise ValueError(f"The rule of {rule.ours} names {len(numbers)} layers of {shape[0]}.")
+    for n, i in enumerate(numbers):
+        yield rule.theirs.format(i), n, shape[1:]
 
 
 @runtime_checkable
@@ -296,24 +314,33 @@ def refuse_formats(made: Plan, source: Source, dtype: Any) -> None:
 
 def _leaf(made: Plan, path: str, source: Source, sharding: Any, dtype: Any) -> jax.Array:
     """One leaf: every tensor is read once, and goes into the parts of all of this process's devices that hold it."""
-    of, pieces, stacked = made.leaves[path], made.pieces[path], path in made.stacked
-    inner = of.shape[1:] if stacked else of.shape
+    of, pieces = made.leaves[path], made.pieces[path]
     if sharding is None:
         wanted = {tuple((0, size) for size in of.shape)}
     else:
         wanted = {_bounds(index, of.shape) for index in sharding.addressable_devices_indices_map(of.shape).values()}
     parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in wanted}
-    for i, piece in enumerate(pieces):
-        takers = [b for b in wanted if not stacked or b[0][0] <= i < b[0][1]]
-        tensor = cast(piece.load(source.read(piece.key), inner), dtype, f"The tensor {piece.key}") if takers else None
-        for b in takers:
-            if stacked:
-                parts[b][i - b[0][0]] = tensor[tuple(slice(*edge) for edge in b[1:])]
-            else:
-                parts[b][...] = tensor[tuple(slice(*edge) for edge in b)]
+    for piece in pieces:
+        cuts = {b: cut for b in wanted if (cut := _cut(piece, b)) is not None}
+        tensor = cast(piece.load(source.read(piece.key)), dtype, f"The tensor {piece.key}") if cuts else None
+        for b, (here, there) in cuts.items():
+            parts[b][here] = tensor[there]
     if sharding is None:
         return jnp.asarray(*parts.values())
     return jax.make_array_from_callback(of.shape, sharding, lambda index: parts[_bounds(index, of.shape)])
+
+
+def _cut(piece: Piece, bounds: tuple[tuple[int, int], ...]) -> tuple[Any, tuple[slice, ...]] | None:
+    """Where a part of a leaf (its bounds) has what is in a piece, and where the piece has it; None: nowhere."""
+    inner = tuple(slice(*edge) for edge in bounds)
+    if piece.at is ...:
+        return ..., inner
+    first, last = bounds[0]
+    if isinstance(piece.at, int):
+        return (piece.at - first, inner[1:]) if first <= piece.at < last else None
+    start, stop = max(first, piece.at.start), min(last, piece.at.stop)
+    there = slice(start - piece.at.start, stop - piece.at.start)
+    return (slice(start - first, stop - first), (there, *inner[1:])) if start < stop else None
 
 
 def _bounds(index: tuple[slice, ...], shape: Shape) -> tuple[tuple[int, int], ...]:
@@ -342,11 +369,11 @@ def stream(
         )
     wanted = set(made.tensors) if keys is None else set(keys)
     for group in _groups(made):
-        takers: dict[str, list[tuple[str, int, Piece]]] = {}
+        takers: dict[str, list[tuple[str, Piece]]] = {}
         for path in group:
-            for i, piece in enumerate(made.pieces[path]):
+            for piece in made.pieces[path]:
                 if piece.key in wanted:
-                    takers.setdefault(piece.key, []).append((path, i, piece))
+                    takers.setdefault(piece.key, []).append((path, piece))
         leaves = {path: _readable(path, flat[path]) for path in group} if takers else {}
         for key, parts in takers.items():
             yield key, _tensor(key, made, leaves, parts)
@@ -374,12 +401,12 @@ def _readable(path: str, leaf: Any) -> Any:
     return np.asarray(jnp.copy(leaf))
 
 
-def _tensor(key: str, made: Plan, leaves: dict[str, Any], parts: list[tuple[str, int, Piece]]) -> np.ndarray:
-    """Their tensor, made of layers of our leaves."""
+def _tensor(key: str, made: Plan, leaves: dict[str, Any], parts: list[tuple[str, Piece]]) -> np.ndarray:
+    """Their tensor, made of layers or rows of our leaves."""
     whole = None
-    for path, i, piece in parts:
+    for path, piece in parts:
         leaf = leaves[path]
-        theirs = piece.save(np.asarray(leaf[i] if path in made.stacked else leaf))
+        theirs = piece.save(np.asarray(leaf[piece.at]) if isinstance(piece.at, int) else np.asarray(leaf)[piece.at])
         if piece.axis is None:
             return np.ascontiguousarray(theirs).reshape(piece.shape)
         if whole is None:

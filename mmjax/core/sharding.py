@@ -189,16 +189,20 @@ def _gathered(w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(w, P(*[e[0] if len(e) == 1 else e or None for e in entries]))
 
 
-def dense(x: jax.Array, w: jax.Array, axes: Axes, *, wide: bool = False) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array | dict[str, jax.Array], axes: Axes, *, wide: bool = False) -> jax.Array:
     """The product of an activation with a parameter, over all axes of x after the first two.
 
     Args:
       x: [B, L, in…].
-      w: [in…, out…].
+      w: [in…, out…], or that with a product of low rank beside it (nn.lora).
       axes: logical axes of the result [B, L, out…].
       wide: a float32 result of bfloat16 operands, not rounded to their type. Its cotangent is: the products of the
         backward pass are of bfloat16 as well.
     """
+    if isinstance(w, dict):
+        beside = dense(dense(x, w["a"], ("batch", "length", None)), w["b"], axes, wide=wide)
+        y = dense(x, w["base"], axes, wide=wide)
+        return y + (w["scale"] * beside).astype(y.dtype)
     axes, kind = fitting(axes, x.shape[:2] + w.shape[x.ndim - 2 :]), jnp.result_type(x, w)
     x, w = x.astype(kind), w.astype(kind)
     if wide and kind.itemsize < 4:

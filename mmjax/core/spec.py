@@ -37,6 +37,16 @@ class Normal:
         return self.stddev * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
 
 
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform between -bound and bound."""
+
+    bound: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)
+
+
 ZEROS, ONES = Constant(0.0), Constant(1.0)
 
 
@@ -83,9 +93,13 @@ def gradients_laid(params: dict, spec: Spec) -> dict:
       params: of `spec`, or of one layer where it is that of a stack.
       spec: theirs.
     """
-    return jax.tree.map(
-        lambda p, x: sharding.gradient_laid(x, p.axes[len(p.axes) - x.ndim :]), spec, params, is_leaf=_is_leaf
-    )
+
+    def one(p: ParamSpec, x: jax.Array | dict) -> jax.Array | dict:
+        if isinstance(x, dict):  # of an adapted kernel (nn.lora) what is as large as it was
+            return x | {"base": one(p, x["base"])}
+        return sharding.gradient_laid(x, p.axes[len(p.axes) - x.ndim :])
+
+    return jax.tree.map(one, spec, params, is_leaf=_is_leaf)
 
 
 def count(spec: Spec) -> int:

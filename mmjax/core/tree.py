@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,17 @@ def choose(tree: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict, dict
         chosen |= named
     parts = ({n: x for n, x in flat.items() if (n in chosen) is wanted} for wanted in (True, False))
     return tuple(unflatten(part) if part else {} for part in parts)
+
+
+def cover(tree: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...]:
+    """The fewest names and folders that hold these leaves of a nested dict, and no other; patterns for `choose`."""
+    flat = flatten(tree)
+    open = {folder for name in flat if name not in names for folder in _folders({name: None})}
+    out: dict[str, None] = {}
+    for name in flat:
+        if name in names:
+            out[min(_folders({name: None}) - open, key=len)] = None
+    return tuple(out)
 
 
 def _folders(flat: Mapping[str, Any]) -> set[str]:

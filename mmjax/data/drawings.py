@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,11 +28,13 @@ KIND = "What kind of thing is this?"
 class Config:
     """Which concepts are asked about, and how often which question.
 
-    The concepts are drawn by `seed` from all names of one word. Questions with two pictures also use the other
-    concepts, with the probability `others`: what makes two drawings the same thing is learnt from all of them.
+    The concepts are drawn by `seed` from all names of one word, or from all names. Questions with two pictures also use
+    the other concepts, with the probability `others`: what makes two drawings the same thing is learnt from all of
+    them.
     """
 
     concepts: int = 62
+    names: Literal["words", "all"] = "words"  # drawn from 512 names of one word, or from all 1,594
     seed: int = 0
     held_out: str = "noto"
     naming: float = 0.9  # shares of the questions; they need not add up to one
@@ -82,10 +85,13 @@ def tokenizer_model() -> bytes:
 
 
 def named(cfg: Config) -> tuple[Concept, ...]:
-    """The concepts that are asked by name: drawn by cfg.seed from all names of one word."""
-    words = [c for c in archive()[0] if c.name.isalpha()]
+    """The concepts that are asked by name: drawn by cfg.seed from all names of one word, or from all names."""
+    words = [c for c in archive()[0] if cfg.names == "all" or c.name.isalpha()]
     if not 2 <= cfg.concepts <= len(words):
-        raise InputError(f"data.concepts is {cfg.concepts}; give 2 to {len(words)}, the number of one-word names.")
+        raise InputError(
+            f"data.concepts is {cfg.concepts}; give 2 to {len(words)}, the number of "
+            f"{'one-word ' * (cfg.names == 'words')}names."
+        )
     picked = np.random.default_rng(cfg.seed).choice(len(words), cfg.concepts, replace=False)
     return tuple(words[i] for i in sorted(picked))
 

@@ -11,6 +11,7 @@ from mmjax.data import drawings
 from mmjax.data.mixture import Mixture, permute
 from mmjax.sequence.document import Document
 
+GENERIC = "generic"
 KEY = b"held out"  # of the order from whose end documents are held out: it must never change
 
 
@@ -49,18 +50,24 @@ class Mixed:
     """A mixture of datasets.
 
     sources: of documents.
-    tokenizer: a SentencePiece model, a tokenizer.json or a Hugging Face directory.
-    convention: how conversations are written, by name (tokenizers.conventions).
+    tokenizer: a SentencePiece model, a tokenizer.json or a Hugging Face directory; None: that of the run's base.
+    convention: how conversations are written, by name (tokenizers.conventions); a base writes them by its own
+      template.
     epochs: 0: the sources are mixed by their weights and begun again as often as it takes; above 0: each is used so
       many times, in proportion to its size.
+    reader: a directory with the tokenizer.json of what the connector reads beside each picture, the question
+      (InstructBLIP: BERT's); None: it reads none.
     held_out: documents of each source that are never trained on; their loss is the run's result.
+    evaluation: datasets that are never trained on, which judge the run too.
     """
 
     sources: tuple[Files | Drawings, ...]
-    tokenizer: Path
-    convention: str = "generic"
+    tokenizer: Path | None = None
+    convention: str = GENERIC
     epochs: int = 0
     held_out: int = 64
+    reader: Path | None = None
+    evaluation: tuple[Files, ...] = ()
 
 
 class Some(Sequence):
@@ -120,7 +127,7 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
         )
     training, held_out, fingerprints, names = [], {}, {}, []
     for source in cfg.sources:
-        name, documents, told = _open(source, seed, length)
+        name, documents, told = open_source(source, seed, length)
         if name in names:
             raise InputError(f"Two of data.sources are called {name!r}; give each a name of its own.")
         names.append(name)
@@ -132,19 +139,25 @@ def open_sources(cfg: Mixed, seed: int, length: int) -> Opened:
             # As many as the run could use: an order of them all would hold out others where a run is longer.
             training.append(Some(documents, cfg.held_out, len(documents), shuffled=False))
             grown = drawings.Training(dataclasses.replace(source.questions, grow=0), length, seed)
-            held_out[name] = Some(grown, 0, cfg.held_out, shuffled=False)
+            apart = Some(grown, 0, cfg.held_out, shuffled=False)
         else:
             training.append(Some(documents, cfg.held_out, len(documents)))
-            held_out[name] = Some(documents, 0, cfg.held_out)
+            apart = Some(documents, 0, cfg.held_out)
+        held_out |= {name: apart} if cfg.held_out else {}
         fingerprints[name] = told
+    for source in cfg.evaluation:
+        name, documents, told = open_source(source, seed, length)
+        if name in held_out:
+            raise InputError(f"Two datasets that judge the run are called {name!r}; give each a name of its own.")
+        held_out[name], fingerprints[f"evaluation {name}"] = documents, told
     if cfg.epochs:
         mixture = Mixture(training, names=names, epochs=cfg.epochs, seed=seed)
     else:
         mixture = Mixture(training, [s.weight for s in cfg.sources], names=names, length=length, seed=seed)
-    return Opened(mixture, held_out if cfg.held_out else {}, fingerprints)
+    return Opened(mixture, held_out, fingerprints)
 
 
-def _open(source: Files | Drawings, seed: int, length: int) -> tuple[str, Sequence[Document], str]:
+def open_source(source: Files | Drawings, seed: int = 0, length: int = 0) -> tuple[str, Sequence[Document], str]:
     """Name, documents and fingerprint of a source."""
     if isinstance(source, Drawings):
         return source.name, drawings.Training(source.questions, length, seed), f"drawings {seed} {source.questions}"

@@ -38,6 +38,12 @@ def _blocks(
     )
 
 
+def _eva() -> vit.Config:
+    """EVA-CLIP's ViT-g/14 (Fang et al. 2023) without its last layer, and a norm: Li et al. 2023, BLIP-2, section 3."""
+    blocks = _blocks(1408, 39, 16, 6144)
+    return vit.Config(patch_embed.Config(14, 1408, 3, *OPENAI), blocks, _square(224, 14), classes=1)
+
+
 def _square(image: int, patch: int, **options) -> vit.Table:
     return vit.Table(image // patch, image // patch, **options)
 
@@ -171,6 +177,7 @@ ENCODERS: dict[str, Callable[[], vit.Config | text.Config]] = {
     "siglip-so400m-text": lambda: _siglip_text(1152, 27, 16, 4304),
     "siglip2-b16-naflex": lambda: _naflex(768, 12, 12, 3072),
     "siglip2-so400m16-naflex": lambda: _naflex(1152, 27, 16, 4304),
+    "eva-g14": _eva,
     "pixtral-400m": _pixtral,
     "internvit-300m": lambda: _internvit(1024, 24, 16, 4096, False),
     "internvit-6b": lambda: _internvit(3200, 45, 25, 12800, True),

@@ -1,7 +1,8 @@
 """The vision transformer over packed patches: many pictures of any size in one row, kept apart by their intervals.
 
-One transformer and a config for ViT, DeiT, DINOv2, CLIP, SigLIP, SigLIP 2, Pixtral, Qwen-VL's towers and InternViT (see
-encoders.published): they differ in what is added to the patches, in norms and activations, and in the head.
+One transformer and a config for ViT, DeiT, DINOv2, CLIP, SigLIP, SigLIP 2, Pixtral, InternViT and the towers of
+Idefics2 and 3 and of Qwen-VL (see encoders.published): they differ in what is added to the patches, in norms and
+activations, and in the head.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Normal, ParamSpec, Spec
+from mmjax.encoders import Encoder
 from mmjax.encoders import head as heads
 from mmjax.nn import linear, norm, patch_embed, position_embed, transformer
 from mmjax.sequence import behind
@@ -22,17 +24,25 @@ from mmjax.sequence import behind
 
 @dataclass(frozen=True)
 class Table:
-    """Learned positions of a grid, interpolated for every other grid (see nn.position_embed.interpolate)."""
+    """Learned positions of a grid, for every other grid interpolated (see nn.position_embed.interpolate).
+
+    method: "bucket" interpolates nothing: a patch reads what stands at its share of the picture
+      (nn.position_embed.bucketised; Idefics2).
+    """
 
     rows: int
     columns: int
-    method: Literal["bilinear", "bicubic"] = "bicubic"
+    method: Literal["bilinear", "bicubic", "bucket"] = "bicubic"
     antialias: bool = False
     align_corners: bool = False
 
+    def __post_init__(self):
+        if self.method == "bucket" and (self.antialias or self.align_corners):
+            raise InputError("A table that is read by buckets is not interpolated; leave antialias and corners out.")
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Encoder):
     """Patch embedding, positions, blocks, final norm, head (Dosovitskiy et al. 2021).
 
     table: learned positions that are added to the patches. Rotary ones are the blocks' matter (blocks.rope).
@@ -63,6 +73,22 @@ class Config:
     def prefix(self) -> int:
         """Tokens that each picture has besides its patches."""
         return self.classes + self.registers
+
+    @property
+    def window(self) -> int | None:
+        return None if self.blocks.windowed else 0
+
+    @property
+    def outputs(self) -> int:
+        """Values of a feature."""
+        return self.blocks.width
+
+    @property
+    def stacks(self) -> dict[str, transformer.Config]:
+        return {"blocks": self.blocks}
+
+    def tokens(self, patches: int) -> int:
+        return patches + self.prefix
 
 
 @flax.struct.dataclass
@@ -206,6 +232,8 @@ def embed(
     own = sharding.take_rows(grid[..., 1:], image)
     place = position[..., -2:].astype(jnp.int32)
     table = cfg.table
+    if table.method == "bucket":
+        return x + position_embed.bucketised(params["table"], place, own).astype(x.dtype)
     added = position_embed.interpolate(
         params["table"],
         place,

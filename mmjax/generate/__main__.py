@@ -80,7 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     how, images, prompts = _sampling(given), [_image(path) for path in given.image], _prompts(given)
     sys.stdout.reconfigure(errors="replace")
     session = _session(given)
-    if given.chat and session.processor.chat.convention.template is None:
+    from mmjax.tokenizers.parts import NOTHING
+
+    convention = session.processor.chat.convention
+    if given.chat and convention.template is None and convention.assistant == NOTHING:
         raise InputError(
             f"{given.directory} has no chat template to write conversations by; give a PROMPT and --plain."
         )
@@ -166,8 +169,9 @@ def _document(session: Any, given: argparse.Namespace, n: int, prompt: str, imag
     """A question, or a text to go on with."""
     from mmjax.sequence.document import Document, Text
 
-    template = session.processor.chat.convention.template
-    if given.plain or (template is None and not images and not given.system):
+    its = session.processor
+    asked = its.chat.convention.template is not None or its.prompts or images or given.system
+    if given.plain or not asked:
         return Document(f"prompt {n + 1}", (Text(prompt, "document"),))
     system = () if given.system is None else (Text(given.system, "system"),)
     return Document(f"prompt {n + 1}", (*system, *images, Text(prompt)))

@@ -149,8 +149,9 @@ class Place:
 
     def tokens(self, cfg: vlm.Config, after: After = "connector") -> slice:
         """Where its features are among those of the row."""
-        if after == "connector" and cfg.connector.per_picture:
-            return slice(self.images.start * cfg.connector.per_picture, self.images.stop * cfg.connector.per_picture)
+        many = cfg.connector.per_picture if after == "connector" else cfg.vision.per_picture
+        if many:
+            return slice(self.images.start * many, self.images.stop * many)
         square = cfg.connector.square**2 if after == "connector" else 1
         return slice(self.patches.start // square, self.patches.stop // square)
 

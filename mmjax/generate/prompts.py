@@ -42,6 +42,11 @@ class Read:
         more = np.stack([np.asarray(tokens), same[1], n + steps, *[at + steps] * 3, *same[6:]], 1)
         return replace(self, rows=np.concatenate([self.rows, more.astype(self.rows.dtype)]))
 
+    def shows(self, other: "Read") -> bool:
+        """Whether the media of both are the same objects."""
+        mine, theirs = ([id(span) for span, _ in of.media] for of in (self, other))
+        return mine == theirs
+
     def position(self, n: int) -> int:
         """The position after the first n tokens."""
         return int(self.rows[:n][-1:, 3:6].max(initial=-1)) + 1
@@ -111,7 +116,7 @@ def parts(batch: Batch, size: int) -> list[tuple[int, int]]:
     return out
 
 
-_MEDIA = ("patch", "window", "frame")
+_MEDIA = ("patch", "window", "frame", "instruction")
 _TOKENS = {
     "order": -1,
     "hi": -1,

@@ -86,7 +86,10 @@ class Session:
             self.params = self._on(engine.unstacked, model.params, self.cfg, consume=consume)
         inner = self.params["decoder"] if isinstance(self.cfg, vlm.Config) else self.params
         self._dtype = inner["embed"].dtype
-        self.store = store if isinstance(self.cfg, vlm.Config) else None
+        # What a connector makes of a picture that it reads a question beside is not the picture's alone.
+        asks = isinstance(self.cfg, vlm.Config) and self.cfg.connector.reads_text
+        self.store = store if isinstance(self.cfg, vlm.Config) and not asks else None
+        self._keeps = not (asks or engine.answers(self.cfg))
         self._tower = "" if self.store is None else self._on(features.tower, self.params, self.cfg)
         self._state: engine.State | None = None
         self._read: Read | None = None
@@ -190,14 +193,23 @@ class Session:
         read = Read.of(made[0][0], asked[0], layouts[0]) if len(documents) == 1 else None
         if read is not None:
             layout = layouts[0]
-            known = None if self._state is None else self._read
+            known = None if self._state is None or not self._keeps else self._read
+            if known is not None and self.processor.sequence.canvas and not known.shows(read):
+                known = None  # padding of the pictures before would stand between them and new ones
             kept = 0 if known is None else prompts.common(known, read, layout)
             rest = prompts.rest(*made[0], layout, kept)
             made, seen = [rest], made[0][0].media - rest[0].media
         sizes = [example.size for example, _ in made]
         values = Values(self.processor.values.patch * frames)
         bucket = self.processor.bucket(sizes)
-        batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, self.processor.sequence)
+        described = self.processor.described([example for example, _ in made])
+        batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, described)
+        if engine.answers(self.cfg):
+            media = self._media(batch, documents, frames)
+            self._state = self._read = None
+            places = ladder(batch.answer.tokens.shape[1] + max_tokens, LEAST)
+            self._state = self._on(engine.run_begin, self.params, batch, cfg=self.cfg, places=places, media=media)
+            return [(count, 0) for count in counts]
         batch = prompts.moved_on(batch, kept, seen)
         rope = engine.language(self.cfg).blocks.rope
         whole = rope is not None and rope.needs_length

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.models.language import Language
 from mmjax.nn import cache as caches
 from mmjax.nn import cross_attention, crossed, norm, position_embed, transformer
 from mmjax.nn.cache import KVCache
@@ -34,9 +35,10 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Language):
     """Sizes and variants.
 
+    vocab: ids that are read. unsaid: the last of them, which are never said: the head has no rows for them (Mllama).
     tied: the head is the token table.
     cross: layers between the blocks through which text looks at media.
     window: of the blocks that `blocks.windowed` names, how many tokens one sees backwards, itself included (Mistral,
@@ -57,8 +59,14 @@ class Config:
     embed_scale: float = 1.0
     softcap: float | None = None
     positions: Positions | None = None
+    unsaid: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.unsaid < self.vocab or (self.unsaid and self.tied):
+            raise InputError(
+                f"The decoder never says {self.unsaid} of its {self.vocab} ids; leave it some, and a head of its own "
+                f"(tied off)."
+            )
         if bool(self.window) != bool(self.blocks.windowed) or self.window < 0:
             raise InputError(
                 f"The decoder's window is {self.window}, and its blocks {self.blocks.windowed} are windowed; a window "
@@ -77,6 +85,11 @@ class Config:
         own = self.positions
         if own is not None and not 0 <= own.first < (own.first + 1 if own.rows is None else own.rows):
             raise InputError(f"The decoder's {self.positions} has no row for the first token; give it more rows.")
+
+    @property
+    def said(self) -> int:
+        """Ids that may come next: so many logits there are."""
+        return self.vocab - self.unsaid
 
     @property
     def crossed(self) -> tuple[int, ...]:
@@ -106,7 +119,7 @@ def spec(cfg: Config) -> Spec:
     if cfg.positions is not None and cfg.positions.rows is not None:
         out["positions"] = ParamSpec((cfg.positions.rows, width), (None, "embed"), Normal(0.02))
     if not cfg.tied:
-        out["head"] = ParamSpec((cfg.vocab, width), ("vocab", "embed"), fan_in(width))
+        out["head"] = ParamSpec((cfg.said, width), ("vocab", "embed"), fan_in(width))
     return out
 
 
@@ -223,7 +236,10 @@ def _see(cfg: Config, own: jax.Array, order: jax.Array, lo: jax.Array, hi: jax.A
     if not cfg.window:
         return see
     near = jnp.maximum(lo, own - (cfg.window - 1))
-    return see | {"window": (near if cfg.window_ahead else jnp.where(_in_block(own, hi), lo, near), hi)}
+    if not cfg.window_ahead:
+        inside = sharding.constrain(_in_block(own, hi), ("batch", "length"))
+        near = jnp.where(inside, lo, near)
+    return see | {"window": (near, hi)}
 
 
 @sharding.whole_rows("own", "hi")

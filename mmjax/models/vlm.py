@@ -3,18 +3,23 @@
 Profiles and compiled programs name its parts: vision, connector, decoder (`jax.named_scope`).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.connectors import Connector, connect, merger, module
+from mmjax.connectors.qformer_labels import Text
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, stack
-from mmjax.encoders import vit
-from mmjax.models import decoder
+from mmjax.encoders import Encoder, tiled, vit
+from mmjax.encoders import module as encoder_of
+from mmjax.encoders import see as look_at
+from mmjax.models import decoder, encoder_decoder
+from mmjax.models.language import Language
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
@@ -39,9 +44,9 @@ class Config:
       its rows: `image_newline` of LLaVA-NeXT and LLaVA-OneVision), whatever token id they carry.
     """
 
-    vision: vit.Config
+    vision: Encoder
     connector: Connector
-    decoder: decoder.Config
+    decoder: Language
     placeholder: int | tuple[int, ...] | None = None
     segments: bool = False
     newline: bool = False
@@ -52,10 +57,17 @@ class Config:
     def __post_init__(self):
         if bool(self.deepstack) != (self.deep is not None):
             raise InputError("DeepStack's blocks and the config of its mergers go together; give both or neither.")
+        if self.deepstack and self.decoder.answers:
+            raise InputError("DeepStack adds to the blocks of a decoder; leave it out of an encoder–decoder.")
         if self.deepstack and (self.decoder.cross is not None or len(self.deepstack) > self.decoder.blocks.layers):
             raise InputError(
                 f"DeepStack of {len(self.deepstack)} blocks adds to media tokens in the sequence, after as many blocks "
                 f"of the decoder; leave cross-attention out, and give the decoder enough blocks."
+            )
+        if self.vision.per_picture and self.vision.per_picture != self.connector.per_picture:
+            raise InputError(
+                f"The encoder makes {self.vision.per_picture} features of every picture, and the connector "
+                f"{self.connector.per_picture} media tokens; set its per_picture to that."
             )
         if self.connector.prefix and not self.vision.prefix:
             raise InputError("The connector reads class or register tokens, and the encoder has none; give it some.")
@@ -76,21 +88,37 @@ class Config:
         if (self.decoder.cross is not None) != (sequence.cross != "none"):
             raise InputError(
                 f"The decoder {'looks' if self.decoder.cross else 'does not look'} at media by cross-attention, but "
-                f"sequence.cross is {sequence.cross!r}; set it to 'last_image' or 'all_images' with cross-attention, "
+                f"sequence.cross is {sequence.cross!r}; set it to 'last_image' (or its kin) with cross-attention, "
                 f"and to 'none' without."
             )
-        if bool(self.vision.blocks.windowed) != bool(sequence.window):
+        if self.decoder.answers != bool(sequence.answer):
             raise InputError(
-                f"The vision blocks {self.vision.blocks.windowed} are windowed, but sequence.window is "
-                f"{sequence.window}; set both or neither."
+                f"The language model is {'' if self.decoder.answers else 'no '}encoder and decoder, but "
+                f"sequence.answer is {sequence.answer}; set it to how many tokens a row's answers may have, or to 0."
+            )
+        if self.connector.reads_text != bool(sequence.instruction):
+            raise InputError(
+                f"The connector {'reads' if self.connector.reads_text else 'does not read'} a text beside each "
+                f"picture, but sequence.instruction is {sequence.instruction}; set it to such texts' tokens, or 0."
+            )
+        windows = self.vision.window
+        if (windows is None and not sequence.window) or (windows is not None and sequence.window != windows):
+            raise InputError(
+                f"The encoder reads patches in windows of {windows or 'any'} patches a side (0: in none), but "
+                f"sequence.window is {sequence.window}; set both or neither."
+            )
+        if self.vision.canvas != sequence.canvas:
+            raise InputError(
+                f"The encoder has {self.vision.canvas} tiles of every picture, but sequence.canvas is "
+                f"{sequence.canvas}; set it to that."
             )
 
 
 def spec(cfg: Config) -> Spec:
     out = {
-        "vision": vit.spec(cfg.vision),
+        "vision": encoder_of(cfg.vision).spec(cfg.vision),
         "connector": module(cfg.connector).spec(cfg.connector),
-        "decoder": decoder.spec(cfg.decoder),
+        "decoder": module(cfg.decoder).spec(cfg.decoder),
     }
     if cfg.deep is not None:
         out["deep"] = stack(merger.spec(cfg.deep), len(cfg.deepstack))
@@ -108,13 +136,17 @@ def costs(cfg: Config) -> budget.Costs:
     def blocks(b: transformer.Config) -> budget.Blocks:
         return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
 
-    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.vocab, blocks(cfg.vision.blocks), bytes=4)
+    # Transformers that follow each other are of one width and as good as one.
+    layers = sum(stack.layers for stack in cfg.vision.stacks.values())
+    encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
+    tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
+    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, encoder, bytes=4, tokens=tokens)
 
 
 def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
     """What the vision encoder sees of the row's pictures: its features, and its blocks' for DeepStack."""
     with jax.named_scope("vision"):
-        return vit.encode(
+        return look_at(
             params["vision"],
             batch.patches,
             cfg.vision,
@@ -122,7 +154,7 @@ def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
             lo=batch.patch_lo,
             hi=batch.patch_hi,
             position=batch.patch_position,
-            window=(batch.window_lo, batch.window_hi) if cfg.vision.blocks.windowed else None,
+            window=(batch.window_lo, batch.window_hi) if cfg.vision.window is None else None,
             taps=cfg.deepstack,
             image=batch.patch_image,
             grid=batch.grid,
@@ -137,7 +169,7 @@ def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None 
     seen = see(params, batch, cfg) if seen is None else seen
     read, at = _read(seen, batch, cfg)
     with jax.named_scope("connector"):
-        tokens = connect(params["connector"], read, cfg.connector, **at)
+        tokens = connect(params["connector"], read, cfg.connector, text=_instruction(batch, cfg), **at)
         if cfg.deep is None:
             return Media(tokens)
         # As many as there are taps, and few: unrolled, each product keeps its own place on a mesh.
@@ -148,7 +180,11 @@ def media(params: dict, batch: Batch, cfg: Config, *, seen: vit.Features | None 
 
 def _read(seen: vit.Features, batch: Batch, cfg: Config) -> tuple[Float[Array, "b s d"], dict]:
     """The features that the connector reads, and where they are: patches, and class and register tokens behind them."""
-    image, order = batch.patch_image, batch.patch_order
+    image, order, many = batch.patch_image, batch.patch_order, cfg.vision.per_picture
+    if many:
+        number = jnp.where(batch.grid.prod(-1) > 0, jnp.arange(batch.grid.shape[1], dtype=jnp.int32)[None], -1)
+        image = jnp.repeat(number, many, axis=1)
+        order = jnp.where(image >= 0, jnp.arange(image.shape[1], dtype=jnp.int32)[None], -1)
     if not cfg.connector.prefix:
         return seen.patches, {"image": image, "grid": batch.grid, "order": order}
     if seen.prefix is None:
@@ -160,6 +196,15 @@ def _read(seen: vit.Features, batch: Batch, cfg: Config) -> tuple[Float[Array, "
     read = jnp.concatenate([patches, seen.prefix.reshape(b, n * many, width)], axis=1)
     image = jnp.concatenate([image, jnp.repeat(number, many, axis=1)], axis=1)
     return read, {"image": image, "grid": batch.grid, "order": labels}
+
+
+def _instruction(batch: Batch, cfg: Config) -> Text | None:
+    """What the connector reads beside the pictures."""
+    if not cfg.connector.reads_text:
+        return None
+    if (said := batch.instruction) is None:
+        raise InputError("This connector reads a text beside each picture; make batches with sequence.instruction.")
+    return Text(said.tokens, said.document, said.order)
 
 
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
@@ -176,6 +221,8 @@ def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
 def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = None) -> Float[Array, "b l d"]:
     """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders, or are looked at.
 
+    Of an encoder–decoder, those of the second stream [B, T, D].
+
     `media` are the row's media tokens where they are known already (as between the steps of an answer).
 
     Raises:
@@ -183,7 +230,20 @@ def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = Non
     """
     x, see = _placed(params, batch, cfg, media)
     with jax.named_scope("decoder"):
+        if cfg.decoder.answers:
+            return encoder_decoder.apply(params["decoder"], x, cfg.decoder, batch.answer, **_seen(see))
         return decoder.apply(params["decoder"], x, cfg.decoder, **see)
+
+
+def encode(params: dict, batch: Batch, cfg: Config, *, media: Media | None = None) -> Float[Array, "b l d"]:
+    """What the encoder of an encoder–decoder makes of the batch's first stream, media in their places."""
+    x, see = _placed(params, batch, cfg, media)
+    with jax.named_scope("decoder"):
+        return encoder_decoder.encode(params["decoder"], x, cfg.decoder, **_seen(see))
+
+
+def _seen(see: dict) -> dict:
+    return {name: see[name] for name in ("order", "lo", "hi")}
 
 
 def prefill(
@@ -212,17 +272,14 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     if (rope := cfg.decoder.blocks.rope) is not None and rope.needs_length:
         see["length"] = positions.lengths(batch.document, batch.position)
     with jax.named_scope("decoder"):
-        x = decoder.embed(params["decoder"], batch.tokens, cfg.decoder)
+        x = module(cfg.decoder).embed(params["decoder"], batch.tokens, cfg.decoder)
     if cfg.decoder.cross is not None:
         see |= {"media_lo": batch.media_lo, "media_hi": batch.media_hi}
     if known is None and batch.patches.shape[1] == 0:
         return _marked(params, x, batch, cfg), see  # rows of text alone, or whose media were read before
     found = media(params, batch, cfg) if known is None else known
     if cfg.decoder.cross is not None:
-        exists = present(batch, cfg)
-        exists = batch.patch_order >= 0 if exists is None else exists
-        labels = jnp.where(exists, jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None], -1)
-        see["media"] = (found.tokens, labels)
+        see["media"] = (found.tokens, _labels(batch, cfg, found.tokens.shape[1]))
     else:
         at = _mixed(found.tokens, batch)
         at = at * jnp.asarray(cfg.decoder.embed_scale, at.dtype) if cfg.scaled else at
@@ -234,6 +291,24 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         # Zeros where there is no media token.
         see["added"] = sharding.take_rows(found.deep.transpose(1, 2, 0, 3), batch.slot)
     return _marked(params, x, batch, cfg), see
+
+
+def _labels(batch: Batch, cfg: Config, count: int) -> Int[Array, "b m"]:
+    """Labels of the row's media tokens that text looks at by cross-attention, -1 where there is none."""
+    if cfg.vision.canvas:
+        return tiled.labels(batch.grid, _firsts(batch, cfg.connector.per_picture), cfg.vision)
+    exists = present(batch, cfg)
+    exists = batch.patch_order >= 0 if exists is None else exists
+    return jnp.where(exists, jnp.arange(count, dtype=jnp.int32)[None], -1)
+
+
+def _firsts(batch: Batch, per_picture: int) -> Int[Array, "b n"]:
+    """The first picture of each picture's document: a document's first token looks at it, or sees all from it on."""
+    document, lo, hi = sharding.unsplit((batch.document, batch.media_lo, batch.media_hi))
+    begins = (document >= 0) & (document != jnp.pad(document, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])
+    first = jnp.where(begins, jnp.where(lo <= hi, lo, hi + 1) // per_picture, 0)[:, None]
+    number = jnp.arange(batch.grid.shape[1], dtype=jnp.int32)[None, :, None]
+    return jnp.where(first <= number, first, 0).max(-1)
 
 
 def _mixed(tokens: Float[Array, "b m d"], batch: Batch) -> Float[Array, "b l d"]:
@@ -257,4 +332,4 @@ def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -
 
 def logits(params: dict, batch: Batch, cfg: Config) -> jax.Array:
     """f32[B, L, V]: what comes after each token."""
-    return decoder.logits(params["decoder"], hidden(params, batch, cfg), cfg.decoder)
+    return module(cfg.decoder).logits(params["decoder"], hidden(params, batch, cfg), cfg.decoder)

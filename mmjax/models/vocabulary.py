@@ -22,6 +22,8 @@ def extend(params: dict, cfg: decoder.Config, vocab: int) -> tuple[dict, decoder
     Raises:
       InputError: fewer ids than there are, or a table of another size than `cfg` says.
     """
+    if cfg.unsaid:
+        raise InputError(f"the last {cfg.unsaid} ids are never said, so none can follow them; use one of those")
     if vocab < cfg.vocab:
         raise InputError(f"a vocabulary of {cfg.vocab} ids cannot be cut to {vocab}; give at least {cfg.vocab}")
     out = dict(params)

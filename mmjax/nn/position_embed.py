@@ -18,6 +18,7 @@ CONCATENATED: tuple[Part, ...] = (("sin", 0), ("cos", 0))  # tensor2tensor, Whis
 MAE: tuple[Part, ...] = (("sin", 1), ("cos", 1), ("sin", 0), ("cos", 0))  # He et al. 2022; MoCo v3
 HEIGHT_FIRST: tuple[Part, ...] = (("sin", 0), ("cos", 0), ("sin", 1), ("cos", 1))  # transformers' ViTMAE
 TIMM: tuple[Part, ...] = (("sin", 0), ("sin", 1), ("cos", 0), ("cos", 1))  # timm's build_sincos2d_pos_embed
+LONGEST = 2**14  # patches a side of a picture whose places are bucketised
 
 
 def sinusoidal(
@@ -108,6 +109,40 @@ def learned(table: Float[Array, "n d"], index: Int[Array, "b l"]) -> Float[Array
     out = sharding.take(table, jnp.clip(index, 0, rows - 1), ("batch", "length", None))
     out = jnp.where((index >= 0)[..., None], out, 0.0)
     return jnp.where((index < rows)[..., None], out, jnp.nan)
+
+
+def bucketised(
+    table: Float[Array, "rows columns d"], position: Int[Array, "b p 2"], grid: Int[Array, "b p 2"]
+) -> Float[Array, "b p d"]:
+    """A learned table read at the place where each patch begins, as a share of its own picture; nothing is mixed.
+
+    The fractional positions of Dehghani et al. 2023 (NaViT, section 2.1) as Idefics2 reads SigLIP's table by them:
+
+        patch i of 5         0  1  2  3  4
+        reads row k of 4     0  0  1  2  3     the last with k / 4 <= i / 5
+
+    In single precision and in the published order, i · (1 / n): a place on an edge goes where that is rounded to.
+
+    Args:
+      table: [H, W, D].
+      position: i32[B, P, 2], (row, column) of each patch in its picture.
+      grid: i32[B, P, 2], (rows, columns) of its picture; anything in empty places. Patches of pictures with more than
+        LONGEST a side are NaN.
+    """
+    rows, columns, width = table.shape
+    down, across = (_bucket(position[..., axis], grid[..., axis], side) for axis, side in enumerate((rows, columns)))
+    long = (grid > LONGEST).any(-1)
+    return learned(table.reshape(-1, width), jnp.where(long, rows * columns, down * columns + across))
+
+
+def _bucket(index: jax.Array, count: jax.Array, buckets: int) -> jax.Array:
+    """How many edges between buckets are at or before index / count."""
+    # Not divided on device: not every one rounds a quotient as published code's does.
+    shares = np.float32(1) / np.maximum(np.arange(LONGEST + 1), 1).astype(np.float32)
+    share = sharding.take(jnp.asarray(shares[:, None]), jnp.clip(count, 0, LONGEST), ("batch", "length", None))
+    edges = (np.arange(1, buckets) / buckets).astype(np.float32)
+    at = index.astype(jnp.float32)[..., None] * share
+    return (at >= edges.reshape(1, 1, -1)).sum(-1, dtype=jnp.int32)
 
 
 def interpolate(

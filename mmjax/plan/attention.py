@@ -4,6 +4,7 @@ They are counted from the intervals of one row (models.flops.Row), which all row
 split a row, they are those of the device that has most to do: the others wait for it.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -187,7 +188,8 @@ def hints(
     parts = {"decoder": part(language, (1 - near, everything), (near, window))}
     if row.pictures:
         inside, prefix = len(cfg.vision.blocks.windowed) / cfg.vision.blocks.layers, cfg.vision.prefix
-        whole, windows = patches(row, prefix), patches(row, 0, True)
+        seen = dataclasses.replace(row, pictures=tuple(cfg.vision.tokens(n) - prefix for n in row.pictures))
+        whole, windows = patches(seen, prefix), patches(row, 0, True)
         parts["vision"] = part(cfg.vision.blocks, (1 - inside, whole), (inside, windows))
 
     def of(op: Op) -> Part | None:

@@ -12,12 +12,11 @@ import jax
 
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import Rules, parts_of
-from mmjax.models import vlm
 from mmjax.plan.chips import GIB, first_line
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Bucket, Values
 from mmjax.tokenizers.vocab import Vocab
-from mmjax.train import state
+from mmjax.train import parameters, state
 from mmjax.train.config import Config
 from mmjax.train.prepare import fixed_buckets, prepare_data, refuse_model, refuse_rows
 from mmjax.train.state import TrainState
@@ -99,7 +98,7 @@ def _absent(error: BaseException | None) -> bool:
 def abstract(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
     """The abstract state on a mesh, and the optimizer that it is of."""
     tx = state.optimizer(cfg.optimizer, cfg.steps)
-    return state.abstract(vlm.spec(cfg.model), tx, mesh, Rules(), cfg.update.frozen), tx
+    return state.abstract(parameters.spec(cfg), tx, mesh, Rules(), cfg.update.frozen), tx
 
 
 def state_bytes(shape: TrainState) -> State:

@@ -37,12 +37,16 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Costs:
-    """A model's: its decoder, the vocabulary its head spans, its encoder, and bytes per cached number."""
+    """A model's: its decoder, the vocabulary its head spans, its encoder, and bytes per cached number.
+
+    tokens: that the encoder has of every picture, where that is fixed; 0: as many as patches.
+    """
 
     decoder: Blocks
     vocab: int = 0
     encoder: Blocks | None = None
     bytes: int = 2
+    tokens: int = 0
 
     def prefill(self, layout: Layout) -> int:
         """FLOPs from pixels to the first logits: encoder over each picture, decoder over a causal sequence."""
@@ -51,7 +55,7 @@ class Costs:
         total += 2 * self.decoder.width * self.vocab
         if self.encoder is not None:
             # A video's frames do not see each other.
-            views = [(v[0], v[1] * v[2]) for p in layout.pieces for v in p.views]
+            views = [(v[0], self.tokens or v[1] * v[2]) for p in layout.pieces for v in p.views]
             total += sum(self.encoder.products(f * n) + self.encoder.attention(f * n * n) for f, n in views)
         return total
 

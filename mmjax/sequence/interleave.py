@@ -1,6 +1,6 @@
 """A layout as arrays: the descriptor of every token of one document, numbered from its own start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,27 +18,46 @@ class Config:
     """Which descriptors a model wants.
 
     see: who sees whom in the sequence; "prefix" is both ways up to the first token that is learnt (prefix-LM).
-    cross: which of its document's media text looks at by cross-attention (Flamingo: the last one so far).
+    cross: which of its document's media text looks at by cross-attention (Flamingo: the last one so far; Llama 3.2
+      Vision: the last ones that stand next to each other).
     position: "mrope", or "sequential": 0, 1, 2, … whatever stands there.
     rope: how M-RoPE counts.
     merge: the patches that become one media token, merge × merge of them, lie next to each other (Qwen).
     window: above 0, patches lie window by window, each of so many media tokens a side, and have a second interval,
       their window's (Qwen2.5-VL).
+    canvas: above 0, a picture has the media tokens of so many windows whatever its size. Text looks at those of the
+      windows that its patches lie in; the rest are padding, and their labels come behind all others of the document.
     frames: whether patches see all frames of their video.
     mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
+    answer: above 0, what is learnt or said is a second stream, that an encoder–decoder's decoder reads, with room for
+      so many tokens in a row: all from the first that is learnt on, behind the id `start`. The first stream ends there.
+    instruction: above 0, the connector reads a text beside each picture, of at most so many tokens (InstructBLIP).
     """
 
     see: Literal["causal", "bidirectional_images", "prefix"] = "causal"
-    cross: Literal["none", "last_image", "all_images"] = "none"
+    cross: Literal["none", "last_image", "last_images", "all_images"] = "none"
     position: Literal["mrope", "sequential"] = "mrope"
     rope: positions.MRope = positions.ONE
     merge: int = 1
     window: int = 0
+    canvas: int = 0
     frames: Literal["apart", "together"] = "apart"
     mixes: bool = False
+    instruction: int = 0
+    answer: int = 0
+    start: int = 0
 
 
 PLAIN = Config()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One document's share of the second stream (Config.answer)."""
+
+    tokens: np.ndarray  # i32[n]
+    target: np.ndarray  # i32[n]
+    weight: np.ndarray  # f32[n]
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,8 @@ class Example:
     frame_hi: np.ndarray  # i32[f]
     mix_slot: np.ndarray | None = None  # i32[n, 3]
     mix_share: np.ndarray | None = None  # f32[n, 4]
+    instruction: np.ndarray | None = None  # i32[images, words]; what the connector reads beside each, -1 behind its end
+    answer: Answer | None = None
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -117,7 +138,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             if table is None:
                 begins.append(max(at - 1, 0))  # its marker sees it already
                 spans += _unbroken(at, written)
-                counts.append(piece.features)
+                counts.append(_shown(piece, layout.id, cfg))
         at += piece.length
     _refuse_ids(layout.id, tokens, vocab)
     if cfg.see == "bidirectional_images":
@@ -126,8 +147,12 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         lo, hi = intervals.prefix(n, layout.prefix) if cfg.see == "prefix" else intervals.causal(n)
     media = {"media_lo": None, "media_hi": None}
     if cfg.cross != "none":
-        look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
-        media = dict(zip(media, look(n, begins, counts), strict=True))
+        if cfg.cross == "last_images":
+            found = intervals.last_images(n, begins, counts, made[None] - sum(counts))
+        else:
+            look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
+            found = look(n, begins, counts)
+        media = dict(zip(media, found, strict=True))
     next_is = np.append(train[1:], False) & (np.append(modality[1:], EMPTY) == TEXT)
     pieces = tuple(p for p in layout.pieces if p.length)
     if cfg.position == "mrope":
@@ -137,8 +162,9 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             raise InputError(f"Document {layout.id!r}: {error}") from error
     else:
         position = np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
+    target = np.where(next_is, np.append(tokens[1:], 0), 0).astype(np.int32)
     frame_lo, frame_hi = intervals.blocks([p.grid[0] for p in layout.pieces if p.modality == AUDIO])
-    return Example(
+    whole = Example(
         id=layout.id,
         tokens=tokens,
         modality=modality,
@@ -146,7 +172,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         hi=hi,
         position=position,
         slot=slot,
-        target=np.where(next_is, np.append(tokens[1:], 0), 0).astype(np.int32),
+        target=target,
         weight=next_is.astype(np.float32),
         media=made[None],
         sounds=made[AUDIO],
@@ -156,6 +182,30 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         frame_hi=frame_hi,
         **mix,
     )
+    return _parted(whole, layout.prefix, train, cfg) if cfg.answer else whole
+
+
+def _parted(x: Example, n: int, train: np.ndarray, cfg: Config) -> Example:
+    """A document as two streams: its first n tokens, all of which see each other, and the others behind a first id."""
+    if x.slot[n:].max(initial=-1) >= 0:
+        raise InputError(f"Document {x.id!r} shows a picture behind the first token that is learnt; show it before.")
+    said, learnt = x.tokens[n:], train[n:].astype(np.float32)
+    answer = Answer(
+        np.append(np.int32(cfg.start), said[:-1])[: max(len(said), 1)].astype(np.int32),
+        said if len(said) else np.zeros(1, np.int32),
+        learnt if len(said) else np.zeros(1, np.float32),
+    )
+    cut = {f: getattr(x, f)[:n] for f in ("tokens", "modality", "position", "slot")}
+    for f in ("media_lo", "media_hi", "mix_slot", "mix_share"):
+        cut[f] = None if getattr(x, f) is None else getattr(x, f)[:n]
+    see = dict(zip(("lo", "hi"), intervals.prefix(n, n), strict=True))
+    return replace(x, **cut, **see, target=np.zeros(n, np.int32), weight=np.zeros(n, np.float32), answer=answer)
+
+
+def unlearnt(x: Example) -> Example:
+    """The same document with nothing to learn."""
+    answer = None if x.answer is None else replace(x.answer, weight=np.zeros_like(x.answer.weight))
+    return replace(x, weight=np.zeros_like(x.weight), answer=answer)
 
 
 def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: str, cfg: Config) -> None:
@@ -167,6 +217,19 @@ def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: s
     places = [n for n, found in enumerate(piece.mixes) if found is not None]
     mix["mix_slot"][[at + n for n in places]] = [[before + i for i in piece.mixes[n].others] for n in places]
     mix["mix_share"][[at + n for n in places]] = [piece.mixes[n].shares for n in places]
+
+
+def _shown(piece: Piece, id: str, cfg: Config) -> int:
+    """How many of a medium's media tokens text may look at; the rest are padding."""
+    if not cfg.canvas:
+        return piece.features
+    windows_of, rest = divmod(sum(map(patches_of, piece.views)), cfg.window**2)
+    if rest or windows_of > cfg.canvas:
+        raise InputError(
+            f"Document {id!r} has a picture of {piece.grid} patches, which are not up to {cfg.canvas} whole windows of "
+            f"{cfg.window} × {cfg.window}; use the policy that belongs to the model (tokenizers.tiles.Canvas)."
+        )
+    return piece.features // cfg.canvas * windows_of
 
 
 def _no(token: int | None) -> int:

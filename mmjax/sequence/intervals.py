@@ -143,6 +143,33 @@ def all_images(length: int, at: Sequence[int], media: Sequence[int]) -> Interval
     return np.zeros_like(lo), hi
 
 
+def last_images(length: int, at: Sequence[int], media: Sequence[int], hidden: int = 0) -> Intervals:
+    """The same of the last pictures so far that stand next to each other (Llama 3.2 Vision).
+
+    t
+    t  x x x
+    t  x x x x x      the second picture, straight after the first
+    t  x x x x x
+    t            x    a third one, after text
+
+    Between hi and lo of a token before the first picture are all media tokens of the document, and `hidden` ones more
+    that no other token sees: for layers that show such tokens everything (nn.cross_attention).
+
+    Args:
+      length, at, media: as of `last_image`.
+      hidden: labels after those of all pictures.
+    """
+    begins = np.asarray(at, np.int64)
+    stops = np.cumsum(np.asarray(media, np.int64))
+    alone = np.diff(begins, prepend=-2) != 1
+    first = np.maximum.accumulate(np.where(alone, np.arange(len(begins)), 0)) if len(begins) else begins
+    starts = (stops - np.asarray(media, np.int64))[first]
+    which = np.searchsorted(begins, np.arange(length), side="right") - 1
+    total = sum(media) + hidden
+    lo, hi = (np.append(x, y)[which].astype(np.int32) for x, y in ((starts, total), (stops - 1, -1)))
+    return lo, hi
+
+
 def qformer_contrastive(queries: int, text: int) -> Intervals:
     """Queries and text apart, for image-text contrast (BLIP-2: Li et al. 2023, figure 2).
 

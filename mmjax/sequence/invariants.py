@@ -35,7 +35,12 @@ Placeholder = int | tuple[int, ...] | None
 
 
 def violations(
-    batch: Batch, vocab_size: int, placeholder: Placeholder = None, media: Any = None, newline: bool = False
+    batch: Batch,
+    vocab_size: int,
+    placeholder: Placeholder = None,
+    media: Any = None,
+    newline: bool = False,
+    said: int | None = None,
 ) -> jax.Array:
     """How often every row breaks each of KINDS: i32[B, len(KINDS)], zeros in a sound batch; for the jitted step.
 
@@ -45,10 +50,11 @@ def violations(
       placeholder: the ids that stand where media tokens go (vocab.placeholders); None leaves them unchecked.
       media: bool[B, M], which media tokens the connector makes; None for one per patch.
       newline: whether the ends of a picture's rows may carry a placeholder (see `Vocab.image_newline`).
+      said: targets must lie below it; left out, below vocab_size too.
     """
     # What is counted runs along the row, and is a few numbers per token: every device counts whole rows.
     batch, media = sharding.unsplit((batch, media))
-    return _count(batch, vocab_size, placeholder, media, _Device, newline)
+    return _count(batch, vocab_size, placeholder, media, _Device, newline, said)
 
 
 def check(batch: Batch, vocab: Vocab, ids: Sequence[Sequence[str]] = (), media: np.ndarray | None = None) -> None:
@@ -108,8 +114,16 @@ class _Host:
         return out
 
 
-def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, of: type, newline: bool = False) -> Any:
-    xp = of.xp
+def _count(
+    batch: Batch,
+    vocab_size: int,
+    placeholder: Placeholder,
+    media: Any,
+    of: type,
+    newline: bool = False,
+    said: int | None = None,
+) -> Any:
+    xp, said = of.xp, vocab_size if said is None else said
     if media is None:
         media = batch.patch_kind > 0
         wanted = batch.patch_kind == PIXEL
@@ -133,7 +147,7 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
     first, last = _ends(batch.document, batch.order, of)
     previous = of.running_max(_shifted(batch.order, xp))
     wrong = [
-        (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= vocab_size) | strange,
+        (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= said) | strange,
         (is_placeholder != (batch.slot >= 0)) | ((batch.slot >= 0) & ((batch.modality == TEXT) | ~filled)),
         (shows & ~present) | heard,
         wanted & ~of.marked(media.shape, slot, shows),
@@ -153,7 +167,19 @@ def _count(batch: Batch, vocab_size: int, placeholder: Placeholder, media: Any, 
     wrong.append(
         _past(batch.patch_image, batch.patch_order, sees, of) | ((batch.patch_kind > 0) != (batch.patch_order >= 0))
     )
-    return xp.stack([w.sum(1) for w in wrong], axis=1).astype(xp.int32)
+    counts = [w.sum(1) for w in wrong]
+    if batch.answer is not None:
+        ids, blind = _second(batch.answer, vocab_size, xp)
+        counts[0], counts[5] = counts[0] + ids, counts[5] + blind
+    return xp.stack(counts, axis=1).astype(xp.int32)
+
+
+def _second(answer: Batch, vocab_size: int, xp: Any) -> tuple[Any, Any]:
+    """Of the second stream of an encoder–decoder: ids outside the vocabulary, and what is learnt and sees nothing."""
+    ids = (answer.tokens < 0) | (answer.tokens >= vocab_size) | (answer.target < 0) | (answer.target >= vocab_size)
+    visible = (answer.lo <= answer.hi) & (answer.media_lo <= answer.media_hi) & (answer.order >= 0)
+    blind = (answer.weight != 0) & (~visible | ~xp.isfinite(answer.weight))
+    return ids.sum(1), blind.sum(1)
 
 
 def _shifted(x: Any, xp: Any, by: int = 1) -> Any:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 from mmjax.core.errors import InputError
 from mmjax.sequence import words
 from mmjax.sequence.document import Audio, Document, Image, Video
-from mmjax.tokenizers.convention import Convention, Frames, views
+from mmjax.tokenizers.convention import Convention, Frames, framed, views
 from mmjax.tokenizers.conventions import GENERIC
 from mmjax.tokenizers.mix import Mix
 from mmjax.tokenizers.parts import Medium, Part, Words, plain
@@ -224,7 +224,7 @@ def layout(
                 f"go; its text looks at them by cross-attention (fuse='cross')."
             )
         pieces[part.span] = piece
-        written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document.id)
+        written = None if fuse == "cross" else _written(convention, piece, rows, media_tokens, document)
         for item in written or [*part.before, range(piece.length), *part.after]:
             writer.view(part.span, item) if isinstance(item, range) else writer.add(item)
     out = [_piece(run, pieces) for run in writer.runs()]
@@ -256,22 +256,22 @@ def _piece(run: words.Run, media: dict[int, Piece]) -> Piece:
 
 
 def _written(
-    convention: Convention, piece: Piece, rows: int, media_tokens: Callable[[Grid], int], id: str
+    convention: Convention, piece: Piece, rows: int, media_tokens: Callable[[Grid], int], document: Document
 ) -> list[Part | range] | None:
     """What the convention writes around a picture's tiles or a video's frames: parts, and ranges of media tokens."""
     if piece.modality == VIDEO and convention.frames is not None:
-        return _stamped(convention.frames, piece)
+        return _stamped(convention.frames, piece, document.spans[piece.span])
     if piece.modality != IMAGE:
         return None
     try:
         found = views(convention, len(piece.views), rows)
     except InputError as error:
-        raise InputError(f"Document {id!r}, span {piece.span}: {error}") from error
+        raise InputError(f"Document {document.id!r}, span {piece.span}: {error}") from error
     if found is None:
         return None
     if piece.slots is not None:
         raise InputError(
-            f"Document {id!r}, span {piece.span}: {piece.policy} orders the tokens of all views together, but "
+            f"Document {document.id!r}, span {piece.span}: {piece.policy} orders the tokens of all views together, but "
             f"{convention.name} writes between them; use the family's own policy."
         )
     stops = list(itertools.accumulate((media_tokens(view) for view in piece.views), initial=0))
@@ -281,15 +281,16 @@ def _written(
     return out
 
 
-def _stamped(of: Frames, piece: Piece) -> list[Part | range]:
+def _stamped(of: Frames, piece: Piece, video: Video) -> list[Part | range]:
     """Every frame of a video with its time before it."""
     each = piece.length // len(piece.times)
-    out: list[Part | range] = []
-    for n, seconds in enumerate(piece.times):
+    begin, stamps = framed(of, piece.times, video.frames / video.fps)
+    out: list[Part | range] = [Words(begin)]
+    for n, stamp in enumerate(stamps):
         out += plain(of.between) if n else []
-        out += [Words(of.stamp.format(seconds=seconds, number=n + 1)), *plain(of.around.before)]
+        out += [Words(stamp), *plain(of.around.before)]
         out += [range(n * each, (n + 1) * each), *plain(of.around.after)]
-    return out
+    return [*out, Words(of.after)]
 
 
 def _image(

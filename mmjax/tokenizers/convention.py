@@ -6,21 +6,22 @@ tokenizer by tokenizers.chat.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Audio, Document, Image, Video
+from mmjax.tokenizers.numerals import in_words
 from mmjax.tokenizers.parts import NOTHING, Around, Medium, Part, Symbol, Writing, plain
-from mmjax.tokenizers.writing import Fuse, Writer
+from mmjax.tokenizers.writing import Fuse, Writer, written_around
 
 
 @dataclass(frozen=True)
 class Tiles:
     """What is written around each view of a picture that is shown as a whole and in tiles.
 
-    "{row}" and "{column}" in a symbol count a tile's place from 1. A picture of one view is written as the convention's
-    `image` says.
+    "{row}" and "{column}" in a symbol or in words count a tile's place from 1. A picture of one view is written as the
+    convention's `image` says.
 
     order: whether the tiles or the whole come first; as the resolution policy's views do.
     tile: around each tile.
@@ -40,14 +41,19 @@ class Tiles:
 class Frames:
     """What is written around each frame of a video.
 
-    stamp: words before it, in which "{seconds:.1f}" is its time and "{number}" its number, from 1.
+    stamp: words before it, in which "{seconds:.1f}" is its time, or "{minute:02d}:{second:02d}", rounded down, and
+      "{number}" its number, from 1.
     around: its tokens.
     between: between two frames.
+    before, after: words before the first frame and after the last; "{count}" is how many frames there are, in English,
+      and "{hours}:{minute:02d}:{second:02d}" how long the video is.
     """
 
     stamp: str
     around: Around = NOTHING
     between: Writing = ()
+    before: str = ""
+    after: str = ""
 
 
 @runtime_checkable
@@ -80,9 +86,10 @@ class Convention:
     prompt: what opens the answer to a question; None: what opens the assistant's turn.
     default_system: the system's text where a conversation has none.
     media: where a turn's media stand: where they are, before its text, before what opens the turn, or before all else
-      that is written of the document, `begin` included (BLIP-2).
+      that is written of the document, `begin` included (BLIP-2). "before_begin": where they are, but `begin` is written
+      after those that a document begins with (Llama 3.2 Vision).
     chunk: closes what was said about a medium: before the next one and at the document's end (Flamingo).
-    lead: stands before a turn's text where nothing but words comes first (Idefics).
+    lead: stands before a turn's text where no picture comes first (Idefics).
     strip: whether white space is left out at both ends of a turn, or of every text.
     system_into_user: whether the system's text stands at the beginning of the user's first turn.
     apart: whether turns are tokenized apart from each other.
@@ -112,7 +119,7 @@ class Convention:
     audio: Around = NOTHING
     prompt: Writing | None = None
     default_system: str | None = None
-    media: Literal["in_place", "first", "ahead", "before_all"] = "in_place"
+    media: Literal["in_place", "first", "ahead", "before_begin", "before_all"] = "in_place"
     chunk: Writing = ()
     lead: Writing = ()
     strip: Literal["nothing", "turn", "text"] = "nothing"
@@ -154,25 +161,30 @@ class Convention:
           InputError: a role that does not exist, or turns that the convention has no way to write.
         """
         if self.template is not None:
-            if fuse == "cross" or skip:
+            if skip:
                 raise InputError(
-                    f"Document {document.id!r}: a chat template writes media in the sequence and leaves nothing out; "
-                    f"use one of mmjax's own conventions."
+                    f"Document {document.id!r}: a chat template leaves nothing out; use one of mmjax's own conventions."
                 )
             parts = self.template.parts(document, answer=answer)
-            return [*plain(self.begin), *(self._around(p, document) if isinstance(p, Medium) else p for p in parts)]
-        out = [*plain(self.begin), *Writer(self, document, fuse).write(answer, skip)]
+            around = (self._around(p, document, fuse) if isinstance(p, Medium) else p for p in parts)
+            return [*plain(self.begin), *around]
+        written = Writer(self, document, fuse).write(answer, skip)
+        first = 0
+        if self.media == "before_begin":
+            first = next((n for n, part in enumerate(written) if not isinstance(part, Medium)), len(written))
+        out = [*written[:first], *plain(self.begin), *written[first:]]
         return sorted(out, key=lambda part: not isinstance(part, Medium)) if self.media == "before_all" else out
 
-    def _around(self, medium: Medium, document: Document) -> Medium:
-        around = {Image: self.image, Video: self.video, Audio: self.audio}[type(document.spans[medium.span])]
+    def _around(self, medium: Medium, document: Document, fuse: Fuse) -> Medium:
+        span = document.spans[medium.span]
+        around = written_around({Image: self.image, Video: self.video, Audio: self.audio}[type(span)], span, fuse)
         return Medium(medium.span, tuple(plain(around.before)), tuple(plain(around.after)))
 
 
 def _symbols(x: object) -> Iterator[str]:
     """All symbols inside, those of tiles for every place they may have."""
     if isinstance(x, Symbol):
-        yield from _spelled(x.symbol)
+        yield from places(x.symbol)
     elif isinstance(x, Around | Tiles | Frames):
         for f in fields(x):
             yield from _symbols(getattr(x, f.name))
@@ -193,13 +205,27 @@ def _symbols(x: object) -> Iterator[str]:
 MOST_TILES = 6  # a side, that families have symbols for
 
 
-def _spelled(symbol: str) -> Iterator[str]:
+def places(symbol: str) -> Iterator[str]:
+    """A symbol for every tile that there may be, if it counts them."""
     if "{row}" not in symbol:
         yield symbol
         return
     for row in range(1, MOST_TILES + 1):
         for column in range(1, MOST_TILES + 1):
             yield symbol.format(row=row, column=column)
+
+
+def framed(of: Frames, times: Sequence[float], seconds: float) -> tuple[str, list[str]]:
+    """The words before a video that is so long, and before each of its frames."""
+
+    def clock(time: float) -> dict[str, int]:
+        return {"hours": int(time // 3600), "minute": int(time // 60), "second": int(time % 60)}
+
+    begin = of.before
+    if begin:
+        own = clock(seconds)
+        begin = begin.format(count=in_words(len(times)), **own | {"minute": own["minute"] % 60})
+    return begin, [of.stamp.format(seconds=time, number=n + 1, **clock(time)) for n, time in enumerate(times)]
 
 
 def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] | int] | None:
@@ -237,7 +263,20 @@ def views(convention: Convention, count: int, rows: int) -> list[Sequence[Part] 
 
 
 def _placed(writing: Writing, row: int, column: int) -> list[Part]:
-    def fill(part: Part) -> Part:
-        return Symbol(part.symbol.format(row=row + 1, column=column + 1)) if isinstance(part, Symbol) else part
+    def fill(item: Symbol | str) -> Symbol | str:
+        text = item if isinstance(item, str) else item.symbol
+        if "{row}" not in text:
+            return item
+        text = text.format(row=row + 1, column=column + 1)
+        return text if isinstance(item, str) else Symbol(text)
 
-    return [fill(part) for part in plain(writing)]
+    return list(plain(tuple(map(fill, writing))))
+
+
+def spelled(x: Any, symbols: Collection[str]) -> Any:
+    """What is written, with these symbols as words: of a family whose tokenizer has no tokens for them."""
+    if isinstance(x, Symbol):
+        return x.symbol if x.symbol in symbols else x
+    if isinstance(x, Around | Tiles | Frames):
+        return replace(x, **{f.name: spelled(getattr(x, f.name), symbols) for f in fields(x)})
+    return tuple(spelled(item, symbols) for item in x) if isinstance(x, tuple) else x

@@ -17,7 +17,7 @@ import difflib
 from dataclasses import replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.convention import Convention, Tiles
+from mmjax.tokenizers.convention import Convention, Frames, Tiles
 from mmjax.tokenizers.parts import Around, Symbol
 
 S = Symbol
@@ -116,6 +116,18 @@ LLAVA_LLAMA_3 = Convention(
     stop="<|eot_id|>",
     placeholder="<image>",
     newline="<image_newline>",  # not in their vocabulary: a vector of the model's own, here the token table's last
+)
+
+# Llama 3.2 Vision, whose text looks at pictures from beside: a marker stands for each (llama_models' chat_format).
+LLAMA_VISION = replace(
+    LLAVA_LLAMA_3,
+    name="llama-3.2-vision",
+    image=Around((S("<|image|>"),)),
+    media="before_begin",
+    strip="nothing",
+    pad="<|finetune_right_pad_id|>",
+    placeholder="",
+    newline="",
 )
 
 
@@ -217,6 +229,7 @@ IDEFICS2 = Convention(
     assistant=Around(("Assistant:",), (S("<end_of_utterance>"), "\n")),
     lead=(" ",),
     image=Around((_FAKE,), (_FAKE,)),
+    tiles=Tiles("whole_last", tile=Around((_FAKE,), (_FAKE,)), whole=Around((_FAKE,), (_FAKE,))),
     once=(_FAKE.symbol,),
     gap=(_FAKE.symbol,),
     pad="<unk>",
@@ -248,6 +261,13 @@ SMOLVLM = replace(
     IDEFICS3,
     name="smolvlm",
     begin=(S("<|im_start|>"),),
+    frames=Frames(
+        "\nFrame from {minute:02d}:{second:02d}:",
+        Around((_FAKE, S("<global-img>")), (_FAKE,)),
+        before="You are provided the following series of {count} frames from a {hours}:{minute:02d}:{second:02d} "
+        "[H:MM:SS] video.\n",
+        after="\n\n",
+    ),
     pad="<|im_end|>",
 )
 
@@ -264,6 +284,32 @@ PALIGEMMA = Convention(
     pad="<pad>",
     stop="<eos>",
     placeholder="<image>",
+)
+
+# Li et al. 2023, BLIP-2, with OPT: queries, then </s>, the prompt and what is said, which a line's end ends.
+BLIP2 = Convention(
+    "blip-2",
+    begin=(S("</s>"),),
+    end=("\n",),
+    assistant=Around((" ",)),
+    prompt=(),
+    media="before_all",
+    one_turn=True,
+    pad="<pad>",
+    stop="</s>",
+    placeholder="<image>",
+)
+
+# Dai et al. 2023, InstructBLIP, with Vicuna.
+INSTRUCTBLIP = replace(BLIP2, name="instructblip", begin=(S("<s>"),), end=(S("</s>"),), pad="[PAD]")
+# BLIP-2 and InstructBLIP with T5, whose encoder reads what is before the answer.
+BLIP2_T5 = replace(
+    BLIP2,
+    name="blip-2-t5",
+    begin=(),
+    end=(S("</s>"),),
+    user=Around((), (S("</s>"),)),
+    assistant=Around(),
 )
 
 _GEMMA_IMAGE = Around(("\n\n", S("<start_of_image>")), (S("<end_of_image>"), "\n\n"))
@@ -291,6 +337,23 @@ GEMMA3 = Convention(
     pad="<pad>",
     stop="<end_of_turn>",
     placeholder="<image_soft_token>",
+)
+
+# Lu et al. 2024, DeepSeek-VL, in Hugging Face's directories.
+DEEPSEEK_VL = Convention(
+    "deepseek-vl",
+    begin=(S("<｜begin▁of▁sentence｜>"),),
+    document=Around((), (S("<｜end▁of▁sentence｜>"),)),
+    system=Around((), ("\n\n",)),
+    user=Around(("User: ",), ("\n\n",)),
+    assistant=Around(("Assistant: ",), (S("<｜end▁of▁sentence｜>"),)),
+    prompt=("Assistant:",),
+    default_system="You are a helpful language and vision assistant. You are able to understand the visual content "
+    "that the user provides, and assist the user with a variety of tasks using natural language.",
+    strip="turn",
+    pad="<｜end▁of▁sentence｜>",
+    stop="<｜end▁of▁sentence｜>",
+    placeholder="<image_placeholder>",
 )
 
 # Alayrac et al. 2022, Flamingo, section 3.1, as OpenFlamingo writes it: a chunk is a picture and what is said of it.
@@ -327,6 +390,7 @@ CONVENTIONS = {
         LLAVA_V1,
         LLAVA_HF,
         LLAVA_LLAMA_3,
+        LLAMA_VISION,
         CHATML,
         QWEN_VL,
         QWEN3_VL,
@@ -339,7 +403,11 @@ CONVENTIONS = {
         IDEFICS3,
         SMOLVLM,
         PALIGEMMA,
+        BLIP2,
+        INSTRUCTBLIP,
+        BLIP2_T5,
         GEMMA3,
+        DEEPSEEK_VL,
         FLAMINGO,
         SEGMENTS,
     )

@@ -8,8 +8,9 @@ LLaVA-OneVision's is that of its pixels; its model resizes maps of media tokens 
 
 from dataclasses import dataclass
 
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral, Policy
-from mmjax.tokenizers.slices import UHD, Slices
+from mmjax.tokenizers.slices import UHD, Bounded, Slices
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
 
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -57,9 +58,11 @@ PUBLISHED = {
     "mistral-small-3.1": Published(Pixtral(14, 1540, 2), merge=2),
     "kosmos-2": Published(Fixed(14, 224, 224), latents=64),
     "internvl-3": Published(Tiles(14, 448), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 2),
+    "idefics2": Published(Bounded(14, 378, 980), HALF, HALF, latents=64),
     "idefics3": Published(Splits(14, 364, 1456), HALF, HALF, 2),
     "smolvlm2": Published(Splits(16, 512, 2048), HALF, HALF, 4),
     "paligemma": Published(Fixed(14, 224, 224), HALF, HALF),
     "deepseek-vl": Published(Fixed(16, 384, 384, "inset", 14)),
+    "llama-3.2-vision": Published(Canvas(14, 560), latents=4 * 1601),
     "gemma-3": Published(PanAndScan(14, 896), HALF, HALF, 4),
 }

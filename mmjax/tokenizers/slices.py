@@ -1,10 +1,11 @@
 """Policies that slice a picture at about its own resolution, with a view of the whole."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 from mmjax.core.errors import InputError
-from mmjax.tokenizers.resolution import Picture, check
+from mmjax.tokenizers.resolution import Picture, check, whole_patches
 from mmjax.tokenizers.tiles import Tiled, cut
 from mmjax.tokenizers.view import Color, Filter, Resize, View, Window
 
@@ -62,6 +63,59 @@ class Slices(Tiled):
                 view = self.whole + row // side * columns + column // side
                 slots.append(view * side * side + row % side * side + column % side)
         return Picture(found.views, tuple(slots))
+
+
+@dataclass(frozen=True)
+class Bounded(Tiled):
+    """About the picture's own size, no side over `longest` or below `shortest`, whatever that makes of its shape.
+
+    Laurençon et al. 2024, "What matters when building vision-language models?" (Idefics2), section 3; to the pixel what
+    transformers 5.23 does (models/idefics2). What is left beside whole patches is not looked at.
+
+    split: its four quarters, each brought to such a size, come before the whole.
+    """
+
+    patch: int = 14
+    shortest: int = 378
+    longest: int = 980
+    split: bool = False
+    filter: Filter = "bilinear"
+
+    def __post_init__(self):
+        if not 1 <= self.patch <= self.shortest <= self.longest:
+            raise InputError(f"{self} is not a resolution; give 1 <= patch <= shortest <= longest")
+
+    def lowered(self, share: float) -> "Bounded":
+        """The same with about this share of its largest picture's patches, but no side below `shortest`."""
+        return replace(self, longest=max(self.shortest, int(self.longest * math.sqrt(share))))
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels to resize a picture to; InputError if it is empty."""
+        check(height, width)
+        shape, most = width / height, self.longest
+        if max(height, width) > most:
+            height, width = (int(most / shape), most) if width >= height else (most, int(most * shape))
+        return max(height, self.shortest), max(width, self.shortest)
+
+    def picture(self, height: int, width: int) -> Picture:
+        """All views, in two rows of quarters where there are such."""
+        return replace(super().picture(height, width), rows=2 if self.split else 1)
+
+    def views(self, height: int, width: int) -> tuple[View, ...]:
+        """What is done to the pixels: the quarters, then the whole; InputError for a picture that has no quarters."""
+        whole = whole_patches((Resize(*self.size(height, width), self.filter),), self.patch)
+        if not self.split:
+            return (whole,)
+        if min(height, width) < 2:
+            raise InputError(f"a picture of {height}x{width} has no four quarters; leave it out")
+        halves = [(0, side // 2, side) for side in (height, width)]
+        cuts = [[(a, b - a) for a, b in itertools.pairwise(half)] for half in halves]
+        quarters = [(top, left, tall, wide) for top, tall in cuts[0] for left, wide in cuts[1]]
+        return *(self._quarter(*quarter) for quarter in quarters), whole
+
+    def _quarter(self, top: int, left: int, height: int, width: int) -> View:
+        resize = Resize(*self.size(height, width), self.filter)
+        return whole_patches((Window(top, left, height, width), resize), self.patch)
 
 
 @dataclass(frozen=True)

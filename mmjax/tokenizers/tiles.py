@@ -204,6 +204,8 @@ class Splits(Tiled):
     Laurençon et al. 2024, "Building and better understanding vision-language models", section 2.2; to the pixel what
     transformers 5.23 does (models/idefics3, models/smolvlm): three resizes, one after the other. SmolVLM2 has a tile of
     512 and `longest` 2,048. With `split` off the whole alone, through the same first resize.
+
+    drop: as of `resolution.Fixed`, of every tile (the first SmolVLM's of 384 pixels).
     """
 
     patch: int = 14
@@ -211,10 +213,11 @@ class Splits(Tiled):
     longest: int = 1456
     split: bool = True
     filter: Filter = "lanczos"
+    drop: bool = False
     LARGEST = 4096  # no side is ever longer, whatever `longest`
 
     def __post_init__(self):
-        self.check_tile(self.longest)
+        self.check_tile(self.longest, drop=self.drop)
 
     def lowered(self, share: float) -> "Splits":
         """The same with about this share of the tiles."""
@@ -231,13 +234,18 @@ class Splits(Tiled):
         first = self._longest(height, width)
         whole = Resize(self.tile, self.tile, self.filter)
         if not self.split:
-            return ((Resize(*first, self.filter), whole),)
+            return (whole_patches((Resize(*first, self.filter), whole), self.patch),)
         rows, columns = self._tiles(*first)
         canvas = (
             Resize(*first, self.filter),
             Resize(rows * self.tile, columns * self.tile, self.filter),
         )
-        return (*cut(canvas, rows, columns, self.tile), (*canvas, whole)) if rows * columns > 1 else (canvas,)
+        if rows * columns == 1:
+            return (whole_patches(canvas, self.patch),)
+        side = self.tile // self.patch * self.patch
+        tiles = cut(canvas, rows, columns, self.tile)
+        tiles = tuple((*view[:-1], replace(view[-1], height=side, width=side)) for view in tiles)
+        return *tiles, whole_patches((*canvas, whole), self.patch)
 
     def _longest(self, height: int, width: int) -> tuple[int, int]:
         """With `longest` as the longer side; the shorter one becomes even."""

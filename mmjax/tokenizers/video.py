@@ -159,6 +159,56 @@ class Stills:
 
 
 @dataclass(frozen=True)
+class Trimmed:
+    """About `fps` pictures a second, at most `most`, at an even distance; of long clips not the first and last second.
+
+    To the digit what transformers 5.23 does for SmolVLM2 (models/smolvlm, video_processing_smolvlm.py). Without `fps`
+    and `most` all pictures are shown.
+
+    trim: seconds left out at both ends where more than `most` × `fps` seconds are left between them.
+    """
+
+    resolution: Policy
+    fps: float | None = None
+    most: int | None = None
+    trim: float = 1.0
+
+    def __post_init__(self):
+        if (self.fps is None) != (self.most is None):
+            raise InputError(f"{self} does not say which frames are shown; give both fps and most, or neither.")
+        if self.fps is not None and (not self.fps > 0 or self.most < 1 or self.trim < 0):
+            raise InputError(f"{self} shows nothing; give fps above 0, most of at least 1 and trim of at least 0.")
+
+    def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
+        """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
+        return (len(self.chosen(frames, fps)), *self.resolution.grid(height, width)), 1.0
+
+    def chosen(self, frames: int, fps: float) -> tuple[int, ...]:
+        """Which pictures of the clip are shown."""
+        _check(frames, fps)
+        if self.fps is None:
+            return tuple(range(frames))
+        seconds, last = frames / fps, frames - 1
+        n = max(1, min(round(self.fps * seconds), self.most))
+        first, end = 0, last
+        if seconds - 2 * self.trim > self.most * self.fps and self.trim > 0:
+            first, end = int(self.trim * fps), min(int(frames - self.trim * fps), last)
+        first, end = (first, end) if first < end else (0, last)
+        return tuple(np.unique(np.linspace(first, end, n, dtype=int)).tolist())
+
+    def times(self, frames: int, fps: float) -> tuple[float, ...]:
+        """When they are, in seconds."""
+        return tuple(n / fps for n in self.chosen(frames, fps))
+
+    def still(self, frames: int, height: int, width: int, fps: float) -> Policy:
+        """By which policy a frame becomes patches."""
+        return self.resolution
+
+    def places(self, grid: Grid) -> None:
+        """All media tokens stand in order."""
+
+
+@dataclass(frozen=True)
 class Grouped:
     """Pictures of a clip in groups, each of which is one frame of the grid (Qwen-VL: 2); the last one is repeated.
 

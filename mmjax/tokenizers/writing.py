@@ -10,6 +10,14 @@ from mmjax.tokenizers.parts import BORDER, Around, Medium, Part, Words, plain
 
 Fuse = Literal["sequence", "cross"]
 Numbered = tuple[int, Span]
+IN_PLACE = ("in_place", "before_begin")  # of Convention.media: where a turn's media stand where they are
+
+
+def written_around(around: Around, span: Span, fuse: Fuse) -> Around:
+    """What is written around a medium: where text looks at it by cross-attention, its marker alone."""
+    if fuse == "sequence" or isinstance(span, Audio):
+        return around
+    return Around(around.before) if around.cross is None else around.cross
 
 
 class Writer:
@@ -59,7 +67,7 @@ class Writer:
 
     def _ordered(self, role: str, spans: list[Numbered]) -> list[Numbered]:
         """A turn's spans in the order in which they are written, without the white space that is left out."""
-        out = spans if self.of.media == "in_place" else sorted(spans, key=lambda s: isinstance(s[1], Text))
+        out = spans if self.of.media in IN_PLACE else sorted(spans, key=lambda s: isinstance(s[1], Text))
         if self.of.strip == "nothing" or (role == "system" and self.of.system_into_user):
             return out
         for cut, places in ((str.lstrip, range(len(out))), (str.rstrip, reversed(range(len(out))))):
@@ -91,8 +99,8 @@ class Writer:
         around = getattr(of, role)
         seen = [s for s in spans if not isinstance(s[1], Text)]
         said = [s for s in spans if isinstance(s[1], Text)]
-        if of.media == "in_place" or role == "document":
-            lead = of.lead if role != "document" and spans and isinstance(spans[0][1], Text) else ()
+        if of.media in IN_PLACE or role == "document":
+            lead = of.lead if role != "document" and spans and not isinstance(spans[0][1], Image) else ()
             written = [part for s in spans for part in self._span(*s)]
             return [*plain(around.before), *plain(lead), *written, *plain(around.after, self.train)]
         media = [part for s in seen for part in self._span(*s)]
@@ -109,6 +117,5 @@ class Writer:
         around = {Image: self.of.image, Video: self.of.video, Audio: self.of.audio}[type(span)]
         chunk = plain(self.of.chunk, self.train) if self.media else ()
         self.media, self.train = self.media + 1, False
-        if self.fuse == "cross" and not isinstance(span, Audio):
-            around = Around(around.before) if around.cross is None else around.cross
+        around = written_around(around, span, self.fuse)
         return [*chunk, Medium(number, plain(around.before), plain(around.after))]

@@ -1,5 +1,6 @@
 """What a training run is: one frozen dataclass, made by the `config()` function of one file."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.sharding import MeshConfig
 from mmjax.data import drawings, sets
 from mmjax.models import vlm
+from mmjax.nn.lora import Config as Lora
 from mmjax.sequence import interleave
 from mmjax.sequence.budget import Budget
 from mmjax.tokenizers.resolution import Native, Policy
@@ -119,13 +121,47 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Some of a run's steps, in which some of its parameters are trained.
+
+    The optimizer begins anew with each stage, and its learning rate rises and falls over the stage's steps.
+
+    name: in messages and results.
+    steps: how many.
+    trains: the parameters, by path (core.tree.choose), without those of update.frozen.
+    learning_rate: at the peak; 0: optimizer.learning_rate.
+    """
+
+    name: str
+    steps: int
+    trains: tuple[str, ...] = ("*",)
+    learning_rate: float = 0.0
+
+    def __post_init__(self):
+        if self.steps < 1 or not self.trains or not 0 <= self.learning_rate < math.inf:
+            raise InputError(
+                f"The stage {self.name!r} has {self.steps} steps, trains {self.trains} and has a learning rate of "
+                f"{self.learning_rate}; give at least 1 step and one pattern, and a rate above 0 (0: the optimizer's)."
+            )
+
+
+@dataclass(frozen=True)
 class Config:
-    """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4."""
+    """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4.
+
+    base: the model that the run starts from, a Hugging Face directory or a checkpoint made of one (mmjax.convert): its
+      weights, and its processor writes the documents. None: parameters start at random.
+    lora: what adapters of low rank are beside kernels; stages say when they are trained.
+    stages: one after the other; none: all steps train what update.frozen leaves.
+    """
 
     model: vlm.Config
     data: drawings.Config | sets.Mixed  # the built-in questions, or a mixture of datasets
     out: Path  # where everything the run makes is kept; give the same place again to resume
-    steps: int
+    steps: int  # of all stages
+    base: Path | None = None
+    lora: Lora | None = None
+    stages: tuple[Stage, ...] = ()
     resolution: Policy = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
     packing: Packing = field(default_factory=Packing)
     sequence: interleave.Config = field(default_factory=interleave.Config)

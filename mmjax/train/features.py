@@ -22,6 +22,7 @@ from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.document import Image, Video
 from mmjax.sequence.layout import Piece, patches_of
+from mmjax.train import parameters
 from mmjax.train.config import Config
 from mmjax.train.step import batch_shardings, by_rows, cast
 
@@ -36,7 +37,7 @@ def after(cfg: Config) -> features.After | None:
     """
     if not cfg.features.on:
         return None
-    trained = tree.flatten(tree.choose(vlm.spec(cfg.model), cfg.update.frozen)[1])
+    trained = tree.flatten(tree.choose(parameters.spec(cfg), cfg.update.frozen)[1])
     moving = {name.partition("/")[0] for name in trained}
     if "vision" in moving:
         raise InputError(
@@ -45,6 +46,8 @@ def after(cfg: Config) -> features.After | None:
         )
     if jax.process_count() > 1:
         raise InputError(f"features are kept for one process, and this run has {jax.process_count()}; keep none.")
+    if cfg.model.connector.reads_text:
+        raise InputError("features are kept of pictures, and this connector reads a text beside each; keep none.")
     if not moving & {"connector", "deep"}:
         return "connector"
     if cfg.model.connector.prefix:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,9 @@ from mmjax.core.files import lock_directory, require_space
 from mmjax.core.sharding import Rules, make_mesh
 from mmjax.core.tree import nbytes
 from mmjax.data.source import Source, read
-from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
-from mmjax.train import cluster, report, state
+from mmjax.train import cluster, parameters, report, stages, start, state
 from mmjax.train.config import Config
 from mmjax.train.features import Towers, compile_towers, without_patches
 from mmjax.train.prepare import Data, prepare_data
@@ -31,7 +30,7 @@ from mmjax.train.state import TrainState
 from mmjax.train.step import batch_shardings, by_rows, compile_step, cut, known_shardings, of_devices
 from mmjax.train.watch import Compiles, StopRequest
 
-CONFIG, RESULT, CURVE = "config.json", "result.json", "loss.png"
+CONFIG, START, RESULT, CURVE = "config.json", "start.json", "result.json", "loss.png"
 
 log = logging.getLogger("mmjax")
 
@@ -74,12 +73,13 @@ def run(cfg: Config) -> int:
     began = time.monotonic()
     with cluster.joined(cfg.cluster):
         mesh = make_mesh(cfg.mesh)
+        parts = stages.parts(cfg)
         data = prepare_data(cfg, *cluster.parts(mesh, Rules()))
-        tx = state.optimizer(cfg.optimizer, cfg.steps)
-        shape = state.abstract(vlm.spec(cfg.model), tx, mesh, Rules(), cfg.update.frozen)
+        shapes = [stages.abstract(part, mesh) for part in parts]
+        held = [stages.own(part, shape) for part, shape in zip(parts, shapes, strict=True)]  # by checkpoints
         folder = cfg.out / "checkpoints"
         with (
-            _owned(cfg, (cfg.keep + 1) * nbytes(shape)),
+            _owned(cfg, (cfg.keep + 1) * max(map(nbytes, held))),
             StopRequest() as stop,
             Checkpoints(folder, keep=cfg.keep, every=cfg.keep_every) as checkpoints,
         ):
@@ -88,16 +88,24 @@ def run(cfg: Config) -> int:
                 report.write_json(cfg.out / CONFIG, configs.flatten(cfg))
                 print(data.training.plan.table())
                 report.print_budget(data.training.layout)
-            programs = compile_all(cfg, data, shape, mesh)
+            now = None
             if before:
-                now, before = checkpoints.restore(shape, fallback=cfg.fallback)
-            else:
-                key = jax.random.key(cfg.seed)
-                now = state.create_sharded(vlm.spec(cfg.model), tx, shape, key, cfg.update.frozen)
-            loop = Loop(cfg, data, programs, checkpoints, began - before.get("seconds", 0.0), before)
-            now = loop.train(now, stop)
-            if loop.asked:
-                return loop.asked
+                like = lambda step: held[stages.at(parts, step)]  # noqa: E731 (of the step that is whole)
+                now, before = checkpoints.restore(like, fallback=cfg.fallback)
+                now = start.completed(parts[0], shapes[0], now)
+                if start.borrowed(parts[0], now.params) != before.get("borrowed", ""):
+                    raise InputError(f"The model in {cfg.base} is not the one that {cfg.out} began with; put it back.")
+            programs = compile_all(cfg, data, parts, shapes, mesh, done=0 if now is None else int(now.step))
+            loop = Loop(cfg, data, parts, programs, checkpoints, began - before.get("seconds", 0.0), before)
+            if now is None:
+                now = start.start(parts[0], shapes[0])
+                loop.judge_start(now)
+            loop.borrowed = start.borrowed(parts[0], now.params)
+            for n in programs:
+                now = stages.begun(parts[n], shapes[n], now)
+                now = loop.train(now, stop, n)
+                if loop.asked:
+                    return loop.asked
             loop.finish(now)
     return 0
 
@@ -116,12 +124,24 @@ def _owned(cfg: Config, needed: int) -> Iterator[None]:
         yield
 
 
-def compile_all(cfg: Config, data: Data, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
-    """The train step of every bucket and the evaluation, compiled."""
+def compile_all(
+    cfg: Config,
+    data: Data,
+    parts: Sequence[stages.Part],
+    shapes: Sequence[TrainState],
+    mesh: jax.sharding.Mesh,
+    done: int = 0,
+) -> dict[int, Programs]:
+    """The train step of every bucket in every stage that has steps after `done` (at least the last), compiled, and the
+    evaluation.
+    """
     counter = Compiles()
-    programs = compile_steps(cfg, data.training, shape, mesh)
-    data.evaluation.compile(cfg, shape.params, mesh, Rules())
-    return dataclasses.replace(programs, seconds=counter.seconds)
+    left = [n for n, part in enumerate(parts) if part.last > done or n == len(parts) - 1]
+    programs = {n: compile_steps(parts[n].cfg, data.training, shapes[n], mesh) for n in left}
+    data.evaluation.compile(cfg, shapes[-1].params, mesh, Rules())
+    rest = counter.seconds - sum(of.seconds for of in programs.values())  # towers and the evaluation
+    last = programs[left[-1]]
+    return programs | {left[-1]: dataclasses.replace(last, seconds=last.seconds + rest)}
 
 
 def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.sharding.Mesh) -> Programs:
@@ -147,7 +167,8 @@ class Loop:
 
     cfg: Config
     data: Data
-    programs: Programs
+    parts: Sequence[stages.Part]
+    programs: dict[int, Programs]  # by stage
     checkpoints: Checkpoints
     began: float  # time.monotonic() when the run would have begun in one go
     before: dict[str, Any]  # the metadata it resumes from
@@ -155,6 +176,7 @@ class Loop:
     tokens: int = 0  # useful tokens trained on, over all sessions
     late: int = 0  # programs compiled after the loop began
     waiting: float = 0.0  # seconds in which the loop waited for data, over all sessions
+    borrowed: str = ""  # names what is the base's all the time (train.start.borrowed)
     asked: int = 0  # the exit status that any process was asked to end with
 
     def __post_init__(self):
@@ -162,50 +184,53 @@ class Loop:
         self.late, self.waiting = self.before.get("late", 0), self.before.get("waiting", 0.0)
         self.data.training.holes.reasons |= self.before.get("holes", {})
 
-    def train(self, now: TrainState, stop: StopRequest) -> TrainState:
-        """Steps until the last, or until asked to stop; either way the last step done is saved.
+    def train(self, now: TrainState, stop: StopRequest, stage: int) -> TrainState:
+        """Steps of a stage until its last, or until asked to stop; either way the last step done is saved.
 
         What a step says is read while the next one runs, so that no device waits for the host.
         """
-        cfg, start = self.cfg, int(now.step)
+        cfg, start, last = self.cfg, int(now.step), self.parts[stage].last
+        programs = self.programs[stage]
         if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
-        asking = {status: self._asking(status) for status in (0, *stop.STATUSES)}
-        source = self.programs.feed(self.data.training, now.params)
+        asking = {status: self._asking(programs, status) for status in (0, *stop.STATUSES)}
+        source = programs.feed(self.data.training, now.params)
         self.counter, self.late_before = Compiles(), self.late
         self.loop_began, self.trained_before = time.monotonic(), self.trained
         self.metrics = report.Metrics(cfg.out, start) if processes.index() == 0 else report.Silence()
         self.progress = report.Progress(cfg.steps, start) if processes.index() == 0 else report.Silence()
         step = saved = start
         with self.metrics, self.progress:
-            fed = self._timed(read(source, start, threads=cfg.threads))
+            fed = self._timed(read(source, start, last, threads=cfg.threads))
             unread = None
             for step, batch in enumerate(fed, start + 1):
-                now, seen = self._step(step, now, batch, asking[stop.status or 0])
+                now, seen = self._step(programs, step, now, batch, asking[stop.status or 0])
                 if unread:
                     self._read(*unread)
                 unread = step, seen
                 # Alone, a process need not wait for the step to tell it what it was asked.
                 self.asked = self.asked or (stop.status or 0) * (jax.process_count() == 1)
-                last = step == cfg.steps or self.asked > 0
-                if last or step % cfg.save_every == 0:
+                over = step == last or self.asked > 0
+                if over or step % cfg.save_every == 0:
                     self._read(*unread)
                     unread = None
                     self.metrics.flush()
                     self._save(step, now)
                     saved = step
-                if last:
+                if over:
                     break
         assert saved == step, "the last step was not saved"
         self.checkpoints.wait()
         return now
 
-    def _step(self, step: int, now: TrainState, fed: Any, asking: jax.Array) -> tuple[TrainState, dict]:
+    def _step(
+        self, programs: Programs, step: int, now: TrainState, fed: Any, asking: jax.Array
+    ) -> tuple[TrainState, dict]:
         bucket = self.data.training.plan.steps[step - 1].bucket
-        return self.programs.run(bucket, now, fed, asking, self.cfg.update.accumulate)
+        return programs.run(bucket, now, fed, asking, self.cfg.update.accumulate)
 
-    def _asking(self, status: int) -> jax.Array:
-        return cluster.whole(np.full(self.programs.asking.mesh.size, status, np.int32), self.programs.asking)
+    def _asking(self, programs: Programs, status: int) -> jax.Array:
+        return cluster.whole(np.full(programs.asking.mesh.size, status, np.int32), programs.asking)
 
     def _read(self, step: int, seen: dict[str, jax.Array]) -> None:
         """Waits for what a step says, writes it down, and ends the run where it must not go on."""
@@ -257,7 +282,7 @@ class Loop:
     def _save(self, step: int, now: TrainState) -> None:
         metadata = {
             "config": configs.flatten(self.cfg),
-            "tokenizer": self.data.tokenizer.fingerprint,
+            "tokenizer": self.data.writing,
             "datasets": self.data.fingerprints,
             "seconds": time.monotonic() - self.began,
             "trained": self.trained,
@@ -265,8 +290,9 @@ class Loop:
             "late": self.late,
             "waiting": self.waiting,
             "holes": dict(self.data.training.holes.reasons),
+            "borrowed": self.borrowed,
         }
-        self.checkpoints.save(step, now, metadata=metadata)
+        self.checkpoints.save(step, stages.own(self.parts[0], now), metadata=metadata)
 
     def _refuse_violations(self, step: int, violations: np.ndarray) -> None:
         if violations.any():
@@ -279,6 +305,15 @@ class Loop:
         source = self.data.training
         return [source.ids(step - 1, row) for row in range(len(source.plan.steps[step - 1].rows))]
 
+    def judge_start(self, now: TrainState) -> None:
+        """Evaluates the model that the run starts from, if it is one."""
+        if self.cfg.base is None:
+            return
+        judged = self.data.evaluation.judge(now.params, self.cfg.out)
+        if processes.index() == 0:
+            report.write_json(self.cfg.out / START, judged)
+            print(f"before training: {self.data.evaluation.said(judged)}")
+
     def finish(self, now: TrainState) -> None:
         """Evaluates, and writes result.json and the pictures."""
         cfg, plan = self.cfg, self.data.training.plan
@@ -290,7 +325,7 @@ class Loop:
         result = judged | {
             "seconds": round(time.monotonic() - self.began, 1),
             "steps": cfg.steps,
-            "parameters": specs.count(vlm.spec(cfg.model)),
+            "parameters": specs.count(parameters.spec(cfg)),
             "documents": sum(len(row) for step in plan.steps for row in step.rows),
             "tokens_per_second": round(self.tokens / self.trained, 1),
             "waiting": self.waiting / self.trained,
@@ -298,9 +333,9 @@ class Loop:
             "fill_tokens": plan.fill_tokens,
             "fill_patches": plan.fill_patches,
             "buckets": [dataclasses.asdict(b) for b in plan.buckets],
-            "compiles": self.programs.compiles,
+            "compiles": sum(programs.compiles for programs in self.programs.values()),
             "compiles_in_loop": self.late,
-            "compile_seconds": round(self.programs.seconds, 2),
+            "compile_seconds": round(sum(programs.seconds for programs in self.programs.values()), 2),
             "holes": len(self.data.training.holes.reasons),
             "skipped": int(now.guard.skipped),
             "final_loss": report.losses(cfg.out)[-1][1],
@@ -308,7 +343,12 @@ class Loop:
             "processes": jax.process_count(),
             "jax": jax.__version__,
         }
-        if self.programs.towers:
-            result["tower_steps"] = self.programs.towers.runs
+        towers = [programs.towers for programs in self.programs.values() if programs.towers]
+        if towers:
+            result["tower_steps"] = sum(of.runs for of in towers)
+        if cfg.base is not None:
+            result["before"] = {k: v for k, v in report.read_json(cfg.out / START).items() if k != "answers"}
+        if cfg.stages:
+            result["stages"] = [{"name": s.name, "steps": s.steps, "trains": s.trains} for s in cfg.stages]
         report.write_json(cfg.out / RESULT, result | shown)
         print(f"{self.data.evaluation.said(judged)} in {result['seconds']:.0f} s; see {cfg.out / RESULT}")

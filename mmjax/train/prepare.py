@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmjax.convert.processor.text import reader
 from mmjax.core.errors import InputError
 from mmjax.data import drawings, index, sets
 from mmjax.data.memory import Memory
@@ -13,10 +14,12 @@ from mmjax.models import vlm
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import layout
+from mmjax.sequence.layout import Layout, layout
 from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
+from mmjax.train import start
+from mmjax.train.answers import Answers, asked
 from mmjax.train.config import Config, Packing
 from mmjax.train.evaluate import HeldOut, Questions
 
@@ -25,13 +28,15 @@ from mmjax.train.evaluate import HeldOut, Questions
 class Data:
     """What a run is fed with.
 
-    tokenizer: of its texts (with a convention, where the config names one). training: its batches. evaluation: what it
+    tokenizer: of its texts (with a convention, where the config names one). writing: the fingerprint of all that turns
+    documents into arrays: of the tokenizer, or of the base's processor. training: its batches. evaluation: what it
     is judged by. fingerprints: of its datasets, by name.
     """
 
     tokenizer: Any
+    writing: str
     training: Source
-    evaluation: Questions | HeldOut
+    evaluation: Questions | HeldOut | Answers
     fingerprints: dict[str, str]
 
 
@@ -44,15 +49,15 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
       InputError: a setting that does not fit another (vocabulary, patch size, rows and devices), a dataset that cannot
         be read.
     """
-    tokenizer = _tokenizer(cfg.data, cfg.model.newline)
+    its = start.processor(cfg) if cfg.base else None
+    if its and isinstance(cfg.data, sets.Mixed) and (cfg.data.tokenizer or cfg.data.convention != sets.GENERIC):
+        raise InputError(
+            f"The base {cfg.base} writes documents with its own tokenizer and template; leave data.tokenizer and "
+            f"data.convention out."
+        )
+    tokenizer, lay = _writer(cfg) if its is None else (its.chat, start.layout_of(its))
     _refuse(cfg, tokenizer, of)
-    plain = lay = functools.partial(
-        layout,
-        tokenizer=tokenizer,
-        resolution=cfg.resolution,
-        media_tokens=cfg.model.connector.tokens,
-        fuse="sequence" if cfg.model.decoder.cross is None else "cross",
-    )
+    plain = lay
     if cfg.budget != Budget():
         lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
     packing = cfg.packing
@@ -90,6 +95,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
+        said=_said(cfg),
         parts=parts,
         of=of,
     )
@@ -98,7 +104,29 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         evaluation = _questions(cfg, plain, made, tokenizer)
     else:
         evaluation = _held_out(cfg, held_out, lay, made)
-    return Data(tokenizer, training, evaluation, fingerprints)
+    if its is not None and isinstance(evaluation, HeldOut):
+        evaluation = Answers(evaluation, {name: asked(of) for name, of in held_out.items()}, its)
+    writing = tokenizer.fingerprint if its is None else its.fingerprint
+    return Data(tokenizer, writing, training, evaluation, fingerprints)
+
+
+def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
+    """What the connector reads beside pictures, from documents."""
+    path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
+    if cfg.model.connector.reads_text != (path is not None):
+        raise InputError(
+            f"The connector {'reads' if path is None else 'does not read'} a text beside each picture, and data.reader "
+            f"is {path}; give the directory of its tokenizer where it does."
+        )
+    if path is None:
+        return None
+    its = reader(path)
+    if its.tokenizer.size > cfg.model.connector.vocab:
+        raise InputError(
+            f"model.connector.vocab is {cfg.model.connector.vocab}, and the tokenizer in {path} has "
+            f"{its.tokenizer.size} ids; set it to that, or more."
+        )
+    return its.beside
 
 
 def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
@@ -106,10 +134,25 @@ def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
     return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
 
 
+def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
+    """The tokenizer, and what lays documents out."""
+    tokenizer = _tokenizer(cfg.data, cfg.model.newline)
+    lay = functools.partial(
+        layout,
+        tokenizer=tokenizer,
+        resolution=cfg.resolution,
+        media_tokens=cfg.model.connector.tokens,
+        fuse="sequence" if cfg.model.decoder.cross is None else "cross",
+    )
+    return tokenizer, lay
+
+
 def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:
     """`newline`: the model has a vector for the ends of a picture's rows, which any id may mark: the picture's does."""
     if isinstance(data, drawings.Config):
         return text.load(drawings.tokenizer_model(), exact=True)
+    if data.tokenizer is None:
+        raise InputError("data.tokenizer is None, and there is no base whose own could be used; name one.")
     chat = Chat(text.load(data.tokenizer), conventions.find(data.convention))
     if newline:
         chat.vocab = dataclasses.replace(chat.vocab, image_newline=chat.vocab.image)

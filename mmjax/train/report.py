@@ -173,6 +173,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What write_json has written; {} where it has not."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def print_budget(layout: object) -> None:
     """How many planned documents had to be changed to come within the budget, and the first of them."""
     reports = getattr(layout, "reports", {})

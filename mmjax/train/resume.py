@@ -11,10 +11,11 @@ from mmjax.core.manifest import listed_steps
 from mmjax.train.config import Config
 from mmjax.train.prepare import Data
 
-# Fields that resuming may change; where documents and tokenizer lie may, for what they are is compared by fingerprint.
+# Fields that resuming may change; where base, documents and tokenizer lie may, for what they are is compared by
+# fingerprint.
 MAY_CHANGE = re.compile(
-    r"out|(mesh|cluster|features)\..*|threads|keep|keep_every|save_every|fallback|update\.patience|"
-    r"data\.tokenizer|data\.sources\.\d+\.(path|root|errors)"
+    r"out|base|(mesh|cluster|features)\..*|threads|keep|keep_every|save_every|fallback|update\.patience|"
+    r"data\.tokenizer|data\.(sources|evaluation)\.\d+\.(path|root|errors)"
 )
 
 
@@ -47,7 +48,7 @@ def differences(before: dict[str, Any], cfg: Config, data: Data) -> list[str]:
     what += [f"the documents of {name!r}" for name in sorted(told | found) if told.get(name) != found.get(name)]
     if list(told) != list(found) and told.keys() == found.keys():
         what.append(f"the order of data.sources ({', '.join(told)} → {', '.join(found)})")
-    return what + ([] if before["tokenizer"] == data.tokenizer.fingerprint else ["the tokenizer"])
+    return what + ([] if before["tokenizer"] == data.writing else ["the tokenizer"])
 
 
 def _may_change(field: str, cfg: Config) -> bool:

@@ -122,6 +122,15 @@ def create_sharded(
     return make(key)
 
 
+def of_params(
+    params: dict, tx: optax.GradientTransformation, shape: TrainState, frozen: Sequence[str] = ()
+) -> TrainState:
+    """The state before the first step, of parameters that are there."""
+    make = jax.jit(lambda p: tx.init(trained(p, frozen)), out_shardings=shardings(shape.optimizer))
+    rest = jax.device_put((jnp.zeros((), jnp.int32), new_guard()), shardings((shape.step, shape.guard)))
+    return TrainState(rest[0], params, make(params), rest[1])
+
+
 def abstract(
     spec: Spec, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules, frozen: Sequence[str] = ()
 ) -> TrainState:
@@ -140,6 +149,6 @@ def abstract(
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, moments, guard)
 
 
-def shardings(state: TrainState) -> TrainState:
-    """The shardings of an abstract state."""
+def shardings(state: Any) -> Any:
+    """The shardings of an abstract state, or of a part of one."""
     return jax.tree.map(lambda x: x.sharding, state)

@@ -88,6 +88,28 @@ def qwen(path, images=None, kind="qwen2_5_vl", config=None, **more):
     return directory(path, config, images, QWEN, **more)
 
 
+def ended():
+    """A tokenizer.json whose texts end with </s>."""
+    out = tokenizer()
+    steps = out["post_processor"]
+    steps["single"] = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    end = next(token["id"] for token in out["added_tokens"] if token["content"] == "</s>")
+    steps["special_tokens"] = {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}}
+    return out
+
+
+def blip(path, kind="blip-2", images=None, config=None, **more):
+    vision = {"patch_size": 4, "image_size": 8}
+    config = {"model_type": kind, "vision_config": vision, "num_query_tokens": 3} | (config or {})
+    images = {"image_processor_type": "BlipImageProcessor", "size": {"height": 8, "width": 8}} | (images or {})
+    out = directory(path, config, images, None, **more)
+    write(out, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    if kind == "instructblip":
+        (out / "qformer_tokenizer").mkdir()
+        write(out / "qformer_tokenizer", "tokenizer.json", ended())
+    return out
+
+
 def internvl(path, images=None, length=1):
     config = {"model_type": "internvl", "vision_config": {"patch_size": [4, 4], "image_size": [8, 8]}}
     images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": {"height": 8, "width": 8}} | (images or {})
@@ -107,6 +129,49 @@ def kosmos2(path, template=LLAVA, **config):
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<|im_start|>"}
     write(path, "tokenizer_config.json", named | ({"chat_template": template} if template else {}))
     return path
+
+
+MARKS = ("<bos>", "<eos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+MARKS += ("<image_placeholder>", "<｜end｜>")
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+def siglip(path, kind, processor_name, images=None, config=None, template=None, **more):
+    """A model around SigLIP at 16 pixels in patches of 4."""
+    vision = {"model_type": "siglip_vision_model", "patch_size": 4, "image_size": 16}
+    images = {"image_processor_type": processor_name, "size": 16} | (images or {})
+    out = directory(path, {"model_type": kind, "vision_config": vision} | (config or {}), images, **more)
+    made = tokenizer()
+    first = max(token["id"] for token in made["added_tokens"]) + 1
+    flags = {**tokenizer_files.FLAGS, "special": True}
+    made["added_tokens"] += [{"id": first + n, "content": s, **flags} for n, s in enumerate(MARKS)]
+    write(out, "tokenizer.json", made)
+    write(out, "tokenizer_config.json", NAMES | ({"chat_template": template} if template else {}))
+    return out
+
+
+def paligemma(path, images=None, config=None, **more):
+    return siglip(path, "paligemma", "SiglipImageProcessor", images, config, **more)
+
+
+GEMMA = TEMPLATE.replace("IMAGE", "<start_of_image>").replace("<|im_start|>", "")
+
+
+def gemma3(path, images=None, config=None, **more):
+    config = {"mm_tokens_per_image": 4} | (config or {})
+    counted = {"image_seq_length": 4} | more.pop("processor_config", {})
+    images = {"size": {"height": 16, "width": 16}} | (images or {})
+    return siglip(path, "gemma3", "Gemma3ImageProcessor", images, config, GEMMA, processor_config=counted, **more)
+
+
+DEEPSEEK = TEMPLATE.replace("IMAGE", "<image_placeholder>").replace("<|im_start|>", "").replace("</s>", "<｜end｜>")
+
+
+def deepseek(path, images=None, **more):
+    counted = {"num_image_tokens": 16} | more.pop("processor_config", {})
+    return siglip(
+        path, "deepseek_vl", "DeepseekVLImageProcessor", images, None, DEEPSEEK, processor_config=counted, **more
+    )
 
 
 ECHO = "{{ messages[0].content[0].text }}"
@@ -133,6 +198,49 @@ def test_a_question_to_llava(tmp_path):
     assert batch.patches.shape == (1, 4, 4 * 4 * 3)
     assert batch.position[0, :n, 0].tolist() == list(range(n))
     invariants.check(batch, made.vocab, [["q"]])
+
+
+def test_queries_stand_before_everything(tmp_path):
+    """A picture's, wherever the picture is; what the text says is text; and questions need no template."""
+    made = processor.load(blip(tmp_path))
+    behind = Document("d", (SAID, PICTURE))
+    batch = made.batch([QUESTION, behind])
+    n = int((batch.order[0] >= 0).sum())
+    assert symbols(made, batch.tokens[0, :n].tolist()) == [*["<image>"] * 3, "<s>"]
+    np.testing.assert_array_equal(batch.tokens[0], batch.tokens[1])
+    assert batch.slot[0, :4].tolist() == [0, 1, 2, -1]
+    assert batch.patches.shape == (2, 4, 4 * 4 * 3)
+    assert batch.instruction is None
+    with pytest.raises(InputError, match="one question and one answer"):
+        made.layout(Document("d", (SAID, Text("x", "assistant"), SAID)))
+
+
+def test_a_question_is_read_beside_its_pictures(tmp_path):
+    made = processor.load(blip(tmp_path, "instructblip"))
+    two = Document("two", (PICTURE, PICTURE, Text("a")))
+    batch = made.batch([two, Document("one", (PICTURE, Text("abc"), Text("x", "assistant")))])
+    read, end = batch.instruction, made.reader.tokenizer.controls["</s>"]
+    ids = made.reader.tokenizer.encode("abc")
+    assert made.reader.after == (end,)
+    assert read.tokens.shape == (2, 2 * 16)
+    assert read.tokens[1, : len(ids) + 1].tolist() == [*ids, end]
+    assert [read.document[0, 0], read.document[0, 16]] == [0, 1]
+    invariants.check(batch, made.vocab, media=np.array([[True] * 6, [True] * 3 + [False] * 3]))
+    (tmp_path / "other").mkdir()
+    other = processor.load(blip(tmp_path / "other", "instructblip"))
+    assert other.fingerprint == made.fingerprint
+
+
+def test_what_an_encoder_decoder_is_asked_ends(tmp_path):
+    """</s> stands behind the question, and the answer begins with an id of its own."""
+    path = blip(tmp_path, config={"text_config": {"model_type": "t5", "vocab_size": 1000, "pad_token_id": 5}})
+    write(path, "tokenizer.json", ended())
+    made = processor.load(path)
+    example, _ = made.example(QUESTION)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 3, "</s>"]
+    assert example.tokens[-1] == made.chat.controls["</s>"]
+    assert example.answer.tokens.tolist() == [5]
+    assert made.batch([QUESTION]).answer.tokens.shape == (1, 1)
 
 
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
@@ -241,6 +349,47 @@ def test_frames_of_qwen3_have_their_times(tmp_path):
     assert (between == TEXT).any()
 
 
+def test_a_question_to_paligemma_is_a_prefix(tmp_path):
+    """Without a template: pictures, its own first token whatever the tokenizer writes, the question, a line's end."""
+    made = processor.load(paligemma(tmp_path, {"image_seq_length": 16}))
+    example, _ = made.example(QUESTION)
+    n = len(example.tokens)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>"]
+    assert made.chat.decode(example.tokens.tolist()) == f"{SAID.text}\n"
+    assert example.hi.tolist() == [n - 1] * n  # all of it sees all of it
+    answered = Document("a", (SAID, PICTURE, Text("A cat.", "assistant", True)))
+    example, _ = made.example(answered)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "<eos>"]
+    assert example.hi.tolist() == [*[n - 1] * n, *range(n, len(example.tokens))]
+    assert example.weight.sum() == len(example.tokens) - n
+    with pytest.raises(InputError, match="several turns of one role"):
+        made.layout(Document("m", (*answered.spans, Text("and?"))))
+
+
+def test_pictures_and_crops_for_gemma_3(tmp_path):
+    """The template has a mark, the processor writes around it; four patches are a token, seen by those beside it."""
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 4}
+    made = processor.load(gemma3(tmp_path, crops))
+    assert (made.sequence.merge, made.resolution.filter) == (2, "bilinear")
+    wide = Image(8, 24, np.zeros((8, 24, 3), np.uint8))
+    example, _ = made.example(Document("g", (PICTURE, wide, SAID)))
+    one = ["<start_of_image>", *["<image_soft_token>"] * 4, "<end_of_image>"]
+    assert symbols(made, example.tokens.tolist()) == ["<s>", *one * (3 + 4), "</s>"]
+    assert "some crops to help you see better" in made.chat.decode(example.tokens.tolist())
+    places = np.flatnonzero(example.modality == IMAGE).reshape(-1, 4)
+    assert (example.hi[places] == places[:, 3:]).all()
+    assert example.grid.tolist() == [[1, 4, 4]] * 7
+    (tmp_path / "plain").mkdir()
+    assert len(processor.load(gemma3(tmp_path / "plain")).example(Document("g", (wide, SAID)))[0].grid) == 1
+
+
+def test_control_tokens_of_any_script(tmp_path):
+    """DeepSeek's have full-width bars: what a template writes of them is a token, and what a text says is not."""
+    made = processor.load(deepseek(tmp_path))
+    said = Text("what is <｜end｜>?")
+    assert symbols(made, made.example(Document("d", (said,)))[0].tokens.tolist()) == ["<s>", "<｜end｜>"]
+
+
 def test_stops(tmp_path):
     assert processor.load(llava(tmp_path, generation_config={"eos_token_id": [7, 9]})).stops == (7, 9)
     other = tmp_path / "b"
@@ -323,6 +472,25 @@ REFUSED = {
     "cropped": (lambda p: pixtral(p, {"do_center_crop": True}, patch_size=4), "do_center_crop"),
     "two longest": (lambda p: pixtral(p, {"size": {"height": 8, "width": 16}}, patch_size=4), "height, width alike"),
     "a template too many": (lambda p: kosmos2(p, ECHO), "the processor of a kosmos-2 has not"),
+    "another count": (
+        lambda p: paligemma(p, {"image_seq_length": 4}),
+        "'image_seq_length' is 4, and the encoder makes",
+    ),
+    "unread template": (lambda p: paligemma(p, template=LLAVA), "which PaliGemma's processor does not read"),
+    "a count left out": (
+        lambda p: gemma3(p, processor_config={"image_seq_length": None}),
+        "'image_seq_length' is (None|256), and the encoder makes 4",
+    ),
+    "unequal squares": (lambda p: gemma3(p, config={"mm_tokens_per_image": 9}), "'mm_tokens_per_image' is 9, which"),
+    "other marks": (
+        lambda p: gemma3(p, processor_config={}, special_tokens_map={"boi_token": "<boi>"}),
+        "says 'boi_token' is '<boi>'",
+    ),
+    "no canvas": (lambda p: deepseek(p, {"do_pad": False}), "does not pad pictures to squares"),
+    "other patches": (
+        lambda p: deepseek(p, processor_config={"num_image_tokens": 9}),
+        "'num_image_tokens' is 9, and the encoder makes 16",
+    ),
     "unknown family": (lambda p: llava(p, config={"model_type": "idefics9"}), "'idefics9', whose processor mmjax"),
     "another encoder's": (lambda p: llava(p, {"image_processor_type": "ViTImageProcessor"}), "'ViTImageProcessor'"),
     "no resize": (lambda p: llava(p, {"do_resize": False}), "does not resize pictures"),
@@ -347,6 +515,12 @@ REFUSED = {
         ),
         "counts 2 tokens more than patches",
     ),
+    "other queries": (
+        lambda p: blip(p, processor_config={"num_query_tokens": 4}),
+        "'num_query_tokens' is 4, and config.json 3",
+    ),
+    "crop": (lambda p: blip(p, images={"do_center_crop": True}), "which BLIP's processor does not do"),
+    "text that ends": (lambda p: llava(p, tokenizer=ended()), "writes a token after every text"),
     "two patches": (lambda p: llava(p, processor_config={"patch_size": 7}), "'patch_size' is 7, and config.json 4"),
     "two ids": (lambda p: llava(p, config={"image_token_index": 3}), "'image_token_index' is 3, and the tokenizer has"),
     "no image token": (lambda p: llava(p, processor_config={"image_token": "<picture>"}), "no token '<picture>'"),

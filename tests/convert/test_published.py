@@ -15,16 +15,28 @@ from mmjax.models import vlm
 from mmjax.nn.rope_scaling import Dynamic, LongRope, Yarn
 from mmjax.train.prepare import refuse_model, refuse_rows
 
-# CLIP's last block and the norm after it; SigLIP's.
-UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304}
+# CLIP's last block and the norm after it; SigLIP's; SigLIP's pooling head; the norm alone.
+UNUSED = {"llava": 12_598_272, "llava_next": 12_598_272, "llava_onevision": 2304, "deepseek_vl": 12_595_200}
+UNUSED |= {"idefics": 2560}
 # The config that is the same model.
 SAME = {
+    "Salesforce/blip2-opt-2.7b": "blip2_opt",
+    "Salesforce/blip2-flan-t5-xl": "blip2_flan_t5",
+    "Salesforce/instructblip-vicuna-7b": "instructblip",
+    "google/paligemma-3b-pt-224": "paligemma",
+    "google/gemma-3-4b-it": "gemma3",
+    "deepseek-community/deepseek-vl-1.3b-chat": "deepseek_vl",
     "llava-hf/llava-1.5-7b-hf": "llava_7b",
     "llava-hf/llava-v1.6-vicuna-7b-hf": "llava_next",
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "HuggingFaceM4/idefics-9b": "idefics",
+    "meta-llama/Llama-3.2-11B-Vision": "llama3_2_vision",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "HuggingFaceM4/idefics2-8b": "idefics2",
+    "HuggingFaceM4/Idefics3-8B-Llama3": "idefics3",
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm",
     "OpenGVLab/InternVL3-8B-hf": "internvl",
     "mistral-community/pixtral-12b": "pixtral",
     "mistralai/Mistral-Small-3.1-24B-Instruct-2503": "mistral3",
@@ -32,9 +44,13 @@ SAME = {
 }
 LLAMA, _ = PUBLISHED["HuggingFaceTB/SmolLM2-135M"]
 QWEN2, _ = PUBLISHED["Qwen/Qwen2-0.5B"]
+BLIP2, _ = PUBLISHED["Salesforce/blip2-opt-2.7b"]
 LLAVA, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
 NEXT, _ = PUBLISHED["llava-hf/llava-v1.6-vicuna-7b-hf"]
+PALIGEMMA, _ = PUBLISHED["google/paligemma-3b-pt-224"]
+GEMMA3, _ = PUBLISHED["google/gemma-3-4b-it"]
 ONEVISION, _ = PUBLISHED["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
+MLLAMA, _ = PUBLISHED["meta-llama/Llama-3.2-11B-Vision"]
 
 
 def found(given: dict):
@@ -57,8 +73,11 @@ def test_the_config_of_the_same_name_is_the_published_model(name):
     def plain(blocks):
         return dataclasses.replace(blocks, remat="none")
 
-    vision = dataclasses.replace(cfg.model.vision, blocks=plain(cfg.model.vision.blocks))
+    stacks = {name: plain(stack) for name, stack in cfg.model.vision.stacks.items()}
+    vision = dataclasses.replace(cfg.model.vision, **stacks)
     language = dataclasses.replace(cfg.model.decoder, blocks=plain(cfg.model.decoder.blocks))
+    if language.answers:
+        language = dataclasses.replace(language, answer=plain(language.answer))
     model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
     assert found(PUBLISHED[name][0]).cfg == model
     refuse_model(cfg)
@@ -89,6 +108,15 @@ def test_left_out_parts_are_those_of_transformers():
         10,
     )
     assert found({"model_type": "internvl"}).cfg.placeholder == 151_667
+    cfg = found({"model_type": "paligemma"}).cfg
+    assert (cfg.vision.table.rows, cfg.vision.blocks.hidden, cfg.decoder.vocab, cfg.placeholder) == (
+        16,
+        4096,
+        257152,
+        256000,
+    )
+    cfg = found(PUBLISHED["google/paligemma2-3b-pt-224"][0]).cfg.decoder
+    assert (cfg.window, cfg.window_ahead, cfg.blocks.windowed[:2], cfg.softcap) == (4096, False, (0, 2), 30.0)
     text = found({"model_type": "qwen2_5_vl"}).cfg.decoder
     assert (text.vocab, text.blocks.layers, text.blocks.epsilon) == (152064, 80, 1e-5)
     assert found(LLAVA | {"vision_feature_layer": 3}).cfg.vision.blocks.layers == 3
@@ -110,11 +138,29 @@ REFUSED = [
     (LLAMA | {"attention_bias": 1}, "'attention_bias' is 1"),
     ({"model_type": "opt", "do_layer_norm_before": False}, "'do_layer_norm_before' is 'False'"),
     ({"model_type": "opt", "word_embed_proj_dim": 512}, "'word_embed_proj_dim' is '512'"),
+    (BLIP2 | {"text_config": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
+    (BLIP2 | {"image_token_index": -1}, "'image_token_index' is '-1'"),
+    (BLIP2 | {"qformer_config": {"position_embedding_type": "relative"}}, "'position_embedding_type'"),
+    ({"model_type": "t5", "feed_forward_proj": "gelu"}, "'feed_forward_proj' is 'gelu'"),
+    ({"model_type": "t5", "relative_attention_num_buckets": 7}, "give an even number"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),
     ({"model_type": "gemma", "use_bidirectional_attention": True}, "'use_bidirectional_attention'"),
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "Gemma 3 has them for"),
+    (PALIGEMMA | {"projection_dim": 2304}, "'projection_dim' is 2304"),
+    (PALIGEMMA | {"text_config": {"model_type": "llama"}}, "'llama'; paligemma has gemma or gemma2"),
+    (
+        PALIGEMMA | {"text_config": PALIGEMMA["text_config"] | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}},
+        "(Dyn",
+    ),
+    (PALIGEMMA | {"vision_config": {"model_type": "clip_vision_model"}}, "'model_type' is 'clip_vision_model'"),
+    (GEMMA3 | {"mm_tokens_per_image": 200}, "'mm_tokens_per_image' is 200"),
+    (GEMMA3 | {"mm_tokens_per_image": 81}, "'mm_tokens_per_image' is 81"),
+    (GEMMA3 | {"text_config": {"final_logit_softcapping": 30.0}}, "'final_logit_softcapping' is '30.0'"),
+    (GEMMA3 | {"text_config": {"attn_logit_softcapping": 50.0}}, "'attn_logit_softcapping' is '50.0'"),
+    (GEMMA3 | {"text_config": {"use_bidirectional_attention": True}}, "'use_bidirectional_attention' is 'True'"),
+    ({"model_type": "deepseek_vl_hybrid"}, "whose second encoder, SAM's"),
     (LLAVA | {"text_config": {"model_type": "mixtral"}}, "model_type is 'mixtral'"),
     (LLAVA | {"text_config": "llama"}, "'text_config' is 'llama'"),
     (LLAVA | {"vision_config": {"model_type": "siglip2_vision_model"}}, "tower's model_type is 'siglip2_vision_model'"),
@@ -123,6 +169,14 @@ REFUSED = [
     ({"model_type": "internvl", "downsample_ratio": 0.4}, "'downsample_ratio' is 0.4"),
     ({"model_type": "internvl", "vision_feature_select_strategy": "full"}, "'full'; mmjax"),
     ({"model_type": "internvl", "vision_config": {"norm_type": "rms_norm", "use_mean_pooling": False}}, "RMSNorm"),
+    (MLLAMA | {"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    (MLLAMA | {"text_config": {"tie_word_embeddings": True}}, "'tie_word_embeddings' is 'True'"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": [3, 40]}}, "'cross_attention_layers' is [3, 40]"),
+    (MLLAMA | {"text_config": {"cross_attention_layers": []}}, "0 layers of cross-attention in 40"),
+    (MLLAMA | {"text_config": {"head_dim": 64}}, "'head_dim' is '64'"),
+    (MLLAMA | {"vision_config": {"intermediate_layers_indices": [7, 3]}}, "'intermediate_layers_indices' is [7, 3]"),
+    (MLLAMA | {"vision_config": {"supported_aspect_ratios": [[1, 1], [2, 1]]}}, "'supported_aspect_ratios' are"),
+    (MLLAMA | {"vision_config": {"vision_output_dim": 1280}}, "'vision_output_dim' is '1280'"),
     ({"model_type": "mistral3", "vision_feature_layer": [-1, -2]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": [-2, -5]}, "'vision_feature_layer' is"),
     (LLAVA | {"vision_feature_layer": -25}, "'vision_feature_layer' is -25"),

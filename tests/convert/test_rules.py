@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.convert import rules
+from mmjax.convert import lazily, rules
 from mmjax.convert.rules import Arrays, Rule
 from mmjax.core import spec as specs
 from mmjax.core import tree
@@ -298,6 +298,25 @@ def test_layers_may_be_sharded_too(rng):
     params = rules.load(spec, table, Arrays(given), shardings={"w": sharding})
     assert {s.data.shape for s in params["w"].addressable_shards} == {(2, 1, 3)}
     np.testing.assert_array_equal(params["w"], np.stack([given[f"w.{i}"].T for i in range(4)]))
+
+
+def test_a_table_may_be_in_two_pieces(rng):
+    """Rows of one leaf in several tensors: as Idefics has the tokens that were added to its vocabulary."""
+    names = ("weight", "more.weight")
+    spec, table = {"w": param(4, 3)}, [Rule("w", "embed.{}", layers=names, rows=(3, 1))]
+    given = {f"embed.{n}": rng.normal(size=(r, 3)).astype(np.float32) for n, r in zip(names, (3, 1), strict=True)}
+    whole = np.concatenate(list(given.values()))
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+    for how in (None, {"w": sharding}):
+        params = rules.load(spec, table, Arrays(given), shardings=how)
+        np.testing.assert_array_equal(params["w"], whole)
+        assert all(same(x, given[k]) for k, x in rules.save(spec, table, params).items())
+    lazy = lazily.load(spec, table, Arrays(given))
+    np.testing.assert_array_equal(np.asarray(lazy["w"]), whole)
+    assert all(same(x, given[k]) for k, x in rules.save(spec, table, lazy).items())
+    with pytest.raises(ValueError, match=r"names \(3, 2\) of 4 rows"):
+        rules.plan(spec, [Rule("w", "embed.{}", layers=names, rows=(3, 2))])
 
 
 def test_a_stack_may_have_no_layers():

@@ -112,3 +112,17 @@ def test_patterns_that_name_nothing_and_leaves_in_both():
         trees.choose(NESTED, ("decoder/nrm",))
     with pytest.raises(InputError, match="'bias' is in both trees"):
         trees.merge({"a": {"bias": 1}}, {"a": {"bias": 2}})
+
+
+@pytest.mark.parametrize(
+    ("names", "covered"),
+    [
+        ((), ()),
+        (("vision/kernel", "vision/bias"), ("vision",)),
+        (("vision/bias", "decoder/norm/scale"), ("vision/bias", "decoder/norm")),
+        (("decoder/norm/scale", "decoder/bias"), ("decoder",)),
+    ],
+)
+def test_the_fewest_names_that_hold_leaves(names, covered):
+    assert sorted(trees.cover(NESTED, set(names))) == sorted(covered)
+    assert trees.flatten(trees.choose(NESTED, covered)[0]).keys() == set(names)

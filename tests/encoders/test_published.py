@@ -38,6 +38,7 @@ PARAMETERS = {
     "siglip-so400m-text": 449_734_896,
     "siglip2-b16-naflex": 92_930_304,
     "siglip2-so400m16-naflex": 427_888_064,
+    "eva-g14": 985_952_256,
     "pixtral-400m": 403_489_792,
     "internvit-300m": 304_012_288,
     "internvit-6b": 5_536_496_000,

@@ -34,6 +34,7 @@ GEMMA = dataclasses.replace(
 )
 PLAIN = decoder.Config(31, BLOCKS)
 SLIDING = decoder.Config(31, GEMMA, window=3, embed_scale=4.9, softcap=7.0)
+PREFIXED = dataclasses.replace(SLIDING, window_ahead=False)
 CROSS = decoder.Config(31, BLOCKS, tied=False, cross=cross_attention.Config(24, 16, 2, 8, 40, every=2))
 KIND = {"activation": "silu", "gated": True, "norm_kind": "rms", "qk_norm": True}
 IDEFICS = cross_attention.Config(24, 16, 2, 8, 40, every=2, gate="vector", **KIND)
@@ -43,6 +44,7 @@ NEAR = dataclasses.replace(BLOCKS, windowed=(0, 2), window_rope=rope.Config(8, (
 MODELS = {
     "plain": PLAIN,
     "sliding": SLIDING,
+    "prefixed": PREFIXED,
     "cross": CROSS,
     "cross as Idefics": decoder.Config(31, NEAR, window=3, cross=IDEFICS),
     "cross as Mllama": decoder.Config(31, BLOCKS, cross=MLLAMA),
@@ -55,7 +57,10 @@ FIRST, THEN = ((0, 1, 2, 3), (0, 1, 2, -1), (-1, -1, -1, -1)), ((4, 5), (3, 4), 
 
 
 def rows(cfg):
-    """Three rows of different length, padded to 9: tokens, labels, intervals, positions, and media to look at."""
+    """Three rows of different length, padded to 9: tokens, labels, intervals, positions, and media to look at.
+
+    Of PREFIXED the first four tokens see each other.
+    """
     some = np.random.default_rng(0)
     tokens = jnp.asarray(some.integers(0, cfg.vocab, (3, 9)), jnp.int32)
     at = np.arange(9, dtype=np.int32)[None].repeat(3, 0)
@@ -63,7 +68,7 @@ def rows(cfg):
     see = {
         "order": np.where(there, at, -1),
         "lo": np.zeros((3, 9), np.int32),
-        "hi": np.where(there, at, -1),
+        "hi": np.where(there, at if cfg.window_ahead else np.maximum(at, 3), -1),
         "position": some.integers(0, 20, (3, 9, 3)).astype(np.int32),
     }
     labels = np.concatenate([FIRST, THEN], 1)
@@ -86,6 +91,7 @@ def part(see, start, stop):
         ("plain", False),
         ("sliding", False),
         ("sliding", True),
+        ("prefixed", False),
         ("cross", False),
         ("cross as Idefics", False),
         ("cross as Mllama", False),
@@ -124,6 +130,21 @@ def test_in_parts_is_in_one(name, unstacked):
     got = np.concatenate(parts, axis=1)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(got[row, :length], wants[row, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_holds_within_a_prefix_or_not():
+    """Two documents in a row, prefixes of four and two: the last token of a prefix sees none later, and all before."""
+    own = jnp.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, -1]])
+    lo = jnp.array([[0, 0, 0, 0, 0, 0, 6, 6, 6, 6, 0, 0]])
+    hi = jnp.array([[3, 3, 3, 3, 4, 5, 7, 7, 8, 9, -1, -1]])
+    see = {"position": None, "length": None, "added": None}
+    (near, _), (whole, upper) = (
+        decoder._see(cfg, own, own, lo, hi, **see)["window"]
+        for cfg in (SLIDING, dataclasses.replace(PREFIXED, window=2))
+    )
+    assert near[0, :10].tolist() == [0, 0, 0, 1, 2, 3, 6, 6, 6, 7]
+    assert whole[0, :10].tolist() == [0, 0, 0, 0, 3, 4, 6, 6, 7, 8]
+    assert (upper == hi).all()
 
 
 def test_long_parts_go_through_the_kernel():

@@ -8,8 +8,10 @@ from mmjax.nn import position_embed
 from mmjax.nn.position_embed import (
     CONCATENATED,
     HEIGHT_FIRST,
+    LONGEST,
     MAE,
     TIMM,
+    bucketised,
     centred,
     fourier,
     interpolate,
@@ -141,3 +143,32 @@ def test_empty_places_are_finite():
     zero = jnp.zeros((1, 3, 2), jnp.int32)
     for options in OPTIONS:
         assert np.isfinite(position_embed.interpolate(jnp.ones((4, 4, 2)), zero, zero, **options)).all()
+
+
+def test_buckets_by_hand(rng):
+    """Shares of the picture, packed: 5 rows of a table of 4, and 2 columns of a table of 3; an edge belongs behind."""
+    table = jnp.asarray(rng.normal(size=(4, 3, 2)), jnp.float32)
+    sizes = [(5, 2), (1, 1), (8, 3)]
+    got = jax.jit(bucketised)(table, *patches(sizes))
+    rows, columns = ([0, 0, 1, 2, 3], [0], [0, 0, 1, 1, 2, 2, 3, 3]), ([0, 1], [0], [0, 1, 2])
+    expected = [table[r, c] for down, across in zip(rows, columns, strict=True) for r in down for c in across]
+    np.testing.assert_array_equal(got[0], np.stack(expected))
+    same = jax.jit(bucketised)(jnp.arange(26.0 * 27).reshape(26, 27, 1), *patches([(26, 27)]))
+    np.testing.assert_array_equal(same[0, :, 0], np.arange(26 * 27))
+    gradient = jax.grad(lambda t: bucketised(t, *patches(sizes[:1])).sum())(table)
+    np.testing.assert_array_equal(gradient[:, :, 0], [[2, 2, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0]])
+
+
+def test_places_on_an_edge_go_where_published_code_rounds_them():
+    """29 · (1 / 58) is half in single precision, and 47 · (1 / 94) less: as torch has it, by a table of 2."""
+    for count, index, bucket in ((58, 29, 1), (94, 47, 0)):
+        got = bucketised(jnp.array([[[0.0]], [[1.0]]]), jnp.array([[[index, 0]]]), jnp.array([[[count, 1]]]))
+        assert got[0, 0, 0] == bucket
+        assert bucket == (np.float32(index) * (np.float32(1) / np.float32(count)) >= np.float32(0.5))
+
+
+def test_pictures_past_the_longest_have_no_places():
+    at = jnp.array([[[0, 0], [0, 0]]])
+    got = bucketised(jnp.ones((2, 2, 1)), at, jnp.array([[[LONGEST + 1, 1], [0, 0]]]))
+    assert np.isnan(got[0, 0]).all()
+    assert np.isfinite(got[0, 1]).all()

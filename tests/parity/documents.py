@@ -39,6 +39,12 @@ def random_view(height: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
+def learnt(n: int, seed: int) -> Part:
+    """Words that are learnt: of an encoder–decoder, those of the second stream."""
+    piece, nothing = words(n, seed)
+    return replace(piece, train=True), nothing
+
+
 def picture(views: Sequence[np.ndarray], patch: int, slots: tuple[int, ...] | None = None, **more: Any) -> Part:
     """A picture in one or several views, one media token a patch."""
     grids = [(1, v.shape[0] // patch, v.shape[1] // patch) for v in views]
@@ -78,16 +84,31 @@ class Given:
     ids: np.ndarray
     there: np.ndarray
 
+    @property
+    def said(self) -> np.ndarray:
+        """Where there are logits: of an encoder–decoder, in the second stream."""
+        return self.there if self.batch.answer is None else self.batch.answer.order >= 0
+
 
 def given(
-    documents: Sequence[Sequence[Part]], values: int, cfg: interleave.Config = interleave.PLAIN, **vocab: int
+    documents: Sequence[Sequence[Part]],
+    values: int,
+    cfg: interleave.Config = interleave.PLAIN,
+    said: Sequence[np.ndarray | None] | None = None,
+    **vocab: int,
 ) -> Given:
-    """A row for each document, with two places more than the longest needs. vocab: ids that are not VOCAB's."""
+    """A row for each document, with two places more than the longest needs.
+
+    said: of each, what the connector reads beside its pictures (interleave.Example.instruction).
+    vocab: ids that are not VOCAB's.
+    """
     known = replace(VOCAB, **vocab)
     rows, sizes = [], []
     for i, parts in enumerate(documents):
         layout = Layout.of(str(i), tuple(p for p, _ in parts))
-        rows.append([(interleave.interleave(layout, known, cfg), [x for _, x in parts if x is not None])])
+        example = interleave.interleave(layout, known, cfg)
+        example = example if said is None else replace(example, instruction=said[i])
+        rows.append([(example, [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
     tokens, patches, images, _ = np.max(sizes, axis=0)
     bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)
@@ -115,11 +136,11 @@ def compare(
     """
     loaded = huggingface.load(rewrite(saved(model, max_shard_size=shard)))
     assert loaded.of is vlm
-    cfg, batch, there = loaded.cfg, given.batch, given.there
+    cfg, batch, there = loaded.cfg, given.batch, given.said
     placed = jax.tree.map(jnp.asarray, batch)
     found = invariants.violations(placed, cfg.decoder.vocab, cfg.placeholder, vlm.present(placed, cfg), cfg.newline)
     assert not np.asarray(found).any(), found
-    weight = weights_for((*there.shape, cfg.decoder.vocab)) * there[..., None]
+    weight = weights_for((*there.shape, cfg.decoder.said)) * there[..., None]
 
     def loss(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = vlm.logits(params, batch, cfg)[:, : there.shape[1]]

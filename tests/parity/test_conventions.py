@@ -137,6 +137,19 @@ GEMMA = (
     "{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}{{ '<end_of_turn>' }}"
     "{%- endif -%}{{ '\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}"
 )
+DEEPSEEK_NAMES = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+DEEPSEEK_NAMES |= {"image_token": "<image_placeholder>"}
+DEEPSEEK = (  # which leaves out the end of an answer that nothing follows
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language.\n\n{% for message in messages %}"
+    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% else %}"
+    "{{ message['role'].capitalize() }}: {% endif %}{% set said %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<image_placeholder>{% else %}{% set text = content['text'] %}"
+    "{% if loop.first %}{% set text = text.lstrip() %}{% endif %}{% if loop.last %}{% set text = text.rstrip() %}"
+    "{% endif %}{{ text }}{% endif %}{% endfor %}{% endset %}{% if message['role'] == 'user' %}{{ said + '\n\n' }}"
+    "{% else %}{% generation %}{{ said + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -313,6 +326,15 @@ FAMILIES = {
         },
         policy=PanAndScan(14, 28, 20),
         media=patches_of,
+    ),
+    "deepseek-vl": Family(
+        "short",
+        DEEPSEEK,
+        processor("deepseek_vl.DeepseekVL", "deepseek_vl.DeepseekVL", {"size": square(32)}, num_image_tokens=4),
+        DEEPSEEK_NAMES,
+        begin=DEEPSEEK_NAMES["bos_token"],
+        policy=Fixed(16, 32, 32, "inset", 14),
+        system=False,
     ),
 }
 

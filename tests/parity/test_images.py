@@ -54,6 +54,7 @@ PROCESSORS = {
             "image_std": [0.229, 0.224, 0.225],
         },
     ),
+    "idefics2": ("idefics2.Idefics2", {}),
     "idefics3": ("idefics3.Idefics3", {}),
     "smolvlm2": ("smolvlm.SmolVLM", {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}, **HALF}),
     "paligemma": ("siglip.Siglip", {}),

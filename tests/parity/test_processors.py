@@ -22,7 +22,18 @@ torch = pytest.importorskip("torch", reason="needs the `parity` extra")
 pytest.importorskip("transformers", reason="needs the `parity` extra")
 
 from parity import vocabularies
-from parity.test_conventions import CHATML, GEMMA, LLAVA_HF, QWEN_IMAGE, QWEN_SYSTEM, square, words
+from parity.test_conventions import (
+    CHATML,
+    DEEPSEEK,
+    DEEPSEEK_NAMES,
+    GEMMA,
+    IDEFICS,
+    LLAVA_HF,
+    QWEN_IMAGE,
+    QWEN_SYSTEM,
+    square,
+    words,
+)
 from PIL import Image as Pictures
 from transformers import (
     AutoImageProcessor,
@@ -31,6 +42,8 @@ from transformers import (
     image_processing_backends,  # noqa: F401  (the *Pil classes ask for it)
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics.processing_idefics import IdeficsProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.kosmos2.processing_kosmos2 import Kosmos2Processor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -43,12 +56,15 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import processor
 from mmjax.nn import patch_embed
+from mmjax.nn.patch_embed import OPENAI
 from mmjax.sequence import windows
 from mmjax.sequence.document import Document, Image, Text
+from mmjax.tokenizers.conventions import CONVENTIONS
 
 # The one that computes with torchvision, of which its processor wants one function.
 sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
@@ -72,22 +88,11 @@ MISTRAL = (
     "{{ '[IMG]' if content['type'] == 'image' else content['text'] }}{% endfor %}{{ '[/INST]' }}{% endif %}{% endfor %}"
 )
 TURNS_OF_GEMMA = GEMMA.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-# As deepseek-community/deepseek-vl-1.3b-chat has it.
-DEEPSEEK = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language.\n\n{% for message in messages %}"
-    "{% if message['role'] == 'user' %}User: {% elif message['role'] == 'assistant' %}Assistant: {% else %}"
-    "{{ message['role'].capitalize() }}: {% endif %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<image_placeholder>{% else %}{% set text = content['text'] %}"
-    "{% if loop.first %}{% set text = text.lstrip() %}{% endif %}{% if loop.last %}{% set text = text.rstrip() %}"
-    "{% endif %}{{ text }}{% endif %}{% endfor %}{% if not loop.last or add_generation_prompt %}"
-    "{% if message['role'] == 'user' %}{{ '\n\n' }}{% else %}{{ 'END' }}{% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-).replace("END", DEEPSEEK_END)
+TURNS_OF_DEEPSEEK = DEEPSEEK.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 3}
 CROPS |= {"pan_and_scan_min_ratio_to_activate": 1.2}
 SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14}
+UTTER = IDEFICS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 NINE = [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
@@ -96,7 +101,18 @@ QWEN_NAMES = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "video_to
 COUNTED = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 GEMMA_MARKS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+IDEFICS_SYMBOLS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+TAGS = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
+MEDIA = {"pad_token": "<|endoftext|>", "image_token": "<image>"}
 QWEN_SYMBOLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION)
+HEADED_MEDIA = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' }}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<|image|>' }}{% else %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 # model_type: (vocabulary, symbols, names, begin, template, image processor and its settings, the processor's, vision)
 DIRECTORIES = {
     "llava": (
@@ -136,6 +152,17 @@ DIRECTORIES = {
             "vision_aspect_ratio": "anyres_max_2",
         },
         {"model_type": "siglip_vision_model", "patch_size": 14, "image_size": 60},
+    ),
+    "mllama": (
+        "llama3",
+        ("<|finetune_right_pad_id|>", *LLAMA3_SYMBOLS, "<|image|>"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "image_token": "<|image|>"},
+        "",
+        HEADED_MEDIA,
+        "MllamaImageProcessor",
+        {"size": square(28), "max_image_tiles": 4, "image_mean": OPENAI[0], "image_std": OPENAI[1]},
+        {"processor_class": "MllamaProcessor"},
+        {"patch_size": 14, "image_size": 28, "max_num_tiles": 4},
     ),
     "qwen2_vl": (
         "short",
@@ -235,18 +262,58 @@ DIRECTORIES = {
     ),
     "deepseek_vl": (
         "short",
-        (DEEPSEEK_BEGIN, DEEPSEEK_END, "<image_placeholder>"),
-        {"bos_token": DEEPSEEK_BEGIN, "eos_token": DEEPSEEK_END, "image_token": "<image_placeholder>"},
-        DEEPSEEK_BEGIN,
-        DEEPSEEK,
+        DEEPSEEK_NAMES.values(),
+        DEEPSEEK_NAMES,
+        DEEPSEEK_NAMES["bos_token"],
+        TURNS_OF_DEEPSEEK,
         "DeepseekVLImageProcessor",
         {"size": square(30), "image_mean": [0.5] * 3, "image_std": [0.25] * 3},
         {"processor_class": "DeepseekVLProcessor", "num_image_tokens": 4},
         SIGLIP | {"image_size": 30},
     ),
+    "idefics2": (
+        "llama",
+        ("<s>", "</s>", "<unk>", *IDEFICS_SYMBOLS),
+        {**LLAMA_NAMES, "pad_token": "<unk>", "image_token": "<image>", "image_boundary_token": IDEFICS_SYMBOLS[0]},
+        "<s>",
+        UTTER.replace("START", ""),
+        "Idefics2ImageProcessor",
+        {"size": {"shortest_edge": 28, "longest_edge": 60}, "do_image_splitting": True},
+        {"processor_class": "Idefics2Processor", "image_seq_len": 4},
+        {"patch_size": 14, "image_size": 56},
+    ),
+    "idefics3": (  # whose tokenizer has no tokens for the places of tiles
+        "short",
+        ("<|endoftext|>", "<|begin_of_text|>", *IDEFICS_SYMBOLS),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<end_of_utterance>", **MEDIA},
+        "<|begin_of_text|>",
+        UTTER.replace("START", "<|begin_of_text|>"),
+        "Idefics3ImageProcessor",
+        {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}},
+        {"processor_class": "Idefics3Processor", "image_seq_len": 1},
+        {"patch_size": 14, "image_size": 28},
+    ),
+    "smolvlm": (
+        "short",
+        ("<|endoftext|>", "<|im_start|>", *IDEFICS_SYMBOLS, *TAGS),
+        {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", **MEDIA},
+        "",
+        UTTER.replace("START", "<|im_start|>"),
+        "SmolVLMImageProcessor",
+        {"size": {"longest_edge": 90}, "max_image_size": {"longest_edge": 30}},
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 1},
+        {"patch_size": 14, "image_size": 30},
+    ),
 }
-CONFIGS = {"pixtral": {"model_type": "llava"}, "gemma3": {"mm_tokens_per_image": 4}}
+NUMBERS = {1: "one", 3: "three", 4: "four", 9: "nine"}
+CONFIGS = {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
+    "idefics3": {"scale_factor": 2},
+    "pixtral": {"model_type": "llava"},
+}
 PROCESSORS = {
+    "smolvlm": processing_smolvlm.SmolVLMProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
     "internvl": InternVLProcessor,
     "pixtral": PixtralProcessor,
@@ -295,8 +362,8 @@ def directory(folder, name, layout):
     pinpoints = {k: v for k, v in settings.items() if k == "image_grid_pinpoints"}
     flat = name.startswith("qwen") and layout == "hub"
     inside = {"vocab_size": size} if flat else {"text_config": {"vocab_size": size}}
-    more = CONFIGS.get(name, {}) | pinpoints
-    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside, **ids} | more)
+    more = {**ids, **pinpoints, **CONFIGS.get(name, {})}
+    write(out, "config.json", {"model_type": name, "vision_config": vision, **inside} | more)
     write(out, "generation_config.json", {"eos_token_id": [3, 5]})
     images = {"image_processor_type": kind, **settings}
     if layout == "hub":
@@ -325,7 +392,10 @@ def reference(path, name):
     # The part for videos needs torchvision.
     parts = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     counted = {} if name.startswith("qwen") else {k: v for k, v in DIRECTORIES[name][7].items() if "class" not in k}
-    return PROCESSORS[name](*parts, video_processor=None, chat_template=DIRECTORIES[name][4], **counted)
+    videos = types.SimpleNamespace(num_frames=64, fps=1) if name == "smolvlm" else None
+    if name == "smolvlm":
+        processing_smolvlm.num2words = NUMBERS.__getitem__  # of a package that it wants whatever it is given
+    return PROCESSORS[name](*parts, video_processor=videos, chat_template=DIRECTORIES[name][4], **counted)
 
 
 def conversation(rng, pictures, first):
@@ -379,11 +449,31 @@ def normalised(ours, patches):
     return np.asarray(patch_embed.normalise(jnp.asarray(patches), cfg))
 
 
-def patchified(view, p):
-    """f32[3, H, W] → f32[P, values], row by row, without what fills no patch."""
-    height, width = (side // p * p for side in view.shape[1:])
-    cut = view[:, :height, :width].reshape(3, height // p, p, width // p, p)
-    return cut.transpose(1, 3, 2, 4, 0).reshape(-1, p * p * 3)
+def canvases(ours, output):
+    """transformers' tiles, put together again: [3, height, width] of each picture."""
+    shapes, side = ours.resolution.shapes, ours.resolution.tile
+    for found, number in zip(np.asarray(output["pixel_values"])[0], np.ravel(output["aspect_ratio_ids"]), strict=True):
+        rows, columns = shapes[number - 1]
+        tiles = found[: rows * columns].reshape(rows, columns, 3, side, side)
+        yield tiles.transpose(2, 0, 3, 1, 4).reshape(3, rows * side, columns * side)
+
+
+def looked_at(ours, x, output):
+    """Which tiles every token looks at [tokens, pictures, tiles], and which transformers says."""
+    want = np.asarray(output["cross_attention_mask"])[0]
+    counts = x.grid.prod(-1) // ours.sequence.window**2
+    first = np.cumsum(counts) - counts
+    label = np.full(want.shape[1:], -1)
+    for n, count in enumerate(counts):
+        label[n, :count] = (first[n] + np.arange(count)) * (ours.per_picture // ours.sequence.canvas)
+    return (x.media_lo[:, None, None] <= label) & (label <= x.media_hi[:, None, None]) & (label >= 0), want
+
+
+def in_patches(views, p):
+    """Whole patches [n, values] of views [views, 3, height, width], row by row."""
+    n, _, height, width = views.shape
+    cut = views[:, :, : height // p * p, : width // p * p].reshape(n, 3, height // p, p, width // p, p)
+    return cut.transpose(0, 2, 4, 3, 5, 1).reshape(-1, p * p * 3)
 
 
 def expected_patches(name, ours, output):
@@ -392,6 +482,12 @@ def expected_patches(name, ours, output):
     if found is None:
         return np.zeros((0, ours.patch**2 * 3), np.float32)
     p = ours.patch
+    if "pixel_attention_mask" in output:  # canvases of one size, of which a part is the picture
+        sides = [(int(m[:, 0].sum()), int(m[0].sum())) for m in np.asarray(output["pixel_attention_mask"])[0]]
+        views = [view[:, :tall, :wide] for view, (tall, wide) in zip(np.asarray(found)[0], sides, strict=True)]
+        return np.concatenate([in_patches(view[None], p) for view in views])
+    if "aspect_ratio_ids" in output:
+        return np.concatenate([in_patches(canvas[None], p) for canvas in canvases(ours, output)])
     if "image_grid_thw" not in output:
         views = [np.asarray(picture).reshape(-1, 3, *np.shape(picture)[-2:]) for picture in found]
         sizes = np.asarray(output["image_sizes"]).tolist() if "image_sizes" in output else []
@@ -402,7 +498,7 @@ def expected_patches(name, ours, output):
             grids, tile = (PINPOINTS, 28) if name == "llava_next" else (NINE, 60)
             counts = [image_size_to_num_patches(size, grids, tile) if alone else 1 for size in sizes]
             views = [picture[:count] for picture, count in zip(views, counts, strict=True)]
-        return np.concatenate([patchified(view, p) for own in views for view in own])
+        return np.concatenate([in_patches(view[None], p) for own in views for view in own])
     out, at = [], 0
     found = np.asarray(found).reshape(-1, 3, 2, p, p)
     np.testing.assert_array_equal(found[:, :, 0], found[:, :, 1])
@@ -451,6 +547,8 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_allclose(
                 normalised(ours, batch.patches[row, None, :p])[0], raster[x.patch_raster], atol=1e-6
             )
+        if "cross_attention_mask" in want:
+            np.testing.assert_array_equal(*looked_at(ours, x, want))
         if name in MODELS:
             grids = {"image_grid_thw": torch.as_tensor(np.asarray(want["image_grid_thw"]))} if p else {}
             if p:
@@ -460,6 +558,60 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
             np.testing.assert_array_equal(batch.position[row, :n], expected)
         else:
             assert batch.position[row, :n, 0].tolist() == list(range(n))
+
+
+def idefics(folder, layout, said=True):
+    """A directory of Idefics, with or without what ends an utterance, and transformers' processor."""
+    symbols = [s for s in CONVENTIONS["idefics"].symbols if said or s != "<end_of_utterance>"]
+    names = LLAMA_NAMES | {"pad_token": "<unk>", "image_token": "<image>"}
+    path, made = vocabularies.pair(folder, "llama", symbols, "", **names)
+    out = folder / f"idefics-{layout}"
+    made.save_pretrained(out)
+    path.replace(out / "tokenizer.json")
+    vision = {"embed_dim": 32, "image_size": 28, "patch_size": 14}
+    sizes = {"vocab_size": len(made) - 2, "additional_vocab_size": 2, "perceiver_config": {"resampler_n_latents": 3}}
+    write(out, "config.json", {"model_type": "idefics", "vision_config": vision, "use_resampler": True} | sizes)
+    write(out, "generation_config.json", {"eos_token_id": 2})
+    if layout == "hub":
+        images = {"image_processor_type": "IdeficsImageProcessor", "image_size": 28, "image_num_channels": 3}
+        write(out, "preprocessor_config.json", images)
+    else:
+        images = {"image_processor_type": "IdeficsImageProcessor", "size": square(28)}
+        write(out, "processor_config.json", {"processor_class": "IdeficsProcessor", "image_processor": images})
+    return out, IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), made)
+
+
+@pytest.mark.parametrize(("layout", "said"), [("hub", True), ("five", False)])
+def test_idefics(layout, said, tmp_path):
+    """Ids and pixels, and which picture each token looks at; a dialogue only where the tokenizer knows of such."""
+    path, theirs = idefics(tmp_path, layout, said)
+    ours = processor.load(path)
+    assert ours.stops == ((2, theirs.tokenizer.convert_tokens_to_ids("<end_of_utterance>")) if said else (2,))
+    rng = np.random.default_rng(3)
+    views = [rng.integers(0, 256, (int(h), int(w), 3), np.uint8) for h, w in rng.integers(20, 120, (6, 2))]
+    seen, shown = [Image(*v.shape[:2], v) for v in views], [Pictures.fromarray(v) for v in views]
+    first = (Text("What is"), seen[0], seen[1], Text("this?")), ["What is", shown[0], shown[1], "this?"]
+    second = (seen[2], Text("Who?"), Text("Ann.", "assistant"), Text("Again?"), seen[3], Text("and now?"))
+    made = [first, (second[:2], [shown[2], "Who?"]), ((Text("Hello?"),), ["Hello?"])]
+    if said:
+        opened = "<end_of_utterance>\nAssistant:"
+        start = [f"User: {first[1][0]}", *first[1][1:-1], first[1][-1] + opened]
+        again = f"Who?{opened} Ann.<end_of_utterance>\nUser: Again?"
+        made = [(first[0], start), (second, ["User:", shown[2], again, shown[3], "and now?" + opened])]
+        made.append(((Text("Hello?"),), ["User: Hello?" + opened]))
+    for spans, prompt in made:
+        want = theirs(text=[prompt], add_end_of_utterance_token=False)
+        batch = ours.batch([Document("d", spans)])
+        ids, mask = want["input_ids"][0].tolist(), np.asarray(want["image_attention_mask"][0])
+        n = len(ids)
+        assert batch.tokens[0, :n].tolist() == ids, (theirs.tokenizer.decode(ids), ours.chat.decode(batch.tokens[0]))
+        assert (batch.order[0, n:] == -1).all()
+        media = np.arange(3 * mask.shape[1])
+        looks = (batch.media_lo[0, :n, None] <= media) & (media <= batch.media_hi[0, :n, None])
+        np.testing.assert_array_equal(looks, mask.repeat(3, 1) > 0)
+        count = sum(isinstance(span, Image) for span in spans)
+        raster = in_patches(np.asarray(want["pixel_values"][0][:count]), 14)
+        np.testing.assert_allclose(normalised(ours, batch.patches[0, None, : 4 * count])[0], raster, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["hub", "five"])
@@ -531,10 +683,31 @@ def test_kosmos2(layout, tmp_path):
         assert (batch.order[0, len(ids) :] == -1).all()
         shows = np.asarray(want["image_embeds_position_mask"]).reshape(-1)
         np.testing.assert_array_equal(batch.slot[0, : len(ids)] >= 0, shows == 1)
-        pixels = patchified(np.asarray(want["pixel_values"])[0], 14)
+        pixels = in_patches(np.asarray(want["pixel_values"])[:1], 14)
         np.testing.assert_allclose(normalised(ours, batch.patches[:, : len(pixels)])[0], pixels, atol=1e-6)
         example, _ = ours.example(Document("d", (Text(text),)))
         assert example.tokens.tolist() == np.asarray(theirs(text=text)["input_ids"]).reshape(-1).tolist()
+
+
+def test_pictures_that_a_text_begins_with_stand_before_its_first_token(tmp_path):
+    """Llama 3.2 Vision's own processor writes that token, behind them, and none where it is there."""
+    path = directory(tmp_path, "mllama", "hub")
+    ours, theirs = processor.load(path), reference(path, "mllama")
+    noise = np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((30, 70), (50, 20), (9, 9))]
+    shown = [Image(*one.shape[:2], one, "document") for one in pictures]
+    first, middle = Text(" what? ", "document"), Text("and", "document")
+    for spans, text, count in (
+        ((*shown[:2], first, shown[2], middle), "<|image|><|image|> what? <|image|>and", 3),
+        ((first, shown[0], middle), " what? <|image|>and", 1),
+        ((first,), " what? ", 0),
+    ):
+        images = [[Pictures.fromarray(one) for one in pictures[:count]]] if count else None
+        want = theirs(text=text, images=images)
+        x, _ = ours.example(Document("d", spans))
+        assert x.tokens.tolist() == np.ravel(want["input_ids"]).tolist()
+        if count:
+            np.testing.assert_array_equal(*looked_at(ours, x, want))
 
 
 INSTRUCT = (
@@ -555,7 +728,6 @@ PLAIN_CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA3_SYMBOLS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GEMMA_SYMBOLS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
 LEGACY = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
 # name: (vocabulary, symbols, names, begin, template, settings of the tokenizer that are changed)

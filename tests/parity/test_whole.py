@@ -6,6 +6,7 @@ as the likeliest token leads by more than 1e-4: behind a tie, both go on with so
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 
 from parity import vocabularies
 from parity.harness import twin
-from parity.test_processors import DIRECTORIES, directory, encoded, kosmos2, reference, write
+from parity.test_processors import CONFIGS, DIRECTORIES, directory, encoded, idefics, kosmos2, reference, write
 from parity.test_videos import SIZES, Videos, clip
 from PIL import Image as Pictures
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.processing_utils import ProcessorMixin
 
 from mmjax.convert import huggingface, processor
@@ -38,6 +40,12 @@ MODELS = {
         "LlavaOnevisionForConditionalGeneration",
         SIGLIP | {"image_size": 60},
         TEXT | {"model_type": "qwen2"},
+    ),
+    "mllama": (
+        "MllamaForConditionalGeneration",
+        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
+        | {"hidden_size": 32, "intermediate_size": 48, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+        TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "pad_token_id": 0},
     ),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
@@ -88,6 +96,21 @@ MODELS = {
         TEXT | {"model_type": "mistral", "sliding_window": None},
     ),
     "deepseek_vl": ("DeepseekVLForConditionalGeneration", SIGLIP | {"image_size": 30}, TEXT | {"model_type": "llama"}),
+    "idefics2": (
+        "Idefics2ForConditionalGeneration",
+        {"image_size": 56, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "mistral"},
+    ),
+    "idefics3": (
+        "Idefics3ForConditionalGeneration",
+        {"image_size": 28, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "llama"},
+    ),
+    "smolvlm": (
+        "SmolVLMForConditionalGeneration",
+        {"image_size": 30, "patch_size": 14, "num_hidden_layers": 2} | BLOCKS,
+        TEXT | {"model_type": "llama"},
+    ),
 }
 # A tied head says the same token again and again.
 APART = {"tie_word_embeddings": False}
@@ -107,9 +130,8 @@ def whole(folder, name):
     config = json.loads((path / "config.json").read_text())
     cls, vision, text = MODELS[name]
     cls = getattr(transformers, cls)
-    kept = ("image_grid_pinpoints", "mm_tokens_per_image")
-    ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k in kept}
-    ids |= MORE.get(name, {})
+    ids = {k: v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) or k == "image_grid_pinpoints"}
+    ids |= {k: v for k, v in CONFIGS.get(name, {}).items() if k != "model_type"} | MORE.get(name, {})
     if name == "llava_onevision":
         ids["vision_aspect_ratio"] = "anyres_max_2"  # as its processor has it
     if "qwen" in name:
@@ -138,15 +160,19 @@ def asked(name):
         yield messages, Document(which, spans)
 
 
-def same(model, inputs, answers, least=STEPS + 1):
-    """Whether answers are transformers', up to a tie; at least so many tokens of all are compared."""
+def same(model, inputs, answers, least=STEPS + 1, ends=(END,), alone=False):
+    """Whether answers are transformers', up to a tie; at least so many tokens of all are compared.
+
+    alone: they are a stream of their own, behind a first token.
+    """
     compared = 0
-    how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": END, "pad_token_id": 0}
+    how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": list(ends), "pad_token_id": 0}
     for given, answer in zip(inputs, answers, strict=True):
         out = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
-        want = out.sequences[0, given["input_ids"].shape[1] :].tolist()
+        want = out.sequences[0, 1 if alone else given["input_ids"].shape[1] :].tolist()
         lead = np.diff(np.sort(np.stack([x[0].numpy() for x in out.logits]), axis=1)[:, -2:])[:, 0]
-        got = [*answer.ids, END] if answer.reason == "end" else list(answer.ids)
+        end = want[-1] if want[-1] in ends else END
+        got = [*answer.ids, end] if answer.reason == "end" else list(answer.ids)
         equal = [a == b for a, b in zip(got, want, strict=False)]
         n = equal.index(False) if False in equal else len(want)
         assert n == len(want) == len(got) or lead[n] <= MARGIN, (n, lead[n], got, want)
@@ -169,9 +195,39 @@ def test_greedy_answers(name, tmp_path):
     inputs = [{k: torch.as_tensor(np.asarray(v)) for k, v in given.items()} for given in inputs]
     inputs = [{k: v[None] if v.ndim == 1 else v for k, v in given.items()} for given in inputs]
     same(model, inputs, answers)
-    # Pictures matter.
-    swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
+    # Pictures matter: others in their places, or, where their order is no matter, the colours turned round.
+    *shown, text = made[1][1].spans
+    others = shown[::-1] if name != "mllama" else [replace(one, source=255 - one.source) for one in shown]
+    swapped = Document("two", (*others, text))
     assert Session(loaded, ours).answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
+
+
+def test_an_answer_that_looks_at_pictures(tmp_path):
+    """Idefics, whose pictures are beside the sequence: rows of two, one and none, and alone as together."""
+    torch.set_num_threads(1)
+    path, theirs = idefics(tmp_path, "five")
+    config = json.loads((path / "config.json").read_text()) | BLOCKS | {"num_hidden_layers": 4, "pad_token_id": 0}
+    config |= {"cross_layer_interval": 2, "qk_layer_norms": True}
+    config["vision_config"] |= {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config["perceiver_config"] |= {"resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 12}
+    model = twin(IdeficsForVisionText2Text, IdeficsConfig(**config))
+    model.save_pretrained(path)
+    write(path, "generation_config.json", {"eos_token_id": [END]})
+    ours = processor.load(path)
+    session = Session(processor.with_colours(huggingface.load(path), ours), ours)
+    made, ends = list(asked("idefics")), [END, ours.stops[-1]]
+    answers = session.answer([document for _, document in made], max_tokens=STEPS)
+    prompts = []
+    for (message,), _ in made:
+        *shown, words = message["content"]
+        closed = words["text"] + "<end_of_utterance>\nAssistant:"
+        prompts.append(["User:", *(item["image"] for item in shown), closed] if shown else [f"User: {closed}"])
+    inputs = [dict(theirs(text=[prompt], add_end_of_utterance_token=False)) for prompt in prompts]
+    same(model, inputs, answers, ends=ends)
+    alone = [session.answer([document], max_tokens=STEPS)[0].ids for _, document in made]
+    assert alone == [answer.ids for answer in answers]
+    swapped = Document("two", (*made[1][1].spans[:2][::-1], made[1][1].spans[2]))
+    assert session.answer([swapped], max_tokens=STEPS)[0].ids != answers[1].ids
 
 
 def test_greedy_answers_of_kosmos2(tmp_path):
@@ -220,9 +276,12 @@ def test_an_answer_after_a_video(tmp_path):
     same(model, [given], answers, 20)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava_onevision", "mllama", "qwen2_5_vl"])
 def test_a_second_picture_changes_what_the_first_is_made_of_or_not(name, tmp_path):
-    """OneVision shows a picture in tiles where it is alone, and whole where it is not: then nothing of it is kept."""
+    """OneVision shows a picture in tiles where it is alone, and whole where it is not: then nothing of it is kept.
+
+    Nor is it where the first token sees all pictures, as in Llama 3.2 Vision.
+    """
     path, _ = whole(tmp_path, name)
     ours = processor.load(path)
     loaded = processor.with_colours(huggingface.load(path), ours)
@@ -235,7 +294,7 @@ def test_a_second_picture_changes_what_the_first_is_made_of_or_not(name, tmp_pat
     fresh = Session(loaded, ours)
     fresh.answer([Document("d", turns)], max_tokens=1)
     np.testing.assert_allclose(session._state.logits, fresh._state.logits, atol=1e-4)
-    assert (more.reused > said.prompt // 2) == (name != "llava_onevision")
+    assert (more.reused > said.prompt // 2) == (name == "qwen2_5_vl")
 
 
 TEXTS = {

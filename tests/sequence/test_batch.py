@@ -9,7 +9,7 @@ from mmjax.sequence.batch import Batch, Bucket, Values, abstract, axes, build, e
 from mmjax.sequence.interleave import Config
 
 UNUSED = ("media_lo", "media_hi", "window_lo", "window_hi", "frames", "frame_order", "frame_lo", "frame_hi")
-UNUSED += ("mix_slot", "mix_share")
+UNUSED += ("mix_slot", "mix_share", "instruction", "answer")
 FIELDS = [f.name for f in dataclasses.fields(Batch) if f.name not in UNUSED]
 
 
@@ -141,7 +141,26 @@ def test_every_field_says_how_it_may_be_split():
     )
     named = axes(batch)
     for f in dataclasses.fields(Batch):
+        if f.name in ("instruction", "answer"):
+            continue
         x, names = getattr(batch, f.name), getattr(named, f.name)
         along = {6: "length", 4: "length", 5: "length", 3: None}[x.shape[1]]
         assert names == ("batch", along, None)[: x.ndim], f.name
     assert axes(empty(BUCKET, VALUES, VOCAB)).frames is None
+    assert axes(empty(BUCKET, VALUES, VOCAB, Config(instruction=3))).instruction.order == ("batch", "length")
+
+
+def test_texts_beside_pictures_have_places_of_their_own():
+    """Of two documents in a row: three tokens beside the first's picture, two and one beside those of the second."""
+    cfg, (a, pixels), (c, more) = Config(instruction=4), A, C
+    a = dataclasses.replace(a, instruction=np.array([[5, 6, 7]], np.int32))
+    c = dataclasses.replace(c, instruction=np.array([[8, 9], [4, -1]], np.int32))
+    x = build([[(a, pixels), (c, more)], []], dataclasses.replace(BUCKET, images=4), VALUES, VOCAB, cfg).instruction
+    np.testing.assert_array_equal(x.tokens[0], [5, 6, 7, 0, 8, 9, 0, 0, 4, *[0] * 7])
+    np.testing.assert_array_equal(x.document[0], [0, 0, 0, -1, 1, 1, -1, -1, 2, *[-1] * 7])
+    np.testing.assert_array_equal(x.order[0], [0, 1, 2, -1, 3, 4, -1, -1, 5, *[-1] * 7])
+    assert (x.order[1] == -1).all()
+    with pytest.raises(InputError, match="no text for the connector"):
+        build([[A]], BUCKET, VALUES, VOCAB, cfg)
+    with pytest.raises(InputError, match="a text of 3 tokens for the connector"):
+        build([[(a, pixels)]], BUCKET, VALUES, VOCAB, Config(instruction=2))

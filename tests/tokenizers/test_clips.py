@@ -4,8 +4,9 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.audio import Frames
+from mmjax.tokenizers.numerals import in_words
 from mmjax.tokenizers.resolution import Fixed, Native
-from mmjax.tokenizers.video import Sampled, Stills
+from mmjax.tokenizers.video import Sampled, Stills, Trimmed
 
 NATIVE = Native(4, 1, 16, 40 * 40)
 
@@ -33,6 +34,28 @@ def test_fewer_frames():
     assert Sampled(NATIVE, most=2).lowered(0.1).clip(300, 8, 8, 30.0)[0][0] == 1
 
 
+def test_long_clips_lose_their_first_and_last_second():
+    """SmolVLM2: where more than most × fps seconds are left between them; short ones end at their last picture."""
+    policy = Trimmed(NATIVE, 1.0, 3)
+    assert policy.chosen(40, 10.0) == (0, 19, 39)
+    assert policy.chosen(60, 10.0) == (10, 30, 50)
+    assert policy.chosen(10, 100.0) == (0,)
+    assert policy.chosen(2, 0.5) == (0, 1)
+    assert Trimmed(NATIVE).chosen(3, 9.0) == (0, 1, 2)
+    assert policy.times(60, 10.0) == (1.0, 3.0, 5.0)
+    assert policy.clip(60, 8, 12, 10.0) == ((3, 2, 3), 1.0)
+
+
+def test_numbers_in_words():
+    said = {0: "zero", 13: "thirteen", 20: "twenty", 64: "sixty-four", 100: "one hundred", 105: "one hundred and five"}
+    said |= {342: "three hundred and forty-two", 1000: "one thousand", 1001: "one thousand and one"}
+    said |= {12_345: "twelve thousand, three hundred and forty-five"}
+    assert {number: in_words(number) for number in said} == said
+    for number in (-1, 1_000_000):
+        with pytest.raises(InputError, match="is not spelled in words"):
+            in_words(number)
+
+
 @pytest.mark.parametrize(("samples", "frames"), [(1, 1), (320, 1), (321, 2), (16_000, 50)])
 def test_frames_of_sound(samples, frames):
     assert Frames().frames(samples, 16_000) == frames
@@ -47,6 +70,9 @@ def test_frames_of_sound(samples, frames):
         (lambda: Sampled(NATIVE).clip(9, 8, 8, 0.0), "at 0 a second"),
         (lambda: Sampled(NATIVE, fps=0.0), "samples nothing"),
         (lambda: Frames(hop=0), "no frames"),
+        (lambda: Trimmed(NATIVE, fps=1.0), "give both fps and most"),
+        (lambda: Trimmed(NATIVE, 1.0, 0), "shows nothing"),
+        (lambda: Trimmed(NATIVE, 1.0, 4).chosen(0, 1.0), "0 frames"),
     ],
 )
 def test_refused(policy, says):

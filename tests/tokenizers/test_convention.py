@@ -10,7 +10,7 @@ from mmjax.sequence.document import Audio, Document, Image, Text, Video
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers import text
 from mmjax.tokenizers.chat import Chat
-from mmjax.tokenizers.convention import Convention, views
+from mmjax.tokenizers.convention import Convention, places, spelled, views
 from mmjax.tokenizers.conventions import (
     CHATML,
     CONVENTIONS,
@@ -18,6 +18,7 @@ from mmjax.tokenizers.conventions import (
     GEMMA3,
     GENERIC,
     IDEFICS,
+    IDEFICS2,
     IDEFICS3,
     LLAVA_LLAMA_3,
     LLAVA_V0,
@@ -125,6 +126,15 @@ EXPECTED = {
         "⟨<|start_header_id|>⟩user⟨<|end_header_id|>⟩\n\nWhy?⟨<|eot_id|>⟩",
         "⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩\n\nSo.⟨<|eot_id|>⟩",
     ),
+    "llama-3.2-vision": (
+        (),
+        "⟨<|begin_of_text|>⟩",
+        "⟨<|start_header_id|>⟩system⟨<|end_header_id|>⟩\n\nBe brief.⟨<|eot_id|>⟩",
+        "⟨<|start_header_id|>⟩user⟨<|end_header_id|>⟩\n\n⟨<|image|>⟩[1] or ⟨<|image|>⟩[3] best? ⟨<|eot_id|>⟩",
+        "⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩\n\n*This.**⟨<|eot_id|>⟩*",
+        "⟨<|start_header_id|>⟩user⟨<|end_header_id|>⟩\n\nWhy?⟨<|eot_id|>⟩",
+        "⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩\n\nSo.⟨<|eot_id|>⟩",
+    ),
     "chatml": ((), *QWEN),
     "qwen-vl": ((), *QWEN),
     "qwen3-vl": ((), *QWEN),
@@ -173,6 +183,9 @@ EXPECTED = {
         *IDEFICS_REST,
     ),
     "paligemma": ((0, 6, 7), "[1][3]⟨<bos>⟩ or  best? \n", "|*This.**⟨<eos>⟩*"),
+    "blip-2": ((0, 6, 7), "[1][3]⟨</s>⟩ or  best?  ", "*This.**\n*"),
+    "instructblip": ((0, 6, 7), "[1][3]⟨<s>⟩ or  best?  ", "*This.**⟨</s>⟩*"),
+    "blip-2-t5": ((0, 6, 7), "[1][3] or  best? ⟨</s>⟩", "*This.**⟨</s>⟩*"),
     "gemma-3": (
         (),
         "⟨<bos>⟩",
@@ -216,11 +229,15 @@ OPENS = {
     "llava-v1": "Why? ASSISTANT:",
     "llava-hf": "Why? ASSISTANT:",
     "llava-llama-3": "Why?⟨<|eot_id|>⟩⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩\n\n",
+    "llama-3.2-vision": "Why?⟨<|eot_id|>⟩⟨<|start_header_id|>⟩assistant⟨<|end_header_id|>⟩\n\n",
     **dict.fromkeys(("chatml", "qwen-vl", "qwen3-vl", "internvl"), "Why?⟨<|im_end|>⟩\n⟨<|im_start|>⟩assistant\n"),
     **dict.fromkeys(("idefics", "idefics2", "idefics3", "smolvlm"), f"[0]{F}Why?{E}\nAssistant:"),
     **dict.fromkeys(("pixtral", "mistral-3"), "Why?⟨[/INST]⟩"),
     "kosmos-2": "⟨</image>⟩ Why?",
     "paligemma": "⟨<bos>⟩Why?\n",
+    "blip-2": "⟨</s>⟩Why?",
+    "instructblip": "⟨<s>⟩Why?",
+    "blip-2-t5": "Why?⟨</s>⟩",
     "gemma-3": "Why?⟨<end_of_turn>⟩\n⟨<start_of_turn>⟩model\n",
     "flamingo": "Question:Why? Short answer:",
     "segments": "Why?⟨[SEP]⟩",
@@ -244,6 +261,7 @@ CAPTIONED = {
     "llava-v1": "⟨<s>⟩[0]\n* A cat. **⟨</s>⟩*",
     "llava-hf": "⟨<s>⟩[0]\n* A cat. ** **⟨</s>⟩*",
     "llava-llama-3": "⟨<|begin_of_text|>⟩[0]\n* A cat. **⟨<|end_of_text|>⟩*",
+    "llama-3.2-vision": "⟨<|image|>⟩[0]⟨<|begin_of_text|>⟩* A cat. **⟨<|end_of_text|>⟩*",
     **dict.fromkeys(("chatml", "qwen-vl", "qwen3-vl"), f"{VISION.format(0)}* A cat. **⟨<|endoftext|>⟩*"),
     "internvl": "⟨<img>⟩[0]⟨</img>⟩\n* A cat. **⟨<|endoftext|>⟩*",
     **dict.fromkeys(("pixtral", "mistral-3"), "⟨<s>⟩[0]⟨[IMG_END]⟩* A cat. **⟨</s>⟩*"),
@@ -253,6 +271,9 @@ CAPTIONED = {
     "idefics3": f"⟨<|begin_of_text|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
     "smolvlm": f"⟨<|im_start|>⟩{F}{GLOBAL}[0]{F}* A cat. **⟨<|end_of_text|>⟩*",
     "paligemma": "[0]* A cat. **⟨<eos>⟩*",
+    "blip-2": "[0]⟨</s>⟩* A cat. **\n*",
+    "instructblip": "[0]⟨<s>⟩* A cat. **⟨</s>⟩*",
+    "blip-2-t5": "[0]* A cat. **⟨</s>⟩*",
     "gemma-3": "⟨<bos>⟩\n\n⟨<start_of_image>⟩[0]⟨<end_of_image>⟩\n\n* A cat. **⟨<eos>⟩*",
     "flamingo": "⟨<s>⟩[0]* A cat. **⟨<|endofchunk|>⟩**⟨</s>⟩*",
     "segments": "⟨[CLS]⟩[0]* A cat. **⟨[SEP]⟩*",
@@ -475,6 +496,23 @@ def test_views_of_idefics_3():
         f"{tile(1, 1)}{tile(1, 2)}{tile(1, 3)}\n{tile(2, 1)}{tile(2, 2)}{tile(2, 3)}\n\n{F}{GLOBAL}(6){F}"
     )
     assert drawn_views(IDEFICS3, 3, 2) == f"{tile(1, 1)}\n{F}⟨<row_2_col_1>⟩(1)\n\n{F}{GLOBAL}(2){F}"
+
+
+def test_views_of_idefics_2_are_quarters_apart():
+    assert drawn_views(IDEFICS2, 5, 2) == "".join(f"{F}({n}){F}" for n in range(5))
+
+
+def test_places_of_tiles_as_words():
+    """Idefics 3's own tokenizer has no tokens for them."""
+    worded = replace(
+        IDEFICS3,
+        **{name: spelled(getattr(IDEFICS3, name), {"<row_{row}_col_{column}>"}) for name in ("image", "tiles")},
+    )
+    assert drawn_views(worded, 3, 1) == (f"{F}<row_1_col_1>(0){F}<row_1_col_2>(1)\n\n{F}{GLOBAL}(2){F}")
+    assert worded.image == IDEFICS3.image
+    assert set(IDEFICS3.symbols) - set(worded.symbols) == set(places("<row_{row}_col_{column}>"))
+    with pytest.raises(InputError, match="tiles are more than the 6 × 6"):
+        views(worded, 8, 7)
 
 
 def test_views_of_gemma_3():

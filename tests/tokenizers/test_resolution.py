@@ -7,6 +7,7 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native
 from mmjax.tokenizers.tiles import AnyRes
+from mmjax.tokenizers.view import Resize, Window
 
 
 def smart_resize(height, width, factor, min_pixels, max_pixels):
@@ -106,6 +107,19 @@ def test_fixed_is_one_size():
     policy = Fixed(patch=16, height=224, width=320)
     assert {policy.size(height, width) for height, width in pictures(50)} == {(224, 320)}
     assert policy.grid(7, 7) == (14, 20)
+
+
+def test_inset_by_hand():
+    """The longer side fills the canvas, the picture is in its middle, and no side is below `short`."""
+    policy = Fixed(4, 16, 16, "inset", 3, (1, 2, 3), "bilinear")
+    assert policy.views(20, 10) == ((Resize(16, 8, "bilinear"), Window(0, -4, 16, 16, (1, 2, 3))),)
+    assert policy.views(9, 40) == ((Resize(4, 16, "bilinear"), Window(-6, 0, 16, 16, (1, 2, 3))),)
+    assert policy.views(1, 40)[0][0] == Resize(3, 16, "bilinear")
+    assert policy.views(5, 5) == ((Resize(16, 16, "bilinear"),),)
+    with pytest.raises(InputError, match="lower `short`"):
+        Fixed(4, 16, 16, "inset", 17)
+    with pytest.raises(InputError, match="'crop' and 'inset' alone"):
+        Fixed(4, 16, 16, "pad", 3)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import random
 import pytest
 
 from mmjax.core.errors import InputError
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.published import PUBLISHED
 from mmjax.tokenizers.resolution import Fixed, NaFlex, Native, Pixtral
-from mmjax.tokenizers.slices import UHD, Slices
+from mmjax.tokenizers.slices import UHD, Bounded, Slices
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Splits, Tiles
 from mmjax.tokenizers.view import Resize, Window
 
@@ -39,7 +40,11 @@ def test_pixels_agree_with_grids_and_slots(name):
         for view in views:
             size = height, width
             for step in view:
-                if isinstance(step, Window) and step.fill == (0, 0, 0) and not isinstance(policy, AnyRes | Slices):
+                if (
+                    isinstance(step, Window)
+                    and step.fill == (0, 0, 0)
+                    and not isinstance(policy, AnyRes | Canvas | Slices)
+                ):
                     assert 0 <= step.top <= step.top + step.height <= size[0]
                     assert 0 <= step.left <= step.left + step.width <= size[1]
                 size = step.height, step.width
@@ -136,6 +141,37 @@ def test_idefics3_resizes_three_times():
     )
 
 
+def test_the_first_smolvlm_drops_what_is_left_beside_27_patches():
+    policy = Splits(14, 384, 1536, drop=True)
+    views = policy.views(1000, 2000)
+    assert {(view[-1].height, view[-1].width) for view in views} == {(378, 378)}
+    assert views[1][-1] == Window(0, 384, 378, 378)
+    assert views[-1][2:] == (Resize(384, 384, "lanczos"), Window(0, 0, 378, 378))
+    assert dataclasses.replace(policy, split=False).views(50, 60)[0][1:] == views[-1][2:]
+    assert policy.picture(1000, 2000).views == ((27, 27),) * 9
+
+
+def test_idefics2_bounds_sides_and_quarters():
+    """The larger side first, then the smaller, so that long pictures lose their shape; 980 pixels are 70 patches."""
+    policy = Bounded(14, 378, 980)
+    assert policy.size(1000, 2000) == (490, 980)
+    assert policy.size(100, 200) == (378, 378)
+    assert policy.size(2000, 100) == (980, 378)
+    assert policy.size(500, 600) == (500, 600)
+    assert policy.views(500, 600) == ((Resize(500, 600, "bilinear"), Window(0, 0, 490, 588)),)
+    assert policy.picture(500, 600).views == ((35, 42),)
+    four = dataclasses.replace(policy, split=True)
+    assert [view[0] for view in four.views(1001, 2003)] == [
+        *(Window(0, 0, 500, 1001), Window(0, 1001, 500, 1002)),
+        *(Window(500, 0, 501, 1001), Window(500, 1001, 501, 1002)),
+        Resize(489, 980, "bilinear"),
+    ]
+    assert four.picture(1001, 2003).rows == 2
+    assert policy.lowered(0.25) == Bounded(14, 378, 490)
+    with pytest.raises(InputError, match="1x50 has no four quarters"):
+        four.views(1, 50)
+
+
 def test_pan_and_scan_cuts_along_the_longer_side():
     policy = PanAndScan(14, 896)
     assert len(policy.views(600, 700)) == 1
@@ -186,6 +222,8 @@ def test_uhd_grids_and_their_last_digit():
         lambda: Tiles(14, 28, 3, 2),
         lambda: Splits(14, 28, 0),
         lambda: PanAndScan(14, 28, 0),
+        lambda: Bounded(14, 10, 20),
+        lambda: Bounded(14, 30, 20),
         lambda: Slices(14, 0),
         lambda: UHD(14, 28, 6, 7),
         lambda: UHD(14, 28, 0),

@@ -1,5 +1,7 @@
 """CLIP: both towers, or one, with or without projection."""
 
+import dataclasses
+
 from mmjax.convert import raw
 from mmjax.convert.families import blocks
 from mmjax.convert.found import Found
@@ -35,7 +37,7 @@ def read(config: dict, keys: frozenset[str]) -> Found:
 
 def prefixed(name: str, rules: list[Rule]) -> list[Rule]:
     """The same rules for a part of our tree."""
-    return [Rule(f"{name}/{r.ours}", r.theirs, r.layout, r.join, r.layers) for r in rules]
+    return [dataclasses.replace(r, ours=f"{name}/{r.ours}") for r in rules]
 
 
 def tower(config: dict, width: int, hidden: int, layers: int, heads: int, act: str, eps: float) -> transformer.Config:

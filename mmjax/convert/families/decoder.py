@@ -56,6 +56,9 @@ FAMILIES = {
     "gemma3_text": replace(_GEMMA2, vocab=262_208, positions=131_072, theta=1e6, qk_norm=True, gemma=3),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen2_5_vl_text": _QWEN2_VL,
+    "mllama_text_model": Family(
+        128_256, 4096, 14336, 40, kv=8, positions=131_072, epsilon=1e-5, theta=5e5, qkv_bias=False
+    ),
     "qwen3_vl_text": replace(_QWEN3, positions=128_000, theta=500_000.0, mrope="interleaved"),
 }
 NAMES = blocks.Names(
@@ -120,7 +123,7 @@ def tie(found: Callable[[bool], Found], tied: bool, keys: frozenset[str], table:
     if not tied or not {table, head} <= keys:
         return found(tied)
     one = found(True)
-    copies, why = {head: table}, {head.replace(".", r"\."): "a copy of the token table"}
+    copies, why = {**one.copies, head: table}, {head.replace(".", r"\."): "a copy of the token table"}
     return replace(one, dropped={**one.dropped, **why}, copies=copies, otherwise=found(False))
 
 
@@ -236,7 +239,7 @@ def windows(config: dict, kind: str, layers: int) -> tuple[int, tuple[int, ...]]
     Raises:
       InputError: a kind of attention that we do not have, or a window that is no size.
     """
-    if kind in ("llama", "gemma", "qwen3_vl_text"):
+    if kind in ("llama", "gemma", "qwen3_vl_text", "mllama_text_model"):
         return 0, ()
     window = config.get("sliding_window", 4096)
     if kind.startswith("qwen") and not raw.flag(config, "use_sliding_window", False):

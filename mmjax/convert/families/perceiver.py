@@ -84,8 +84,8 @@ def idefics_config(config: dict) -> perceiver.Config:
     Raises:
       InputError: it has none.
     """
-    vision, own = config.get("vision_config", {}), config.get("perceiver_config", {})
-    if not config.get("use_resampler", False):
+    vision, own = raw.part(config, "vision_config", {}), raw.part(config, "perceiver_config", {})
+    if not raw.flag(config, "use_resampler", False):
         raise InputError("config.json says that this Idefics has no resampler (use_resampler); use one that has.")
     width = raw.size(vision, "embed_dim" if "embed_dim" in vision else "hidden_size", 768)
     return perceiver.Config(
@@ -96,7 +96,7 @@ def idefics_config(config: dict) -> perceiver.Config:
         heads=raw.size(own, "resampler_n_heads", 16),
         head=raw.size(own, "resampler_head_dim", 96),
         hidden=4 * width,
-        qk_norm=bool(own.get("qk_layer_norms_perceiver", False)),
+        qk_norm=raw.flag(own, "qk_layer_norms_perceiver", False),
         activation="relu",
     )
 

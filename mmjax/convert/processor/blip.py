@@ -1,6 +1,7 @@
-"""The processor of BLIP-2: a picture's queries before everything, and the question as it is."""
+"""The processors of BLIP-2 and InstructBLIP: a picture's queries before everything, and the question as it is."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mmjax.convert.processor.family import Family, sequential
 from mmjax.convert.processor.files import Found, Settings
@@ -33,16 +34,18 @@ def _check(found: Found, policy: Policy, tower: Tower) -> None:
         )
 
 
+_BLIP2 = Family(
+    ("BlipImageProcessor",),
+    _markers,
+    _tower,
+    sequential,
+    {"media": "before_all", "one_turn": True},
+    check=_check,
+    per_picture=queries,
+    prompts=True,
+    adds=("<image>",),
+)
 FAMILIES: dict[str, Family] = {
-    "blip-2": Family(
-        ("BlipImageProcessor",),
-        _markers,
-        _tower,
-        sequential,
-        {"media": "before_all", "one_turn": True},
-        check=_check,
-        per_picture=queries,
-        prompts=True,
-        adds=("<image>",),
-    ),
+    "blip-2": _BLIP2,
+    "instructblip": replace(_BLIP2, reader="qformer_tokenizer"),
 }

@@ -1,13 +1,27 @@
 """Whose processors mmjax has: every family by the model_type in config.json, one file each beside this one."""
 
-from mmjax.convert.processor import blip, internvl, kosmos2, llava, pixtral, qwen_vl, siglip_vlm
+from mmjax.convert.processor import (
+    blip,
+    idefics,
+    idefics2,
+    internvl,
+    kosmos2,
+    llava,
+    mllama,
+    pixtral,
+    qwen_vl,
+    siglip_vlm,
+)
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
 from mmjax.core.errors import InputError
 
 FAMILIES: dict[str, Family] = {
     **blip.FAMILIES,
+    **idefics.FAMILIES,
+    **idefics2.FAMILIES,
     **llava.FAMILIES,
+    **mllama.FAMILIES,
     **qwen_vl.FAMILIES,
     **internvl.FAMILIES,
     **kosmos2.FAMILIES,

@@ -5,13 +5,14 @@ otherwise, by 1/255 mostly.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmjax.convert.processor.files import Settings
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, OPENAI, Colours
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
 from mmjax.tokenizers.video import Grouped, Pooled, Stills
@@ -20,19 +21,22 @@ from mmjax.tokenizers.view import Filter
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 SIDE, PIXELS = 2**13, 2**27  # the largest picture that a setting may ask for
 FACTOR = 1 / 255
+Readers = Mapping[str, tuple[Callable[[Settings, "Tower"], Policy], Colours]]
 
 
 @dataclass(frozen=True)
 class Tower:
     """What config.json says of the encoder: pixels a patch, patches a token, pictures in a patch of a clip.
 
-    size: pixels of the pictures that its position table is for; 0 where it has none of a size.
+    size: pixels of the pictures (or tiles) that its position table is for; 0 where it has none of a size.
+    tiles: of every picture; 0 where that depends on the picture.
     """
 
     patch: int
     merge: int = 1
     group: int = 1
     size: int = 0
+    tiles: int = 0
 
 
 def kind(of: Settings, default: str) -> str:
@@ -102,13 +106,14 @@ def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...])
     return side
 
 
-def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, Colours]:
+def still(of: Settings, tower: Tower, allowed: Sequence[str], more: Readers | None = None) -> tuple[Policy, Colours]:
     """The policy of pictures, and their mean and deviation.
 
     Args:
       of: the image processor's settings, which may be none.
       tower: the encoder's sizes.
       allowed: the image processors that the family's own processor works with; the first where none is named.
+      more: readers of those that the family alone has.
 
     Raises:
       InputError: a class or settings that mmjax does not reproduce, or that the encoder has no patches for.
@@ -118,7 +123,7 @@ def still(of: Settings, tower: Tower, allowed: Sequence[str]) -> tuple[Policy, C
         raise InputError(f"{of.where} names the image processor {shown(name)}; mmjax has {', '.join(allowed)} for this")
     if not of.flag("do_resize", True):
         raise InputError(f"{of.where} does not resize pictures (do_resize), but these encoders take one size")
-    read, default_colours = READERS[name]
+    read, default_colours = {**READERS, **(more or {})}[name]
     return read(of, tower), colours(of, default_colours)
 
 
@@ -248,6 +253,18 @@ def _qwen(of: Settings, tower: Tower) -> Native:
     return Native(tower.patch, tower.merge, least, most, filter=_filter(of))
 
 
+def _canvas(of: Settings, tower: Tower) -> Canvas:
+    """Llama 3.2 Vision's: whole tiles, as many as the encoder has."""
+    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    most = of.whole("max_image_tiles", 4)
+    if side != tower.size or most != tower.tiles or not of.flag("do_pad", True):
+        raise InputError(
+            f"{of.where} makes up to {most} tiles of {side} pixels, where config.json has {tower.tiles} of "
+            f"{tower.size} and do_pad must be true; use the files that belong together"
+        )
+    return Canvas(tower.patch, side, most, _filter(of, "bilinear"))
+
+
 BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 
 
@@ -305,7 +322,16 @@ def _blip(of: Settings, tower: Tower) -> Fixed:
     return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
 
 
+def _idefics(of: Settings, tower: Tower) -> Fixed:
+    """Idefics': stretched to a square, which its own files call `image_size`."""
+    size = _size(of, "image_size" if "image_size" in of else "size", {"height": 224, "width": 224}, square=True)
+    if of.whole("image_num_channels", 3) != 3 or of.flag("do_center_crop", False):
+        raise InputError(f"{of.where} crops pictures or gives them other channels than red, green and blue; mmjax not")
+    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+
+
 READERS = {
+    "IdeficsImageProcessor": (_idefics, OPENAI),
     "BlipImageProcessor": (_blip, OPENAI),
     "CLIPImageProcessor": (_clip, OPENAI),
     "LlavaImageProcessor": (_llava, OPENAI),
@@ -317,6 +343,7 @@ READERS = {
     "PixtralImageProcessor": (_pixtral, OPENAI),
     "Gemma3ImageProcessor": (_gemma3, HALF),
     "DeepseekVLImageProcessor": (_deepseek, OPENAI),
+    "MllamaImageProcessor": (_canvas, HALF),
 }
 
 

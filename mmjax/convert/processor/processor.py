@@ -18,9 +18,9 @@ from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import files
 from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
-from mmjax.convert.processor.family import stops
+from mmjax.convert.processor.family import Family, stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import chats, load_tokenizer
+from mmjax.convert.processor.text import Reader, chats, films_of, load_tokenizer, reader, start_of
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -31,10 +31,11 @@ from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
+from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
 from mmjax.tokenizers.resolution import Fixed, Policy
-from mmjax.tokenizers.tiles import AnyRes, Tiles
+from mmjax.tokenizers.tiles import AnyRes, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
 FEWEST = 16  # tokens and patches of the smallest bucket
@@ -53,7 +54,9 @@ class Processor:
     colours: mean and deviation that its encoder normalises bytes with (`with_colours`).
     per_picture: media tokens of a picture, where their number is fixed.
     prompts: whether a question is written as its text is, where the directory has no template.
+    reader: tokenizes what the connector reads beside each picture, the question (InstructBLIP).
     patch: pixels a side. group: pictures of a clip in a patch.
+    films: writes conversations with videos; None: `chat` does.
     """
 
     chat: Chat
@@ -68,6 +71,8 @@ class Processor:
     several: Policy | None = None
     per_picture: int = 0
     prompts: bool = False
+    reader: Reader | None = None
+    films: Chat | None = None
 
     @property
     def vocab(self) -> Vocab:
@@ -82,7 +87,9 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal: equal ones make equal arrays of every document."""
-        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, repr(self.sequence))
+        counted = f"{self.sequence} {self.per_picture}"
+        parts = (self.chat.fingerprint, self.plain.fingerprint, self.preprocessing, counted)
+        parts += tuple(other.fingerprint for other in (self.reader, self.films) if other is not None)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
@@ -114,13 +121,14 @@ class Processor:
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
             return self._laid(document, self.plain, answer, False)
-        if self.chat.convention.template is None and not self.prompts:
+        film = self.films is not None and any(isinstance(span, Video) for span in document.spans)
+        if self.chat.convention.template is None and not self.prompts and not film:
             raise InputError(
                 f"Document {document.id!r} is a conversation, but the model's directory has no chat template; write "
                 f"the prompt yourself as spans of the role 'document'."
             )
         asked = document.spans[-1].role != "assistant" if ask is None else ask
-        return self._laid(document, self.chat, answer, asked)
+        return self._laid(document, self.films if film else self.chat, answer, asked)
 
     def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
         alone = self.several is None or len(document.images) < 2
@@ -142,8 +150,20 @@ class Processor:
         """
         laid = self.layout(document, answer, ask=ask)
         example = interleave.interleave(laid, self.vocab, self.sequence)
+        if self.reader is not None:
+            example = dataclasses.replace(example, instruction=self.reader.beside(document, len(example.grid)))
         frames = self.frames([document]) if frames is None else frames
         return example, media.read(document, laid, self.patch, frames)
+
+    def described(self, examples: Sequence[Example]) -> interleave.Config:
+        """The descriptors of a batch of these, one in a row: `sequence`, with room for their other streams."""
+        out = self.sequence
+        if self.reader is not None:
+            longest = max(x.instruction.shape[1] for x in examples)
+            out = dataclasses.replace(out, instruction=max(FEWEST, ladder(longest)))
+        if out.answer:
+            out = dataclasses.replace(out, answer=ladder(max(len(x.answer.tokens) for x in examples)))
+        return out
 
     def frames(self, documents: Sequence[Document]) -> int:
         """How many pictures a patch has in a batch of these documents."""
@@ -174,17 +194,18 @@ class Processor:
         made = [self.example(document, answer, ask=ask, frames=frames) for document in documents]
         bucket = self.bucket([example.size for example, _ in made]) if bucket is None else bucket
         values = Values(self.values.patch * frames)
-        return batches.build([[one] for one in made], bucket, values, self.vocab, self.sequence)
+        cfg = self.described([example for example, _ in made])
+        return batches.build([[one] for one in made], bucket, values, self.vocab, cfg)
 
     def bucket(self, sizes: Sequence[tuple[int, ...]]) -> Bucket:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
         Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size: so that a few compiled programs serve all lengths.
+        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
         tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
         unit = FEWEST
-        if isinstance(self.resolution, Fixed | AnyRes | Tiles):
+        if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
@@ -207,11 +228,14 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     tokenizer = load_tokenizer(found)
     chat, plain = chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
-    ends = stops(found, tokenizer, chat.vocab)
+    ends = stops(found, tokenizer, chat.vocab, family)
+    start = start_of(found)
+    stream = {} if start is None else {"answer": 1, "start": start}
     if family is None:
-        return Processor(chat, plain, interleave.Config(position="sequential"), ends)
+        sequence = interleave.Config(position="sequential", **stream)
+        return Processor(chat, plain, sequence, ends, prompts=start is not None)
     tower = family.tower(found.config)
-    policy, colours = settings.still(found.images, tower, family.processors)
+    policy, colours = settings.still(found.images, tower, family.processors, family.readers)
     family.check(found, policy, tower)
     policy = family.refined(found, policy)
     clips = None
@@ -225,7 +249,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     return Processor(
         chat,
         plain,
-        family.sequence(found.config, tower),
+        dataclasses.replace(family.sequence(found.config, tower), **stream),
         ends,
         policy,
         clips,
@@ -235,7 +259,23 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
         None if family.several is None else family.several(found, tower, policy, colours),
         family.per_picture(found.config),
         family.prompts,
+        _reader(found, family, model),
+        films_of(found, family, plain),
     )
+
+
+def _reader(found: Found, family: Family, model: Model | None) -> Reader | None:
+    """The tokenizer of what the connector reads; InputError where the model's words are fewer."""
+    if not family.reader:
+        return None
+    out = reader(found.path / family.reader)
+    rows = getattr(getattr(None if model is None else model.cfg, "connector", None), "vocab", None)
+    if rows is not None and rows < out.tokenizer.size:
+        raise InputError(
+            f"The model's connector has a table of {rows:,} words, and the tokenizer in {found.path / family.reader} "
+            f"{out.tokenizer.size:,}; use the files that belong together"
+        )
+    return out
 
 
 def _refuse_model(vocab: Vocab, model: Model | None, found: Found) -> None:

@@ -1,0 +1,99 @@
+"""Whether a model answers as documents do: greedy answers, generated with a cache, compared word for word."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmjax.convert.huggingface import Model
+from mmjax.convert.processor import Processor
+from mmjax.core.sharding import Rules
+from mmjax.generate.session import Session
+from mmjax.models import vlm
+from mmjax.sequence.document import Document, Text
+from mmjax.train.config import Config
+from mmjax.train.evaluate import HeldOut
+from mmjax.train.step import cast
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation without its last answer, and that answer."""
+
+    document: Document
+    answer: str
+
+
+def asked(documents: Sequence[Document]) -> list[Asked]:
+    """The questions of documents that end with what the assistant says, in words that are trained."""
+    out = []
+    for document in documents:
+        spans = document.spans
+        last = len(spans)
+        while last and isinstance(spans[last - 1], Text) and spans[last - 1].role == "assistant":
+            last -= 1
+        answer = spans[last:]
+        if last and answer and all(span.train for span in answer):
+            out.append(Asked(Document(document.id, spans[:last]), "".join(span.text for span in answer)))
+    return out
+
+
+def equal(said: str, answer: str) -> bool:
+    """Whether both are the same words: without space around them, and in whatever case."""
+    return said.strip().casefold() == answer.strip().casefold()
+
+
+class Answers:
+    """The loss on documents (`HeldOut`), and the share of their last answers that is given exactly (`equal`).
+
+    Answers are greedy, of at most cfg.answer tokens. Where several processes train, there is the loss alone.
+    """
+
+    def __init__(self, losses: HeldOut, questions: Mapping[str, Sequence[Asked]], its: Processor):
+        self.losses, self.its = losses, its
+        self.questions = {name: of for name, of in questions.items() if of} if jax.process_count() == 1 else {}
+
+    def compile(self, cfg: Config, params: dict, mesh: Mesh, rules: Rules) -> None:
+        """As of HeldOut. What answers is compiled when it is first asked: its shapes come from the questions."""
+        self.cfg, self.mesh = cfg, mesh
+        self.losses.compile(cfg, params, mesh, rules)
+
+    def judge(self, params: dict, out: Path) -> dict[str, Any]:
+        """As of HeldOut, and `answers`: of every question its document, the answer, and what was said."""
+        judged = self.losses.judge(params, out)
+        if not self.questions:
+            return judged
+        model = Model(vlm, self.cfg.model, cast(params, self.cfg.update.compute))
+        session = Session(model, self.its, mesh=self.mesh, unstack=False)
+        told = {}
+        for name, questions in self.questions.items():
+            said = self._said(session, questions)
+            right = [equal(s, q.answer) for s, q in zip(said, questions, strict=True)]
+            judged["held_out"][name] |= {"exact_match": float(np.mean(right)), "questions": len(right)}
+            told[name] = [
+                {"document": q.document.id, "answer": q.answer, "said": s} for s, q in zip(said, questions, strict=True)
+            ]
+        return judged | {"answers": told}
+
+    def _said(self, session: Session, questions: Sequence[Asked]) -> list[str]:
+        """What is said to every question; those of like length together."""
+        rows = self.cfg.packing.rows
+        order = sorted(range(len(questions)), key=lambda n: self.its.layout(questions[n].document).size)
+        said = [""] * len(questions)
+        for start in range(0, len(order), rows):
+            some = order[start : start + rows]
+            full = some + some[:1] * (rows - len(some))  # the same shapes as the others
+            answers = session.answer([questions[n].document for n in full], max_tokens=self.cfg.answer)
+            for n, answer in zip(some, answers, strict=False):
+                said[n] = answer.text
+        return said
+
+    def said(self, judged: dict[str, Any]) -> str:
+        """One line about the result."""
+        found = judged["held_out"].items()
+        exact = [f"{name} {of['exact_match']:.0%} of {of['questions']}" for name, of in found if "questions" in of]
+        return self.losses.said(judged) + (f"; answers that are exact: {', '.join(exact)}" if exact else "")
