@@ -140,6 +140,7 @@ def test_losses_follow_torch_and_the_way_back(tmp_path):
 TARGETS = r".*language_model.*\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's, of transformers and of itself
 def test_adapters_follow_peft_and_the_way_there_and_back(tmp_path):
     peft = pytest.importorskip("peft")
     made, reference = [batch(100 * n) for n in range(BATCHES)], fresh()
