@@ -32,7 +32,7 @@ def document(name, question, answer, seed):
 
 def batch(*rows, answer=6):
     cfg = dataclasses.replace(SEQUENCE, answer=answer)
-    return jax.tree.map(jnp.asarray, build(rows, Bucket(len(rows), 16, 0, 0), 3, VOCAB, cfg))
+    return jax.tree.map(jnp.asarray, build(rows, Bucket(len(rows), 16, 1, 1), 3, VOCAB, cfg))
 
 
 def run(params, given):

@@ -152,7 +152,7 @@ def test_texts_of_an_encoder_decoder(tmp_path):
     """T5 by itself: prompts of different lengths in one batch, a head that is not its token table."""
     torch.set_num_threads(1)
     made, tokenizer = ended(tmp_path)
-    config = transformers.T5Config(**T5 | {"vocab_size": len(tokenizer) + 3, "num_decoder_layers": 3})
+    config = transformers.T5Config(**T5 | {"vocab_size": len(tokenizer) + 3})
     model = twin(transformers.T5ForConditionalGeneration, config)
     path = tmp_path / "t5"
     model.save_pretrained(path)
