@@ -140,6 +140,7 @@ def test_losses_follow_torch_and_the_way_back(tmp_path):
 TARGETS = r".*language_model.*\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft's, of transformers and of itself
 def test_adapters_follow_peft_and_the_way_there_and_back(tmp_path):
     peft = pytest.importorskip("peft")
     made, reference = [batch(100 * n) for n in range(BATCHES)], fresh()
@@ -160,10 +161,12 @@ def test_adapters_follow_peft_and_the_way_there_and_back(tmp_path):
     np.testing.assert_allclose(ours, losses, atol=1e-3, rtol=0)
     print("largest difference of losses:", np.abs(np.subtract(ours, losses)).max())
 
-    # Ours in peft.
+    # Ours in peft, and a connector that was trained as well.
     given, views = made[0]
+    connector = tree.flatten({"connector": after["connector"]})
+    after |= tree.unflatten({name: x + 0.05 for name, x in connector.items()})
     mine = our_logits(model, after, given)
-    adapter.save(tmp_path / "ours", dataclasses.replace(model, params=after), base=str(source))
+    adapter.save(tmp_path / "ours", dataclasses.replace(model, params=after), base=str(source), changed=connector)
     plain = transformers.LlavaForConditionalGeneration.from_pretrained(source, attn_implementation="eager")
     before = torch_logits(plain, given, views)
     loaded = torch_logits(peft.PeftModel.from_pretrained(plain, tmp_path / "ours"), given, views)
