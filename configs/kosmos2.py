@@ -19,7 +19,7 @@ from mmjax.core.sharding import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders.published import ENCODERS
 from mmjax.models import decoder, vlm
-from mmjax.nn import linear, transformer
+from mmjax.nn import transformer
 from mmjax.sequence import interleave
 from mmjax.tokenizers.published import PUBLISHED
 from mmjax.train.config import Config, Objective, Optimizer, Packing, Update
@@ -62,7 +62,7 @@ def model() -> vlm.Config:
             bias=True,
             unit=True,
             prefix=True,
-            projection=linear.Config(seen.width, language.width),
+            dense=True,
         ),
         decoder=decoder.Config(
             65037, language, tied=True, embed_scale=language.width**0.5, positions=decoder.Positions(None, 2)

@@ -7,8 +7,7 @@ A picture lies on a canvas of up to four tiles of 560 pixels, which two transfor
 it through eight layers of gated cross-attention before each fourth block. `mmjax.convert.huggingface.load` reads
 meta-llama/Llama-3.2-11B-Vision as this model. Two quirks are kept, as its weights were trained with them: padding of
 canvases is seen (`model.vision.padding`), and what stands before a document's first picture sees all of its media
-(`model.decoder.cross.blind`). The defaults are for 256 chips: a v5e-256 (`v5e:16x16`) or 256 chips of v5p
-(`v5p:8x8x4`).
+(`model.decoder.cross.blind`). The defaults are for 256 chips of v5p (`v5p:8x8x4`).
 
 The last 8 of 128,264 ids, the picture's marker among them, are read and never said.
 """

@@ -82,6 +82,12 @@ NEMO = {"head_dim": 128, "hidden_size": 5120, "model_type": "mistral", "num_hidd
 NEMO |= {"num_key_value_heads": 8, "rope_theta": 1000000000.0, "sliding_window": None, "vocab_size": 131072}
 BLIP2 = {"model_type": "blip-2", "image_token_index": 50265, "num_query_tokens": 32, "vision_config": {}}
 BLIP2 |= {"qformer_config": {"model_type": "blip_2_qformer"}, "text_config": OPT_27B | {"vocab_size": 50304}}
+T5_XL = {"model_type": "t5", "d_ff": 5120, "d_kv": 64, "d_model": 2048, "feed_forward_proj": "gated-gelu"}
+T5_XL |= {"num_heads": 32, "num_layers": 24, "num_decoder_layers": 24, "tie_word_embeddings": False}
+T5_XL |= {"decoder_start_token_id": 0, "vocab_size": 32128, "relative_attention_max_distance": 128}
+BLIP2_T5 = BLIP2 | {"image_token_index": 32100, "text_config": T5_XL}
+INSTRUCT = BLIP2 | {"model_type": "instructblip", "image_token_index": 32001, "qformer_config": {"vocab_size": 30523}}
+INSTRUCT |= {"text_config": {"model_type": "llama", "rms_norm_eps": 1e-6, "vocab_size": 32064}}
 
 SO400M = SIGLIP | {"num_hidden_layers": 27}
 PALIGEMMA_SEES = {k: v for k, v in SO400M.items() if k != "image_size"} | {"projection_dim": 2048}
@@ -132,6 +138,10 @@ PUBLISHED: dict[str, tuple[dict, int]] = {
     ),
     "facebook/opt-2.7b": (OPT_27B, 2_651_596_800),
     "Salesforce/blip2-opt-2.7b": (BLIP2, 3_744_761_856),
+    "Salesforce/blip2-flan-t5-xl": (BLIP2_T5, 3_942_446_592),
+    "Salesforce/instructblip-vicuna-7b": (INSTRUCT, 7_913_726_720),
+    "google-t5/t5-small": ({"model_type": "t5"}, 60_506_624),
+    "google/flan-t5-xl": (T5_XL, 2_849_757_184),
     "google/gemma-2b": (
         {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048}
         | {"intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},

@@ -37,8 +37,8 @@ class Connector:
         raise TypeError(f"{type(self).__name__} does not say how many media tokens it makes.")
 
 
-def module(cfg: Connector) -> ModuleType:
-    """The Python module that a connector's Config stands in, with its `spec` and `apply`."""
+def module(cfg: Any) -> ModuleType:
+    """The Python module that a connector's (or a language model's) Config stands in, with its `spec` and `apply`."""
     return sys.modules[type(cfg).__module__]
 
 

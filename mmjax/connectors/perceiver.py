@@ -1,7 +1,6 @@
 """The Perceiver resampler (Alayrac et al. 2022, Flamingo, listing 1): any number of features to so many tokens."""
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import jax
@@ -31,7 +30,8 @@ class Config(Connector):
     prefix: whether class and register tokens are among the features (Idefics, Kosmos-2).
     qk_norm: LayerNorm of each head's queries and keys (Idefics).
     activation, gated: of the MLPs: gelu (Flamingo), relu (Idefics), gated silu (Idefics2).
-    projection: a map or an MLP that brings features to the latents' width first (Idefics2's modality projection).
+    projection: an MLP that brings features to the latents' width first (Idefics2's modality projection).
+    dense: whether one linear map does (Kosmos-2).
     frames: rows of the table added by frame; videos have at most so many (Flamingo, section 2.1; OpenFlamingo).
     media: rows of the table added by the picture's number in its document (flamingo-pytorch).
     """
@@ -53,19 +53,21 @@ class Config(Connector):
     prefix: bool = False
     activation: mlp.Activation = "gelu"
     gated: bool = False
-    projection: linear.Config | mlp.Config | None = None
+    projection: mlp.Config | None = None
+    dense: bool = False
     frames: int = 0
     media: int = 0
 
     def __post_init__(self):
         into, out = self.inputs, self.inputs
         if self.projection is not None:
-            of = self.projection
-            into, out = (of.inputs, of.outputs) if isinstance(of, linear.Config) else (of.width, of.outputs or of.width)
-        if (into, out) != (self.inputs, self.width):
+            into, out = self.projection.width, self.projection.outputs or self.projection.width
+        if self.dense and self.projection is not None:
+            raise InputError("Features go through one linear map (dense) or an MLP (projection); give one of them.")
+        if (into, out) != (self.inputs, self.width) and not self.dense:
             raise InputError(
                 f"Features of width {self.inputs} must come to the latents' width {self.width} (one projection makes "
-                f"keys of both); give a map from the one to the other (projection)."
+                f"keys of both); give a map from the one to the other (dense or projection)."
             )
         if self.prefix and self.frames:
             raise InputError(
@@ -75,6 +77,11 @@ class Config(Connector):
     @property
     def head_norm(self) -> norm.Config:
         return norm.Config(self.head, "layer", self.epsilon)
+
+    @property
+    def first(self) -> linear.Config:
+        """The map of features, where there is one (dense)."""
+        return linear.Config(self.inputs, self.width)
 
     @property
     def normed(self) -> bool:
@@ -126,15 +133,13 @@ def spec(cfg: Config) -> Spec:
     if cfg.normed:
         out["norm"] = norm.spec(cfg.norm)
     if cfg.projection is not None:
-        out["projection"] = _of(cfg.projection).spec(cfg.projection)
+        out["projection"] = mlp.spec(cfg.projection)
+    if cfg.dense:
+        out["projection"] = linear.spec(cfg.first)
     for name, rows in (("frames", cfg.frames), ("media", cfg.media)):
         if rows:
             out[name] = ParamSpec((rows, cfg.width), (None, "embed"), Normal(1.0))
     return out
-
-
-def _of(projection: linear.Config | mlp.Config) -> ModuleType:
-    return linear if isinstance(projection, linear.Config) else mlp
 
 
 def _normed(params: dict, name: str, x: Float[Array, "b m e"], cfg: Config) -> Float[Array, "b m e"]:
@@ -157,7 +162,9 @@ def prepare(
         square = jnp.square(wide).sum(-1, keepdims=True)
         features = (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(features.dtype)
     if cfg.projection is not None:
-        features = _of(cfg.projection).apply(params["projection"], features, cfg.projection)
+        features = mlp.apply(params["projection"], features, cfg.projection)
+    if cfg.dense:
+        features = linear.apply(params["projection"], features, cfg.first)
     if cfg.frames:
         of_frame = sharding.take_rows(grid[..., 1] * grid[..., 2], image)
         frame = behind.within(image, order, grid) // jnp.maximum(of_frame, 1)

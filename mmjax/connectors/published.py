@@ -92,6 +92,7 @@ CONNECTORS: dict[str, Callable[[], Connector]] = {
     "instructblip-vicuna-7b": lambda: qformer.Config(
         1408, 768, 32, 12, 12, 3072, 4096, text=True, vocab=30_523, prefix=True
     ),
+    "blip2-flan-t5-xl": lambda: qformer.Config(1408, 768, 32, 12, 12, 3072, outputs=2048, prefix=True),
     "internvl2-8b": lambda: pixel_shuffle.Config(1024, 4096),
     "idefics3-8b": lambda: pixel_shuffle.Config(1152, 4096, norm=False, layers=1, bias=False),
     "smolvlm-2b": lambda: pixel_shuffle.Config(1152, 2048, side=3, norm=False, layers=1, bias=False),

@@ -50,6 +50,7 @@ FAMILIES: dict[str, str] = {
     "gemma2": "decoder",
     "gemma3_text": "decoder",
     "opt": "opt",
+    "t5": "t5",
     "blip-2": "blip",
     "instructblip": "blip",
     "llava": "llava",

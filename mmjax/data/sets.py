@@ -55,6 +55,8 @@ class Mixed:
       template.
     epochs: 0: the sources are mixed by their weights and begun again as often as it takes; above 0: each is used so
       many times, in proportion to its size.
+    reader: a directory with the tokenizer.json of what the connector reads beside each picture, the question
+      (InstructBLIP: BERT's); None: it reads none.
     held_out: documents of each source that are never trained on; their loss is the run's result.
     evaluation: datasets that are never trained on, which judge the run too.
     """
@@ -64,6 +66,7 @@ class Mixed:
     convention: str = GENERIC
     epochs: int = 0
     held_out: int = 64
+    reader: Path | None = None
     evaluation: tuple[Files, ...] = ()
 
 

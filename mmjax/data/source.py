@@ -108,6 +108,8 @@ class Source:
     stack: int = 1  # pictures of a clip in a patch (Qwen-VL: 2); others are there so many times
     merge: int = 1  # patches a side of what the connector makes one media token of
     holes: Holes = field(default_factory=Holes, compare=False)
+    # What the connector reads beside each of so many pictures of a document (interleave.Example.instruction).
+    said: Callable[[Document, int], np.ndarray] | None = field(default=None, compare=False)
     limits: images.Limits = images.LIMITS  # of a picture
     memory: Memory = field(default_factory=Memory, compare=False)  # that all threads together decode in
     reduced: bool = False  # decode large JPEG at a lower scale, no lower than what they are resized to
@@ -189,13 +191,15 @@ class Source:
         """
         layout = self.layout(document)
         x = interleave.interleave(layout, self.vocab, self.cfg)
+        if self.said is not None:
+            x = dataclasses.replace(x, instruction=self.said(document, len(x.grid)))
         media = [p for p in layout.pieces if p.grid is not None]
         try:
             return x, [self._read(document, p) for p in media]
         except InputError as error:
             self.holes.add(document.id, error)
         blank = [self._blank(p) for p in media]
-        return dataclasses.replace(x, weight=np.zeros_like(x.weight)), blank
+        return interleave.unlearnt(x), blank
 
     def _blank(self, piece: Piece) -> Medium:
         if not piece.views:

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from mmjax.connectors import module
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.generate import sample
 from mmjax.generate.sample import Switches, Values
-from mmjax.models import decoder, vlm
+from mmjax.models import decoder, encoder_decoder, vlm
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
@@ -33,7 +34,7 @@ from mmjax.sequence import positions
 from mmjax.sequence.batch import Batch
 from mmjax.sequence.layout import EMPTY, TEXT
 
-Config = vlm.Config | decoder.Config
+Config = vlm.Config | decoder.Config | encoder_decoder.Config
 Field = Any  # an array; under tree.map whatever takes its place
 
 
@@ -52,9 +53,14 @@ class State:
     media_hi: Field = None  # those of the last token that was read
 
 
-def language(cfg: Config) -> decoder.Config:
-    """The decoder of a model."""
-    return cfg if isinstance(cfg, decoder.Config) else cfg.decoder
+def language(cfg: Config) -> decoder.Config | encoder_decoder.Config:
+    """The language model of a model."""
+    return cfg.decoder if isinstance(cfg, vlm.Config) else cfg
+
+
+def answers(cfg: Config) -> bool:
+    """Whether answers are a stream of their own (models.encoder_decoder): prompts are read by `begin`, in one."""
+    return language(cfg).answers
 
 
 def unstacked(params: dict, cfg: Config, *, consume: bool = False) -> dict:
@@ -70,6 +76,8 @@ def unstacked(params: dict, cfg: Config, *, consume: bool = False) -> dict:
     """
     if isinstance(cfg, vlm.Config):
         return params | {"decoder": unstacked(params["decoder"], cfg.decoder, consume=consume)}
+    if answers(cfg):
+        return encoder_decoder.unstacked(params, consume=consume)
     stacks = {name: params[name] for name in ("blocks", "cross") if isinstance(params.get(name), dict)}
     apart = {name: transformer.unstack(stack, consume=consume) for name, stack in stacks.items()}
     return params | apart if apart else params
@@ -219,6 +227,45 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
         )
 
 
+def begin(params: dict, batch: Batch, cfg: Config, places: int, *, media: Media | None = None) -> State:
+    """The state of an encoder–decoder that has read a batch's prompts, one in each row, and the beginning of answers.
+
+    The encoder runs once; what the decoder looks at stays in the cache.
+
+    Args:
+      params, batch, cfg, media: as of `prefill`. Rows with no tokens say nothing.
+      places: of the second stream: so many tokens, those of batch.answer among them, may be read and said.
+    """
+    with sharding.whole("length"):
+        batch = _placed(batch)
+        media = None if media is None else _by_rows(media)
+        inner, of = _inner(params, cfg), language(cfg)
+        if isinstance(cfg, vlm.Config):
+            encoded = vlm.encode(params, batch, cfg, media=media)
+        else:
+            x, see = encoder_decoder.embed(inner, batch.tokens, of), {"order": batch.order}
+            encoded = encoder_decoder.encode(inner, x, of, lo=batch.lo, hi=batch.hi, **see)
+        cache = encoder_decoder.empty_cache(inner, encoded, batch.order, of, places)
+        said = batch.answer
+        hidden, cache = encoder_decoder.cached(inner, said.tokens, of, cache, order=said.order, lo=said.lo, hi=said.hi)
+        count = (said.order >= 0).sum(-1).astype(jnp.int32)
+        last = jnp.maximum(count - 1, 0)[:, None, None]
+        rows, most = said.tokens.shape[0], count.max()
+        tokens = jnp.full((rows, places), -1, jnp.int32)
+        words = jnp.where(said.order >= 0, said.tokens, -1)
+        return _laid(
+            State(
+                cache=cache.replace(at=most),
+                tokens=jax.lax.dynamic_update_slice_in_dim(tokens, words, 0, 1),
+                logits=_logits(params, jnp.take_along_axis(hidden, last, axis=1), cfg),
+                label=count,
+                position=count,
+                lo=jnp.zeros_like(count),
+                done=count == 0,
+            )
+        )
+
+
 def _at(x: Int[Array, "b l"], column: Int[Array, "b 1"]) -> Int[Array, "b"]:
     """What stands in one column of each row."""
     return jnp.take_along_axis(x, column, axis=1)[:, 0]
@@ -300,6 +347,10 @@ def decode(
 
 
 def _run(params: dict, batch: Batch, cfg: Config, cache: KVCache, media: Media | None) -> tuple[jax.Array, KVCache]:
+    if answers(cfg):
+        see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi}
+        with jax.named_scope("decoder"):
+            return encoder_decoder.cached(_inner(params, cfg), batch.tokens, language(cfg), cache, **see)
     if isinstance(cfg, vlm.Config):
         return vlm.prefill(params, batch, cfg, cache, media=media)
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
@@ -311,9 +362,13 @@ def _run(params: dict, batch: Batch, cfg: Config, cache: KVCache, media: Media |
 
 def _logits(params: dict, hidden: jax.Array, cfg: Config) -> jax.Array:
     """f32[B, V] of one hidden state per row."""
-    inner = params["decoder"] if isinstance(cfg, vlm.Config) else params
     with jax.named_scope("head"):
-        return decoder.logits(inner, hidden, language(cfg))[:, 0]
+        return module(language(cfg)).logits(_inner(params, cfg), hidden, language(cfg))[:, 0]
+
+
+def _inner(params: dict, cfg: Config) -> dict:
+    """The parameters of the language model."""
+    return params["decoder"] if isinstance(cfg, vlm.Config) else params
 
 
 def _placed(batch: Batch) -> Batch:
@@ -334,6 +389,7 @@ def _laid(state: State) -> State:
 
 
 run_prefill = functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))(prefill)
+run_begin = functools.partial(jax.jit, static_argnames=("cfg", "places"))(begin)
 run_decode = functools.partial(jax.jit, static_argnames=("cfg", "switches"), donate_argnames=("state",))(decode)
 run_empty = functools.partial(jax.jit, static_argnames=("cfg", "rows", "places", "dtype", "stacked", "media"))(empty)
 run_media = functools.partial(jax.jit, static_argnames=("cfg",))(media)

@@ -89,7 +89,7 @@ class Session:
         # What a connector makes of a picture that it reads a question beside is not the picture's alone.
         asks = isinstance(self.cfg, vlm.Config) and self.cfg.connector.reads_text
         self.store = store if isinstance(self.cfg, vlm.Config) and not asks else None
-        self._keeps = not asks
+        self._keeps = not (asks or engine.answers(self.cfg))
         self._tower = "" if self.store is None else self._on(features.tower, self.params, self.cfg)
         self._state: engine.State | None = None
         self._read: Read | None = None
@@ -204,6 +204,12 @@ class Session:
         bucket = self.processor.bucket(sizes)
         described = self.processor.described([example for example, _ in made])
         batch = batches.build([[one] for one in made], bucket, values, self.processor.vocab, described)
+        if engine.answers(self.cfg):
+            media = self._media(batch, documents, frames)
+            self._state = self._read = None
+            places = ladder(batch.answer.tokens.shape[1] + max_tokens, LEAST)
+            self._state = self._on(engine.run_begin, self.params, batch, cfg=self.cfg, places=places, media=media)
+            return [(count, 0) for count in counts]
         batch = prompts.moved_on(batch, kept, seen)
         rope = engine.language(self.cfg).blocks.rope
         whole = rope is not None and rope.needs_length

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Normal, ParamSpec, Spec, fan_in, stack
+from mmjax.models.language import Language
 from mmjax.nn import cache as caches
 from mmjax.nn import cross_attention, crossed, norm, position_embed, transformer
 from mmjax.nn.cache import KVCache
@@ -34,7 +35,7 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Language):
     """Sizes and variants.
 
     vocab: ids that are read. unsaid: the last of them, which are never said: the head has no rows for them (Mllama).

@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mmjax.connectors import module
 from mmjax.core import tree
 from mmjax.core.spec import map_specs
 from mmjax.encoders import Encoder
-from mmjax.models import decoder, vlm
+from mmjax.models import vlm
+from mmjax.models.language import Language
 from mmjax.nn import transformer
 from mmjax.sequence import interleave
 from mmjax.sequence.batch import Bucket
@@ -20,11 +22,15 @@ from mmjax.sequence.batch import Bucket
 
 @dataclass(frozen=True)
 class Row:
-    """What stands in a row: tokens of each document, patches of each picture; windows of so many patches."""
+    """What stands in a row: tokens of each document, patches of each picture; windows of so many patches.
+
+    answer: tokens of the second stream of an encoder–decoder, shared evenly by the documents.
+    """
 
     documents: tuple[int, ...]
     pictures: tuple[int, ...]
     window: int = 0
+    answer: int = 0
 
     @property
     def tokens(self) -> int:
@@ -46,7 +52,7 @@ def full_row(bucket: Bucket, sequence: interleave.Config = interleave.PLAIN, doc
         documents.append(rest)
     each, more = divmod(bucket.patches, bucket.images)
     pictures = tuple(each + (i < more) for i in range(bucket.images) if each + (i < more))
-    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2)
+    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2, sequence.answer)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def matrices(cfg: vlm.Config) -> dict[str, int]:
 
     Scales, biases and position tables are none.
     """
-    head = f"decoder/{decoder.head(cfg.decoder)}"
+    head = f"decoder/{module(cfg.decoder).head(cfg.decoder)}"
     sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
     return {n: size for n, size in sizes.items() if n == head or n.rsplit("/", 1)[-1] == "kernel"}
 
@@ -121,6 +127,8 @@ def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> int
     if part == "vision":
         return len(row.pictures) if path[0] == "head" else patches
     keys = any(p in ("k", "v", "kv") for p in path)
+    if part == "decoder" and cfg.decoder.answers and path[0] != "encoder":
+        return row.tokens if "look" in path and keys else row.answer
     if part == "decoder":
         return media if path[0] == "cross" and keys else row.tokens
     if part == "connector" and cfg.connector.of_features(tuple(path)):
@@ -148,8 +156,12 @@ def _vision(cfg: transformer.Config, row: Row, encoder: Encoder) -> float:
     return _pairs(cfg, (cfg.layers - inside) * whole + inside * within)
 
 
-def _decoder(cfg: decoder.Config, row: Row, see: str, media: int) -> float:
+def _decoder(cfg: Language, row: Row, see: str, media: int) -> float:
     blocks = cfg.blocks
+    if cfg.answers:
+        each, total = row.answer / max(len(row.documents), 1), float(sum(n * n for n in row.documents))
+        second = len(row.documents) * each * (each + 1) / 2 + each * row.tokens
+        return _pairs(blocks, blocks.layers * total) + _pairs(cfg.answer, cfg.answer.layers * second)
     pairs = sum(n * (n + 1) / 2 for n in row.documents)
     # In a sliding window a token sees its last `window` tokens.
     near = sum(n * (n + 1) / 2 - m * (m + 1) / 2 for n in row.documents for m in [max(n - cfg.window, 0)])

@@ -18,7 +18,8 @@ from mmjax.core.spec import Normal, ParamSpec, Spec, stack
 from mmjax.encoders import Encoder, tiled, vit
 from mmjax.encoders import module as encoder_of
 from mmjax.encoders import see as look_at
-from mmjax.models import decoder
+from mmjax.models import decoder, encoder_decoder
+from mmjax.models.language import Language
 from mmjax.models.tower import Media
 from mmjax.nn import transformer
 from mmjax.nn.cache import KVCache
@@ -45,7 +46,7 @@ class Config:
 
     vision: Encoder
     connector: Connector
-    decoder: decoder.Config
+    decoder: Language
     placeholder: int | tuple[int, ...] | None = None
     segments: bool = False
     newline: bool = False
@@ -56,6 +57,8 @@ class Config:
     def __post_init__(self):
         if bool(self.deepstack) != (self.deep is not None):
             raise InputError("DeepStack's blocks and the config of its mergers go together; give both or neither.")
+        if self.deepstack and self.decoder.answers:
+            raise InputError("DeepStack adds to the blocks of a decoder; leave it out of an encoder–decoder.")
         if self.deepstack and (self.decoder.cross is not None or len(self.deepstack) > self.decoder.blocks.layers):
             raise InputError(
                 f"DeepStack of {len(self.deepstack)} blocks adds to media tokens in the sequence, after as many blocks "
@@ -88,6 +91,11 @@ class Config:
                 f"sequence.cross is {sequence.cross!r}; set it to 'last_image' (or its kin) with cross-attention, "
                 f"and to 'none' without."
             )
+        if self.decoder.answers != bool(sequence.answer):
+            raise InputError(
+                f"The language model is {'' if self.decoder.answers else 'no '}encoder and decoder, but "
+                f"sequence.answer is {sequence.answer}; set it to how many tokens a row's answers may have, or to 0."
+            )
         if self.connector.reads_text != bool(sequence.instruction):
             raise InputError(
                 f"The connector {'reads' if self.connector.reads_text else 'does not read'} a text beside each "
@@ -110,7 +118,7 @@ def spec(cfg: Config) -> Spec:
     out = {
         "vision": encoder_of(cfg.vision).spec(cfg.vision),
         "connector": module(cfg.connector).spec(cfg.connector),
-        "decoder": decoder.spec(cfg.decoder),
+        "decoder": module(cfg.decoder).spec(cfg.decoder),
     }
     if cfg.deep is not None:
         out["deep"] = stack(merger.spec(cfg.deep), len(cfg.deepstack))
@@ -213,6 +221,8 @@ def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
 def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = None) -> Float[Array, "b l d"]:
     """Hidden states of every token [B, L, D]: media tokens take the place of their placeholders, or are looked at.
 
+    Of an encoder–decoder, those of the second stream [B, T, D].
+
     `media` are the row's media tokens where they are known already (as between the steps of an answer).
 
     Raises:
@@ -220,7 +230,20 @@ def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = Non
     """
     x, see = _placed(params, batch, cfg, media)
     with jax.named_scope("decoder"):
+        if cfg.decoder.answers:
+            return encoder_decoder.apply(params["decoder"], x, cfg.decoder, batch.answer, **_seen(see))
         return decoder.apply(params["decoder"], x, cfg.decoder, **see)
+
+
+def encode(params: dict, batch: Batch, cfg: Config, *, media: Media | None = None) -> Float[Array, "b l d"]:
+    """What the encoder of an encoder–decoder makes of the batch's first stream, media in their places."""
+    x, see = _placed(params, batch, cfg, media)
+    with jax.named_scope("decoder"):
+        return encoder_decoder.encode(params["decoder"], x, cfg.decoder, **_seen(see))
+
+
+def _seen(see: dict) -> dict:
+    return {name: see[name] for name in ("order", "lo", "hi")}
 
 
 def prefill(
@@ -249,7 +272,7 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     if (rope := cfg.decoder.blocks.rope) is not None and rope.needs_length:
         see["length"] = positions.lengths(batch.document, batch.position)
     with jax.named_scope("decoder"):
-        x = decoder.embed(params["decoder"], batch.tokens, cfg.decoder)
+        x = module(cfg.decoder).embed(params["decoder"], batch.tokens, cfg.decoder)
     if cfg.decoder.cross is not None:
         see |= {"media_lo": batch.media_lo, "media_hi": batch.media_hi}
     if known is None and batch.patches.shape[1] == 0:
@@ -309,4 +332,4 @@ def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -
 
 def logits(params: dict, batch: Batch, cfg: Config) -> jax.Array:
     """f32[B, L, V]: what comes after each token."""
-    return decoder.logits(params["decoder"], hidden(params, batch, cfg), cfg.decoder)
+    return module(cfg.decoder).logits(params["decoder"], hidden(params, batch, cfg), cfg.decoder)

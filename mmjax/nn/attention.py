@@ -126,6 +126,7 @@ def attend_cached(
     lo: Int[Array, "b l"],
     hi: Int[Array, "b l"],
     *,
+    bias: Bias | None = None,
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Float[Array, "b l h ev"]:
@@ -136,10 +137,10 @@ def attend_cached(
     Args:
       q: [B, L, H, E].
       k, v: [B, K, S, E] and [B, K, S, Ev]; K divides H.
-      order, lo, hi, softcap, scale: as of `attend`.
+      order, lo, hi, bias, softcap, scale: as of `attend`.
     """
     heads, few = q.shape[2], q.shape[1] <= FEW
-    static, inputs, axes = _prepare(q, k, v, order, lo, hi, None, None, softcap, None, scale, cached=True)
+    static, inputs, axes = _prepare(q, k, v, order, lo, hi, None, bias, softcap, None, scale, cached=True)
     run = functools.partial(xla.at_once if few else backend.forward, static)
     if few:
         axes = replace(axes, keys=None, ring=())

@@ -12,6 +12,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import Constant, Normal, ParamSpec, Spec, fan_in
 from mmjax.nn import cache as caches
 from mmjax.nn import linear, mlp, norm
+from mmjax.nn import relative as distances
 from mmjax.nn import rope as rotary
 from mmjax.nn.attention import attend, attend_cached
 
@@ -27,6 +28,22 @@ class See(NamedTuple):
     lo: Any  # i32[B, L], of queries
     hi: Any
     turn: Any  # cosine and sine f32[B, L, pairs]; None without a rotary embedding
+    bias: Any = None  # of the scores (nn.attention.Bias)
+    look: Any = None  # what there is to look at (Look)
+
+
+class Look(NamedTuple):
+    """What the cross-attention inside a block looks at (Config.look): tokens, or the keys and values made of them.
+
+    tokens: [B, M, E]. k, v: [B, K, M, E] of this block, which stand in a cache. order: i32[B, M]. lo, hi: i32[B, L].
+    """
+
+    tokens: Any
+    order: Any
+    lo: Any
+    hi: Any
+    k: Any = None
+    v: Any = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,9 @@ class Config:
     query_scale: what scores are multiplied by; 1 / sqrt(head) where left out.
     softcap: scores become softcap · tanh(score / softcap) (Gemma 2).
     rope: the rotary embedding of queries and keys, if any.
+    relative: relative positions, as a bias of the scores that all blocks share (T5); its table is handed over.
+    look: width of the tokens that every block looks at by cross-attention, between its attention and its MLP, as the
+      decoder of an encoder–decoder does (Vaswani et al. 2017, figure 1); None: it does not.
     windowed: the blocks, counted from 0, that use the second intervals (Qwen2.5-VL's window attention; the sliding
       windows of Mistral and Gemma).
     window_rope: the rotary embedding of these blocks, where it is another (Gemma 3).
@@ -76,6 +96,8 @@ class Config:
     query_scale: float | None = None
     softcap: float | None = None
     rope: rotary.Config | None = None
+    relative: distances.Config | None = None
+    look: int | None = None
     windowed: tuple[int, ...] = ()
     window_rope: rotary.Config | None = None
     remat: Remat = "none"
@@ -89,6 +111,8 @@ class Config:
                 )
         if self.window_rope is not None and (self.rope is None or not self.windowed):
             raise InputError("A rotary embedding of windowed blocks needs such blocks and one of the others.")
+        if self.relative is not None and (self.relative.heads != self.heads or self.windowed):
+            raise InputError("Relative positions are for as many heads as the blocks have, none of them windowed.")
         if not all(0 <= i < self.layers for i in self.windowed):
             raise InputError(f"Blocks {self.windowed} are to be windowed, but there are only {self.layers}.")
 
@@ -121,19 +145,23 @@ class Config:
 def spec(cfg: Config) -> Spec:
     """The parameters of one block."""
 
-    def project(heads: int) -> Spec:
-        out = {"kernel": ParamSpec((cfg.width, heads, cfg.head), ("embed", "heads", None), fan_in(cfg.width))}
+    def project(heads: int, inputs: int) -> Spec:
+        out = {"kernel": ParamSpec((inputs, heads, cfg.head), ("embed", "heads", None), fan_in(inputs))}
         return out | ({"bias": ParamSpec((heads, cfg.head), ("heads", None))} if cfg.has_bias("q") else {})
 
     # Residual branches start smaller the deeper the stack (GPT-2): the sum of 2 × layers of them keeps its size.
     back = Normal((cfg.heads * cfg.head) ** -0.5 * (2 * cfg.layers) ** -0.5)
-    attention = {
-        "q": project(cfg.heads),
-        "k": project(cfg.kv_heads),
-        "v": project(cfg.kv_heads),
-        "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), back)}
-        | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.has_bias("out") else {}),
-    }
+
+    def projections(inputs: int) -> Spec:
+        return {
+            "q": project(cfg.heads, cfg.width),
+            "k": project(cfg.kv_heads, inputs),
+            "v": project(cfg.kv_heads, inputs),
+            "out": {"kernel": ParamSpec((cfg.heads, cfg.head, cfg.width), ("heads", None, "embed"), back)}
+            | ({"bias": ParamSpec((cfg.width,), (None,))} if cfg.has_bias("out") else {}),
+        }
+
+    attention = projections(cfg.width)
     if cfg.qk_norm != "none":
         attention |= {"q_norm": norm.spec(cfg.head_norm(cfg.heads)), "k_norm": norm.spec(cfg.head_norm(cfg.kv_heads))}
     if cfg.inner_norm:
@@ -144,6 +172,8 @@ def spec(cfg: Config) -> Spec:
         "mlp_norm": norm.spec(cfg.norm_config),
         "mlp": mlp.spec(cfg.mlp),
     }
+    if cfg.look is not None:
+        block |= {"look_norm": norm.spec(cfg.norm_config), "look": projections(cfg.look)}
     if cfg.post_norm:
         block |= {"attention_post_norm": norm.spec(cfg.norm_config), "mlp_post_norm": norm.spec(cfg.norm_config)}
     if cfg.layer_scale is not None:
@@ -164,6 +194,8 @@ def apply(
     """
     h, past = _attention(params["attention"], norm.apply(params["attention_norm"], x, cfg.norm_config), cfg, see, past)
     x = x + _branch(params, "attention", h, cfg)
+    if cfg.look is not None:
+        x = x + _looked(params["look"], norm.apply(params["look_norm"], x, cfg.norm_config), cfg, see.look)
     h = mlp.apply(params["mlp"], norm.apply(params["mlp_norm"], x, cfg.norm_config), cfg.mlp)
     return sharding.constrain(x + _branch(params, "mlp", h, cfg), PLACE), past
 
@@ -180,23 +212,17 @@ def _branch(params: dict, name: str, h: jax.Array, cfg: Config) -> jax.Array:
 def _attention(
     params: dict, x: jax.Array, cfg: Config, see: See, past: caches.Past | None
 ) -> tuple[jax.Array, caches.Past | None]:
-    split = ("batch", "length", "heads", None)
-
-    def project(name: str) -> jax.Array:
-        y = sharding.dense(x, params[name]["kernel"], split)
-        return linear.plus(y, params[name]["bias"]) if cfg.has_bias(name) else y
-
     def normed(name: str, y: jax.Array) -> jax.Array:
         heads = y.shape[2]
         flat = y.reshape(*y.shape[:2], -1) if cfg.qk_norm == "width" else y
         return norm.apply(params[f"{name}_norm"], flat, cfg.head_norm(heads)).reshape(y.shape)
 
-    q, k, v = project("q"), project("k"), project("v")
+    q, k, v = (_project(params, name, x, cfg) for name in ("q", "k", "v"))
     if cfg.qk_norm != "none":
         q, k = normed("q", q), normed("k", k)
     if see.turn is not None:
         q, k = (rotary.rotate(x, *see.turn, cfg.rope.pairs) for x in (q, k))
-    how = {"softcap": cfg.softcap, "scale": cfg.query_scale}
+    how = {"bias": see.bias, "softcap": cfg.softcap, "scale": cfg.query_scale}
     with jax.named_scope("attention"):
         if past is None:
             out, _ = attend(q, k, v, see.order, see.lo, see.hi, **how)
@@ -206,5 +232,33 @@ def _attention(
     if cfg.inner_norm:
         flat = out.reshape(*out.shape[:2], -1)
         out = norm.apply(params["inner_norm"], flat, cfg.attended_norm).reshape(out.shape)
+    return _back(params, out, cfg), past
+
+
+def _project(params: dict, name: str, x: jax.Array, cfg: Config) -> jax.Array:
+    """Queries, keys or values [B, L, H, E]."""
+    y = sharding.dense(x, params[name]["kernel"], ("batch", "length", "heads", None))
+    return linear.plus(y, params[name]["bias"]) if cfg.has_bias(name) else y
+
+
+def _back(params: dict, out: jax.Array, cfg: Config) -> jax.Array:
     y = sharding.dense(out, params["out"]["kernel"], PLACE)
-    return (linear.plus(y, params["out"]["bias"]) if cfg.has_bias("out") else y), past
+    return linear.plus(y, params["out"]["bias"]) if cfg.has_bias("out") else y
+
+
+def _looked(params: dict, x: jax.Array, cfg: Config, look: Look) -> jax.Array:
+    """Cross-attention to the tokens of a Look, or to the keys and values that were made of them before."""
+    q, how = _project(params, "q", x, cfg), {"scale": cfg.query_scale}
+    with jax.named_scope("look"):
+        if look.k is not None:
+            out = attend_cached(q, look.k, look.v, look.order, look.lo, look.hi, **how)
+        else:
+            k, v = (_project(params, name, look.tokens, cfg) for name in ("k", "v"))
+            out, _ = attend(q, k, v, look.order, look.lo, look.hi, **how)
+    return _back(params, out, cfg)
+
+
+def keys(params: dict, tokens: Float[Array, "b m e"], cfg: Config) -> tuple[jax.Array, jax.Array]:
+    """The keys and values [B, K, M, E] that this block makes of what it looks at, as a cache has them."""
+    k, v = (_project(params["look"], name, tokens, cfg).transpose(0, 2, 1, 3) for name in ("k", "v"))
+    return sharding.constrain(k, caches.AXES), sharding.constrain(v, caches.AXES)

@@ -11,9 +11,10 @@ from mmjax.core import sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Spec, gradients_laid, stack
 from mmjax.nn import block, ring
+from mmjax.nn import relative as biases
 from mmjax.nn import rope as rotary
 from mmjax.nn.attention import RESULTS, context, goes_round
-from mmjax.nn.block import PLACE, See
+from mmjax.nn.block import PLACE, Look, See
 from mmjax.nn.block import Config as Config  # part of what this file offers
 from mmjax.nn.block import Remat as Remat
 from mmjax.nn.cache import KVCache, Past
@@ -70,6 +71,8 @@ def apply(
     length: Num[Array, "b l"] | None = None,
     window: tuple[Int[Array, "b l"], Int[Array, "b l"]] | None = None,
     added: Float[Array, "b l t d"] | None = None,
+    relative: Float[Array, "h n"] | None = None,
+    look: Look | None = None,
 ) -> Float[Array, "b l d"]:
     """All blocks in turn (no final norm).
 
@@ -81,9 +84,11 @@ def apply(
       length: [B, L], needed where its scaling depends on the document's length (see nn.rope).
       window: lo and hi of the blocks that cfg.windowed names.
       added: [B, L, T, D], what is added to the outputs of the first T blocks (DeepStack).
+      relative: the table of cfg.relative.
+      look: the tokens that blocks look at, where cfg.look.
     """
     see = {"order": order, "lo": lo, "hi": hi, "position": position, "length": length, "window": window}
-    see["added"] = added
+    see |= {"added": added, "relative": relative, "look": look}
     return apply_with_taps(params, x, cfg, (), **see)[0]
 
 
@@ -100,6 +105,8 @@ def apply_with_taps(
     length: Num[Array, "b l"] | None = None,
     window: tuple[Int[Array, "b l"], Int[Array, "b l"]] | None = None,
     added: Float[Array, "b l t d"] | None = None,
+    relative: Float[Array, "h n"] | None = None,
+    look: Look | None = None,
 ) -> tuple[Float[Array, "b l d"], Float[Array, "taps b l d"]]:
     """The same, and what the blocks named in `taps` put out, in rising order: block 0 is the first.
 
@@ -117,8 +124,12 @@ def apply_with_taps(
         # Rows that devices cannot share evenly get empty places at the end, which nothing sees.
         x, lo, position, length, added = _with_room((x, lo, position, length, added), room, 0)
         order, hi = _with_room((order, hi), room, -1)
+        if look is not None:
+            look = look._replace(lo=_with_room(look.lo, room, 0), hi=_with_room(look.hi, room, -1))
         window = None if window is None else (_with_room(window[0], room, 0), _with_room(window[1], room, -1))
-    x, kept = _dealt_blocks(params, x, cfg, taps, (order, lo, hi, position, length, window, added))
+    looks = (None, None) if look is None else (look.lo, look.hi)
+    places = (order, lo, hi, position, length, window, added, *looks)
+    x, kept = _dealt_blocks(params, x, cfg, taps, places, relative, look)
     if room:
         x = sharding.unsplit(x)[:, :count]
         kept = sharding.constrain(kept, (None, "batch", None, None))[:, :, :count]
@@ -139,6 +150,9 @@ def apply_cached(
     window: tuple[Int[Array, "b l"], Int[Array, "b l"]] | None = None,
     added: Float[Array, "b l t d"] | None = None,
     first: Int[Array, ""] | None = None,
+    relative: Float[Array, "h n"] | None = None,
+    own: Int[Array, "b l"] | None = None,
+    look: Look | None = None,
 ) -> tuple[Float[Array, "b l d"], KVCache]:
     """All blocks in turn over L more tokens; their keys and values go to the cache, from place cache.at on.
 
@@ -148,6 +162,8 @@ def apply_cached(
       cache: stacked where params are, else a tuple. Its labels and `at` stay as they are (see nn.cache.labelled).
       order: i32[B, S], the labels of all places of the cache, these tokens' included.
       first: which layer of the cache the first of these blocks has, where they are some of several.
+      own: these tokens' own labels, where cfg.relative.
+      look: with the keys and values of `looked` instead of tokens.
     """
     _refuse_window(cfg, window)
     stacked = isinstance(params, dict)
@@ -155,7 +171,8 @@ def apply_cached(
         raise InputError("Stacked blocks need a stacked cache, and a tuple of blocks a tuple of caches.")
     # A few tokens more are no rows that devices could share along their length.
     with sharding.whole("length"):
-        sees = _sees(cfg, order, (lo, hi), window, _turns(cfg, position, length))
+        bias = None if cfg.relative is None else biases.bias(relative, cfg.relative, own, order)
+        sees = _sees(cfg, order, (lo, hi), window, _turns(cfg, position, length), bias, look)
         x = sharding.constrain(x, PLACE)
         if stacked:
             start = Past(cache.k, cache.v, cache.at, jnp.zeros((), jnp.int32) if first is None else first)
@@ -164,6 +181,17 @@ def apply_cached(
         each = tuple(Past(k, v, cache.at) for k, v in zip(cache.k, cache.v, strict=True))
         x, past, _ = _unrolled(params, x, cfg, (), sees, added, each)
         return x, cache.replace(k=tuple(p.k for p in past), v=tuple(p.v for p in past))
+
+
+def looked(params: dict | tuple, tokens: Float[Array, "b m e"], cfg: Config) -> tuple[Any, Any]:
+    """The keys and values that every block makes of what it looks at: stacked or tuples, as params are.
+
+    Made once for an answer of any length.
+    """
+    if isinstance(params, dict):
+        return jax.lax.map(lambda p: block.keys(p, tokens, cfg), params)
+    made = [block.keys(p, tokens, cfg) for p in params]
+    return tuple(k for k, _ in made), tuple(v for _, v in made)
 
 
 def _refuse_window(cfg: Config, window: Any) -> None:
@@ -177,9 +205,14 @@ def _turns(cfg: Config, position: Any, length: Any) -> tuple[Any, Any]:
     return own, own if cfg.window_rope is None else rotary.angles(position, cfg.window_rope, length)
 
 
-def _sees(cfg: Config, order: jax.Array, whole: tuple, window: tuple | None, turns: tuple) -> tuple[See, See | None]:
+def _sees(
+    cfg: Config, order: jax.Array, whole: tuple, window: tuple | None, turns: tuple, bias: Any, look: Any
+) -> tuple[See, See | None]:
     """What a block is given that is not windowed, and what one is that is."""
-    return See(order, *whole, turns[0]), None if window is None else See(order, *window, turns[1])
+    if (cfg.look is None) != (look is None):
+        raise InputError("Blocks that look at other tokens and what they look at go together; give both or neither.")
+    apart = None if window is None else See(order, *window, turns[1], None, look)
+    return See(order, *whole, turns[0], bias, look), apart
 
 
 def _chosen(sees: tuple[See, See | None], inside: Any) -> See:
@@ -190,18 +223,24 @@ def _chosen(sees: tuple[See, See | None], inside: Any) -> See:
     turn = whole.turn
     if turn is not window.turn:
         turn = jax.tree.map(lambda w, a: jnp.where(inside, w, a), window.turn, turn)
-    return See(whole.order, *(jnp.where(inside, w, a) for w, a in ((window.lo, whole.lo), (window.hi, whole.hi))), turn)
+    lo, hi = (jnp.where(inside, w, a) for w, a in ((window.lo, whole.lo), (window.hi, whole.hi)))
+    return whole._replace(lo=lo, hi=hi, turn=turn)
 
 
-def _dealt_blocks(params: Any, x: jax.Array, cfg: Config, taps: tuple[int, ...], places: tuple) -> tuple:
+def _dealt_blocks(
+    params: Any, x: jax.Array, cfg: Config, taps: tuple[int, ...], places: tuple, relative: Any, look: Look | None
+) -> tuple:
     """All blocks, of rows that are dealt meanwhile where keys and values go round the devices."""
     dealt = goes_round(*x.shape[:2], x.shape[1], cfg.kv_heads, 2 * cfg.head * x.dtype.itemsize)
     if dealt:
         x, places = ring.deal((x, places))
-    order, lo, hi, position, length, window, added = places
+    order, lo, hi, position, length, window, added, *bounds = places
     with context("dealt") if dealt else contextlib.nullcontext():
         # Labels are gathered once, not in every block.
-        sees = _sees(cfg, sharding.unsplit(order), (lo, hi), window, _turns(cfg, position, length))
+        keys = sharding.unsplit(order)
+        bias = None if cfg.relative is None else biases.bias(relative, cfg.relative, order, keys)
+        look = None if look is None else look._replace(lo=bounds[0], hi=bounds[1])
+        sees = _sees(cfg, keys, (lo, hi), window, _turns(cfg, position, length), bias, look)
         run = _scanned if isinstance(params, dict) else _unrolled
         x, _, kept = run(params, sharding.constrain(x, PLACE), cfg, taps, sees, added)
     return (ring.undeal(x), ring.undeal(kept, axis=2)) if dealt else (x, kept)
@@ -237,8 +276,9 @@ def _scanned(
     own = block.spec(cfg)
 
     def step(carry: tuple, of: tuple) -> tuple[tuple, None]:
-        (x, kept, past), (layer, inside, place, number) = carry, of
-        x, past = _one(gradients_laid(layer, own), x, cfg, _chosen(sees, inside), past)
+        (x, kept, past), (layer, inside, place, number, looked) = carry, of
+        see = _looking(_chosen(sees, inside), looked)
+        x, past = _one(gradients_laid(layer, own), x, cfg, see, past)
         past = None if past is None else past.replace(layer=past.layer + 1)
         x = x if added is None else x + _added(added, number).astype(x.dtype)
         # Blocks that nobody asked for write to one more place, past the end.
@@ -253,8 +293,16 @@ def _scanned(
         kept = jnp.repeat(jnp.zeros_like(x)[None], len(taps) + 1, axis=0)
         kept = sharding.constrain(sharding.vary(kept, x), (None, *PLACE))
     unroll = min(cfg.unroll, cfg.layers)
-    (x, kept, past), _ = jax.lax.scan(step, (x, kept, past), (params, inside, place, number), unroll=unroll)
+    look = sees[0].look
+    looked = None if look is None or look.k is None else (look.k, look.v)
+    of = (params, inside, place, number, looked)
+    (x, kept, past), _ = jax.lax.scan(step, (x, kept, past), of, unroll=unroll)
     return x, past, jnp.zeros((0, *x.shape), x.dtype) if kept is None else kept[:-1]
+
+
+def _looking(see: See, looked: tuple | None) -> See:
+    """With a block's own keys and values of what it looks at, where they are known."""
+    return see if looked is None else see._replace(look=see.look._replace(k=looked[0], v=looked[1]))
 
 
 def _added(added: jax.Array, number: jax.Array) -> jax.Array:
@@ -276,7 +324,10 @@ def _unrolled(
     """The same of a tuple of blocks, one after the other."""
     kept, new = [], []
     for i, layer in enumerate(params):
-        x, mine = _one(layer, x, cfg, _chosen(sees, i in cfg.windowed), None if past is None else past[i])
+        look = sees[0].look
+        looked = None if look is None or look.k is None else (look.k[i], look.v[i])
+        see = _looking(_chosen(sees, i in cfg.windowed), looked)
+        x, mine = _one(layer, x, cfg, see, None if past is None else past[i])
         x = x if added is None or i >= added.shape[2] else x + added[:, :, i].astype(x.dtype)
         kept += [x] if i in taps else []
         new.append(mine)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.interleave import PLAIN, Config, Example
-from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY
+from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY, TEXT
 from mmjax.tokenizers.patches import Deferred
 from mmjax.tokenizers.vocab import Vocab
 
@@ -74,6 +74,8 @@ class Batch:
     mix_share: Field = None  # f32[B, L, 4]; the shares of all four
     # What the connector reads beside the row's pictures: tokens, order and, as document, the number of the picture.
     instruction: Field = None  # a Batch of nothing else
+    # The second stream of an encoder–decoder: all about its tokens; media_lo and media_hi are labels of the first.
+    answer: Field = None
 
 
 def axes(batch: Batch) -> Batch:
@@ -145,6 +147,7 @@ def empty(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAI
         mix_slot=full((length, 3), -1) if cfg.mixes else None,
         mix_share=full((length, 4), 0, np.float32) if cfg.mixes else None,
         instruction=_texts(full, bucket.images * cfg.instruction) if cfg.instruction else None,
+        answer=_answers(full, cfg.answer, vocab) if cfg.answer else None,
     )
 
 
@@ -153,6 +156,21 @@ def _texts(full: Callable, length: int) -> Batch:
     nothing = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
     stream = {"tokens": full((length,)), "document": full((length,), -1), "order": full((length,), -1)}
     return Batch(**nothing | stream)
+
+
+def _answers(full: Callable, length: int, vocab: Vocab) -> Batch:
+    """Empty rows of the second stream of an encoder–decoder."""
+    return _texts(full, length).replace(
+        tokens=full((length,), vocab.pad),
+        modality=full((length,), EMPTY, np.int8),
+        lo=full((length,)),
+        hi=full((length,), -1),
+        media_lo=full((length,)),
+        media_hi=full((length,), -1),
+        position=full((length, 3)),
+        target=full((length,)),
+        weight=full((length,), 0, np.float32),
+    )
 
 
 def abstract(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAIN) -> Batch:
@@ -239,6 +257,8 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
         batch.mix_slot[r, t] = np.where(x.mix_slot < 0, -1, x.mix_slot + media)
         batch.mix_share[r, t] = x.mix_share
     batch.target[r, t], batch.weight[r, t] = x.target, x.weight
+    if batch.answer is not None:
+        _answer(batch.answer, r, d, x, token)
     if patches:
         batch.patch_order[r, p] = np.arange(patch, patch + patches)
         batch.patch_lo[r, p], batch.patch_hi[r, p] = x.patch_lo + patch, x.patch_hi + patch
@@ -253,6 +273,22 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
     if frames:
         batch.frame_order[r, f] = np.arange(frame, frame + frames)
         batch.frame_lo[r, f], batch.frame_hi[r, f] = x.frame_lo + frame, x.frame_hi + frame
+
+
+def _answer(stream: Batch, r: int, d: int, x: Example, first: int) -> None:
+    """Writes a document's answer behind those before it; it looks at the document's tokens, from label `first` on."""
+    at, room, n = int(stream.order[r].max(initial=-1)) + 1, stream.tokens.shape[1], len(x.answer.tokens)
+    if at + n > room:
+        raise InputError(
+            f"Document {x.id!r} has an answer of {n} tokens, and its row has room for {room}, of which {at} are taken; "
+            f"set sequence.answer higher."
+        )
+    t, order = slice(at, at + n), np.arange(at, at + n)
+    stream.tokens[r, t], stream.modality[r, t], stream.document[r, t] = x.answer.tokens, TEXT, d
+    stream.order[r, t], stream.lo[r, t], stream.hi[r, t] = order, at, order
+    stream.media_lo[r, t], stream.media_hi[r, t] = first, first + len(x.tokens) - 1
+    stream.position[r, t] = (order - at)[:, None]
+    stream.target[r, t], stream.weight[r, t] = x.answer.target, x.answer.weight
 
 
 def _instruct(stream: Batch, r: int, x: Example, first: int, pictures: int) -> None:

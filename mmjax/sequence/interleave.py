@@ -1,6 +1,6 @@
 """A layout as arrays: the descriptor of every token of one document, numbered from its own start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +29,8 @@ class Config:
       windows that its patches lie in; the rest are padding, and their labels come behind all others of the document.
     frames: whether patches see all frames of their video.
     mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
+    answer: above 0, what is learnt or said is a second stream, that an encoder–decoder's decoder reads, with room for
+      so many tokens in a row: all from the first that is learnt on, behind the id `start`. The first stream ends there.
     instruction: above 0, the connector reads a text beside each picture, of at most so many tokens (InstructBLIP).
     """
 
@@ -42,9 +44,20 @@ class Config:
     frames: Literal["apart", "together"] = "apart"
     mixes: bool = False
     instruction: int = 0
+    answer: int = 0
+    start: int = 0
 
 
 PLAIN = Config()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One document's share of the second stream (Config.answer)."""
+
+    tokens: np.ndarray  # i32[n]
+    target: np.ndarray  # i32[n]
+    weight: np.ndarray  # f32[n]
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Example:
     mix_slot: np.ndarray | None = None  # i32[n, 3]
     mix_share: np.ndarray | None = None  # f32[n, 4]
     instruction: np.ndarray | None = None  # i32[images, words]; what the connector reads beside each, -1 behind its end
+    answer: Answer | None = None
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -148,8 +162,9 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             raise InputError(f"Document {layout.id!r}: {error}") from error
     else:
         position = np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
+    target = np.where(next_is, np.append(tokens[1:], 0), 0).astype(np.int32)
     frame_lo, frame_hi = intervals.blocks([p.grid[0] for p in layout.pieces if p.modality == AUDIO])
-    return Example(
+    whole = Example(
         id=layout.id,
         tokens=tokens,
         modality=modality,
@@ -157,7 +172,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         hi=hi,
         position=position,
         slot=slot,
-        target=np.where(next_is, np.append(tokens[1:], 0), 0).astype(np.int32),
+        target=target,
         weight=next_is.astype(np.float32),
         media=made[None],
         sounds=made[AUDIO],
@@ -167,6 +182,30 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         frame_hi=frame_hi,
         **mix,
     )
+    return _parted(whole, layout.prefix, train, cfg) if cfg.answer else whole
+
+
+def _parted(x: Example, n: int, train: np.ndarray, cfg: Config) -> Example:
+    """A document as two streams: its first n tokens, all of which see each other, and the others behind a first id."""
+    if x.slot[n:].max(initial=-1) >= 0:
+        raise InputError(f"Document {x.id!r} shows a picture behind the first token that is learnt; show it before.")
+    said, learnt = x.tokens[n:], train[n:].astype(np.float32)
+    answer = Answer(
+        np.append(np.int32(cfg.start), said[:-1])[: max(len(said), 1)].astype(np.int32),
+        said if len(said) else np.zeros(1, np.int32),
+        learnt if len(said) else np.zeros(1, np.float32),
+    )
+    cut = {f: getattr(x, f)[:n] for f in ("tokens", "modality", "position", "slot")}
+    for f in ("media_lo", "media_hi", "mix_slot", "mix_share"):
+        cut[f] = None if getattr(x, f) is None else getattr(x, f)[:n]
+    see = dict(zip(("lo", "hi"), intervals.prefix(n, n), strict=True))
+    return replace(x, **cut, **see, target=np.zeros(n, np.int32), weight=np.zeros(n, np.float32), answer=answer)
+
+
+def unlearnt(x: Example) -> Example:
+    """The same document with nothing to learn."""
+    answer = None if x.answer is None else replace(x.answer, weight=np.zeros_like(x.answer.weight))
+    return replace(x, weight=np.zeros_like(x.weight), answer=answer)
 
 
 def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: str, cfg: Config) -> None:

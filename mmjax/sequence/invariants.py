@@ -167,7 +167,19 @@ def _count(
     wrong.append(
         _past(batch.patch_image, batch.patch_order, sees, of) | ((batch.patch_kind > 0) != (batch.patch_order >= 0))
     )
-    return xp.stack([w.sum(1) for w in wrong], axis=1).astype(xp.int32)
+    counts = [w.sum(1) for w in wrong]
+    if batch.answer is not None:
+        ids, blind = _second(batch.answer, vocab_size, xp)
+        counts[0], counts[5] = counts[0] + ids, counts[5] + blind
+    return xp.stack(counts, axis=1).astype(xp.int32)
+
+
+def _second(answer: Batch, vocab_size: int, xp: Any) -> tuple[Any, Any]:
+    """Of the second stream of an encoder–decoder: ids outside the vocabulary, and what is learnt and sees nothing."""
+    ids = (answer.tokens < 0) | (answer.tokens >= vocab_size) | (answer.target < 0) | (answer.target >= vocab_size)
+    visible = (answer.lo <= answer.hi) & (answer.media_lo <= answer.media_hi) & (answer.order >= 0)
+    blind = (answer.weight != 0) & (~visible | ~xp.isfinite(answer.weight))
+    return ids.sum(1), blind.sum(1)
 
 
 def _shifted(x: Any, xp: Any, by: int = 1) -> Any:

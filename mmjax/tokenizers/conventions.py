@@ -190,6 +190,7 @@ MISTRAL3 = replace(
 KOSMOS2 = Convention(
     "kosmos-2",
     begin=(S("<s>"),),
+    opens=False,
     document=Around((), (S("</s>"),)),
     assistant=Around((), (S("</s>"),)),
     image=Around((S("<image>"),), (S("</image>"), " ")),
@@ -299,6 +300,18 @@ BLIP2 = Convention(
     placeholder="<image>",
 )
 
+# Dai et al. 2023, InstructBLIP, with Vicuna.
+INSTRUCTBLIP = replace(BLIP2, name="instructblip", begin=(S("<s>"),), end=(S("</s>"),), pad="[PAD]")
+# BLIP-2 and InstructBLIP with T5, whose encoder reads what is before the answer.
+BLIP2_T5 = replace(
+    BLIP2,
+    name="blip-2-t5",
+    begin=(),
+    end=(S("</s>"),),
+    user=Around((), (S("</s>"),)),
+    assistant=Around(),
+)
+
 _GEMMA_IMAGE = Around(("\n\n", S("<start_of_image>")), (S("<end_of_image>"), "\n\n"))
 # Gemma Team 2025, Gemma 3.
 GEMMA3 = Convention(
@@ -391,6 +404,8 @@ CONVENTIONS = {
         SMOLVLM,
         PALIGEMMA,
         BLIP2,
+        INSTRUCTBLIP,
+        BLIP2_T5,
         GEMMA3,
         DEEPSEEK_VL,
         FLAMINGO,

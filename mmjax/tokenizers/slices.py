@@ -92,13 +92,9 @@ class Bounded(Tiled):
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels to resize a picture to; InputError if it is empty."""
         check(height, width)
-        shape = width / height
-        if max(height, width) > self.longest:
-            height, width = (
-                (int(self.longest / shape), self.longest)
-                if width >= height
-                else (self.longest, int(self.longest * shape))
-            )
+        shape, most = width / height, self.longest
+        if max(height, width) > most:
+            height, width = (int(most / shape), most) if width >= height else (most, int(most * shape))
         return max(height, self.shortest), max(width, self.shortest)
 
     def picture(self, height: int, width: int) -> Picture:

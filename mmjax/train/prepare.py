@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmjax.convert.processor.text import reader
 from mmjax.core.errors import InputError
 from mmjax.data import drawings, index, sets
 from mmjax.data.memory import Memory
@@ -94,6 +95,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
+        said=_said(cfg),
         parts=parts,
         of=of,
     )
@@ -106,6 +108,25 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         evaluation = Answers(evaluation, {name: asked(of) for name, of in held_out.items()}, its)
     writing = tokenizer.fingerprint if its is None else its.fingerprint
     return Data(tokenizer, writing, training, evaluation, fingerprints)
+
+
+def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
+    """What the connector reads beside pictures, from documents."""
+    path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
+    if cfg.model.connector.reads_text != (path is not None):
+        raise InputError(
+            f"The connector {'reads' if path is None else 'does not read'} a text beside each picture, and data.reader "
+            f"is {path}; give the directory of its tokenizer where it does."
+        )
+    if path is None:
+        return None
+    its = reader(path)
+    if its.tokenizer.size > cfg.model.connector.vocab:
+        raise InputError(
+            f"model.connector.vocab is {cfg.model.connector.vocab}, and the tokenizer in {path} has "
+            f"{its.tokenizer.size} ids; set it to that, or more."
+        )
+    return its.beside
 
 
 def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:

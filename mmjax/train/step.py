@@ -9,10 +9,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmjax.connectors import module
 from mmjax.core import sharding, tree
 from mmjax.core.sharding import Rules
 from mmjax.generate import features
-from mmjax.models import decoder, vlm
+from mmjax.models import vlm
 from mmjax.models.tower import Media
 from mmjax.objectives import next_token
 from mmjax.sequence import batch as batches
@@ -41,14 +42,20 @@ def loss_fn(
     `media`: the batch's media tokens, where they are known.
     """
     hidden = vlm.hidden(params, batch, cfg, media=media)
-    head = functools.partial(decoder.logits, cfg=cfg.decoder)
-    name = decoder.head(cfg.decoder)
+    language, said = module(cfg.decoder), learnt(batch)
+    head = functools.partial(language.logits, cfg=cfg.decoder)
+    name = language.head(cfg.decoder)
     own = {name: params["decoder"][name]}
     with jax.named_scope("loss"):
-        found = next_token.loss(head, hidden, batch.target, batch.weight, chunk=objective.chunk, params=own)
-    total = found.loss + objective.z * found.z(batch.weight) if objective.z else found.loss
+        found = next_token.loss(head, hidden, said.target, said.weight, chunk=objective.chunk, params=own)
+    total = found.loss + objective.z * found.z(said.weight) if objective.z else found.loss
     sums = {"loss": found.loss, "weight": found.weight, "correct": found.correct}
     return total / (jnp.maximum(found.weight, 1.0) if per is None else per), sums
+
+
+def learnt(batch: Batch) -> Batch:
+    """The stream of tokens that is learnt: of an encoder–decoder, the second."""
+    return batch if batch.answer is None else batch.answer
 
 
 def cast(params: dict, compute: str) -> dict:
@@ -89,7 +96,7 @@ def train_step(
     changes: a broken batch never spoils parameters.
     """
     fixed, trained = tree.choose(state.params, update.frozen)
-    per = jnp.maximum(batch.weight.sum(), 1.0)
+    per = jnp.maximum(learnt(batch).weight.sum(), 1.0)
     how = {"cfg": cfg, "objective": objective, "compute": update.compute, "after": after}
     part = functools.partial(_part, fixed=fixed, per=per, **how)
     if update.accumulate == 1:

@@ -11,7 +11,7 @@ from tiny import randomised
 
 from mmjax.connectors import perceiver
 from mmjax.core.errors import InputError
-from mmjax.nn import linear, mlp
+from mmjax.nn import mlp
 
 FLAMINGO = perceiver.Config(8, 8, 3, 2, 2, 4, 12, frames=3, media=2)
 IDEFICS = perceiver.Config(8, 8, 3, 2, 2, 4, 12, qk_norm=True, activation="relu")
@@ -43,7 +43,7 @@ KOSMOS2 = perceiver.Config(
     bias=True,
     unit=True,
     prefix=True,
-    projection=linear.Config(6, 8),
+    dense=True,
 )
 CASES = {"Flamingo": FLAMINGO, "Idefics": IDEFICS, "Idefics2": IDEFICS2, "Kosmos-2": KOSMOS2}
 GRIDS, NUMBERS = [(2, 1, 3), (1, 2, 2), (3, 1, 1)], [0, 1, 0]
@@ -89,9 +89,8 @@ def written_out(params, x, number, cfg):
 
     x = x.astype(np.float64)
     x = x / np.linalg.norm(x, axis=-1, keepdims=True) if cfg.unit else x
-    if isinstance(cfg.projection, mlp.Config):
-        x = forward(p["projection"], x, True)
-    elif cfg.projection:
+    x = forward(p["projection"], x, True) if cfg.projection else x
+    if cfg.dense:
         x = x @ p["projection"]["kernel"] + p["projection"]["bias"]
     x = x + p["frames"][: x.shape[0], None, None] if cfg.frames else x
     x = x.reshape(-1, x.shape[-1]) + (p["media"][number] if cfg.media else 0)
@@ -175,6 +174,8 @@ def test_features_of_another_width_need_a_projection():
         perceiver.Config(6, 8, 3, 2, 2, 4, 12)
     with pytest.raises(InputError, match="width 6 must"):
         perceiver.Config(6, 8, 3, 2, 2, 4, 12, projection=mlp.Config(6, 10, 7))
+    with pytest.raises(InputError, match="give one of them"):
+        perceiver.Config(6, 8, 3, 2, 2, 4, 12, projection=mlp.Config(6, 10, 8), dense=True)
     with pytest.raises(InputError, match="width 8 must"):
         perceiver.Config(8, 8, 3, 2, 2, 4, 12, projection=mlp.Config(6, 10, 8))
 

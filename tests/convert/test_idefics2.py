@@ -96,8 +96,9 @@ def test_frames_and_their_times(tmp_path):
     assert pixels[0].shape == (4 * n, 48)
     assert ours.films is not None
     assert ours.layout(asked(10, 40)).pieces[0].ids == (ours.chat.controls["<s>"],)
+    (tmp_path / "second").mkdir()
     with pytest.raises(InputError, match="there is no policy for videos"):
-        processor.load(made(tmp_path / "s", SECOND, QUARTERS, 3)).layout(film)
+        processor.load(made(tmp_path / "second", SECOND, QUARTERS, 3)).layout(film)
 
 
 REFUSED = {

@@ -88,6 +88,28 @@ def qwen(path, images=None, kind="qwen2_5_vl", config=None, **more):
     return directory(path, config, images, QWEN, **more)
 
 
+def ended():
+    """A tokenizer.json whose texts end with </s>."""
+    out = tokenizer()
+    steps = out["post_processor"]
+    steps["single"] = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    end = next(token["id"] for token in out["added_tokens"] if token["content"] == "</s>")
+    steps["special_tokens"] = {"</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}}
+    return out
+
+
+def blip(path, kind="blip-2", images=None, config=None, **more):
+    vision = {"patch_size": 4, "image_size": 8}
+    config = {"model_type": kind, "vision_config": vision, "num_query_tokens": 3} | (config or {})
+    images = {"image_processor_type": "BlipImageProcessor", "size": {"height": 8, "width": 8}} | (images or {})
+    out = directory(path, config, images, None, **more)
+    write(out, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    if kind == "instructblip":
+        (out / "qformer_tokenizer").mkdir()
+        write(out / "qformer_tokenizer", "tokenizer.json", ended())
+    return out
+
+
 def internvl(path, images=None, length=1):
     config = {"model_type": "internvl", "vision_config": {"patch_size": [4, 4], "image_size": [8, 8]}}
     images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": {"height": 8, "width": 8}} | (images or {})
@@ -103,11 +125,15 @@ def pixtral(path, images=None, **own):
 
 def kosmos2(path, template=LLAVA, **config):
     vision = {"patch_size": 4, "image_size": 8}
-    return directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
+    path = directory(path, {"model_type": "kosmos-2", "vision_config": vision} | config, CLIP, template)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<|im_start|>"}
+    write(path, "tokenizer_config.json", named | ({"chat_template": template} if template else {}))
+    return path
 
 
-MARKS = ("<bos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<image_placeholder>", "<｜end｜>")
-NAMES = {"bos_token": "<bos>", "eos_token": "</s>"}
+MARKS = ("<bos>", "<eos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+MARKS += ("<image_placeholder>", "<｜end｜>")
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
 def siglip(path, kind, processor_name, images=None, config=None, template=None, **more):
@@ -148,6 +174,7 @@ def deepseek(path, images=None, **more):
     )
 
 
+ECHO = "{{ messages[0].content[0].text }}"
 SMALL = {"min_pixels": 64, "max_pixels": 1024}
 PICTURE = Image(10, 14, np.arange(10 * 14 * 3, dtype=np.uint8).reshape(10, 14, 3))
 SAID = Text("What is <image> or <|image_pad|>?")
@@ -173,14 +200,57 @@ def test_a_question_to_llava(tmp_path):
     invariants.check(batch, made.vocab, [["q"]])
 
 
+def test_queries_stand_before_everything(tmp_path):
+    """A picture's, wherever the picture is; what the text says is text; and questions need no template."""
+    made = processor.load(blip(tmp_path))
+    behind = Document("d", (SAID, PICTURE))
+    batch = made.batch([QUESTION, behind])
+    n = int((batch.order[0] >= 0).sum())
+    assert symbols(made, batch.tokens[0, :n].tolist()) == [*["<image>"] * 3, "<s>"]
+    np.testing.assert_array_equal(batch.tokens[0], batch.tokens[1])
+    assert batch.slot[0, :4].tolist() == [0, 1, 2, -1]
+    assert batch.patches.shape == (2, 4, 4 * 4 * 3)
+    assert batch.instruction is None
+    with pytest.raises(InputError, match="one question and one answer"):
+        made.layout(Document("d", (SAID, Text("x", "assistant"), SAID)))
+
+
+def test_a_question_is_read_beside_its_pictures(tmp_path):
+    made = processor.load(blip(tmp_path, "instructblip"))
+    two = Document("two", (PICTURE, PICTURE, Text("a")))
+    batch = made.batch([two, Document("one", (PICTURE, Text("abc"), Text("x", "assistant")))])
+    read, end = batch.instruction, made.reader.tokenizer.controls["</s>"]
+    ids = made.reader.tokenizer.encode("abc")
+    assert made.reader.after == (end,)
+    assert read.tokens.shape == (2, 2 * 16)
+    assert read.tokens[1, : len(ids) + 1].tolist() == [*ids, end]
+    assert [read.document[0, 0], read.document[0, 16]] == [0, 1]
+    invariants.check(batch, made.vocab, media=np.array([[True] * 6, [True] * 3 + [False] * 3]))
+    (tmp_path / "other").mkdir()
+    other = processor.load(blip(tmp_path / "other", "instructblip"))
+    assert other.fingerprint == made.fingerprint
+
+
+def test_what_an_encoder_decoder_is_asked_ends(tmp_path):
+    """</s> stands behind the question, and the answer begins with an id of its own."""
+    path = blip(tmp_path, config={"text_config": {"model_type": "t5", "vocab_size": 1000, "pad_token_id": 5}})
+    write(path, "tokenizer.json", ended())
+    made = processor.load(path)
+    example, _ = made.example(QUESTION)
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 3, "</s>"]
+    assert example.tokens[-1] == made.chat.controls["</s>"]
+    assert example.answer.tokens.tolist() == [5]
+    assert made.batch([QUESTION]).answer.tokens.shape == (1, 1)
+
+
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
     """What their processors write around media that the template has but a marker for."""
-    made = processor.load(internvl(tmp_path, {"max_patches": 2}))
-    batch = made.batch([Document("q", (Image(7, 14, PICTURE.source[:7]), SAID))])
+    made = processor.load(internvl(tmp_path, {"max_patches": 6}))
+    batch = made.batch([QUESTION])
     n = int((batch.order[0] >= 0).sum())
-    media = ["<img>", *["<IMG_CONTEXT>"] * 3, "</img>"]  # two tiles and the whole
+    media = ["<img>", *["<IMG_CONTEXT>"] * 7, "</img>"]  # six tiles and the whole
     assert symbols(made, batch.tokens[0, :n].tolist()) == ["<s>", "<|im_start|>", *media, "</s>", "<|im_start|>"]
-    assert batch.grid[0].tolist() == [[1, 2, 2]] * 3
+    assert batch.grid[0, :7].tolist() == [[1, 2, 2]] * 7
     invariants.check(batch, made.vocab, [["q"]], batch.patch_kind[:, ::4] == 1)
     other = tmp_path / "other"
     other.mkdir()
@@ -194,11 +264,9 @@ def test_a_question_to_internvl_and_to_pixtral(tmp_path):
 
 
 def test_a_question_to_kosmos2(tmp_path):
-    path = kosmos2(tmp_path, "", latent_query_num=3)
-    write(path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
-    made = processor.load(path)
+    made = processor.load(kosmos2(tmp_path, "", latent_query_num=3))
     batch = made.batch([QUESTION])
-    unknown = made.chat.controls["<unk>"]
+    unknown = made.chat.controls["<|im_start|>"]
     tokens = batch.tokens[0].tolist()
     assert tokens[:6] == [made.chat.controls[s] for s in ("<s>", "<image>")] + [unknown + n for n in (1, 2, 3)] + [
         made.chat.controls["</image>"]
@@ -291,7 +359,7 @@ def test_a_question_to_paligemma_is_a_prefix(tmp_path):
     assert example.hi.tolist() == [n - 1] * n  # all of it sees all of it
     answered = Document("a", (SAID, PICTURE, Text("A cat.", "assistant", True)))
     example, _ = made.example(answered)
-    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "</s>"]
+    assert symbols(made, example.tokens.tolist()) == [*["<image>"] * 16, "<bos>", "<eos>"]
     assert example.hi.tolist() == [*[n - 1] * n, *range(n, len(example.tokens))]
     assert example.weight.sum() == len(example.tokens) - n
     with pytest.raises(InputError, match="several turns of one role"):
@@ -398,12 +466,12 @@ REFUSED = {
         "'image_seq_length' is 256, and the connector makes 1",
     ),
     "tiles of another size": (lambda p: internvl(p, {"size": {"height": 16, "width": 16}}), "an encoder for 8"),
-    "fewer tiles than fewest": (lambda p: internvl(p, {"min_patches": 5, "max_patches": 2}), "is not a resolution"),
+    "fewer tiles than fewest": (lambda p: internvl(p, {"min_patches": 5, "max_patches": 2}), "into 5 to 2 tiles"),
     "another patch": (lambda p: pixtral(p), "'patch_size' is 16, and config.json 4"),
     "merged breaks": (lambda p: pixtral(p, patch_size=4, spatial_merge_size=2), "'spatial_merge_size' is 2"),
     "cropped": (lambda p: pixtral(p, {"do_center_crop": True}, patch_size=4), "do_center_crop"),
     "two longest": (lambda p: pixtral(p, {"size": {"height": 8, "width": 16}}, patch_size=4), "height, width alike"),
-    "a template too many": (lambda p: kosmos2(p), "has a chat template, which the processor of a kosmos-2 has not"),
+    "a template too many": (lambda p: kosmos2(p, ECHO), "the processor of a kosmos-2 has not"),
     "another count": (
         lambda p: paligemma(p, {"image_seq_length": 4}),
         "'image_seq_length' is 4, and the encoder makes",
@@ -447,6 +515,12 @@ REFUSED = {
         ),
         "counts 2 tokens more than patches",
     ),
+    "other queries": (
+        lambda p: blip(p, processor_config={"num_query_tokens": 4}),
+        "'num_query_tokens' is 4, and config.json 3",
+    ),
+    "crop": (lambda p: blip(p, images={"do_center_crop": True}), "which BLIP's processor does not do"),
+    "text that ends": (lambda p: llava(p, tokenizer=ended()), "writes a token after every text"),
     "two patches": (lambda p: llava(p, processor_config={"patch_size": 7}), "'patch_size' is 7, and config.json 4"),
     "two ids": (lambda p: llava(p, config={"image_token_index": 3}), "'image_token_index' is 3, and the tokenizer has"),
     "no image token": (lambda p: llava(p, processor_config={"image_token": "<picture>"}), "no token '<picture>'"),

@@ -21,6 +21,8 @@ UNUSED |= {"idefics": 2560}
 # The config that is the same model.
 SAME = {
     "Salesforce/blip2-opt-2.7b": "blip2_opt",
+    "Salesforce/blip2-flan-t5-xl": "blip2_flan_t5",
+    "Salesforce/instructblip-vicuna-7b": "instructblip",
     "google/paligemma-3b-pt-224": "paligemma",
     "google/gemma-3-4b-it": "gemma3",
     "deepseek-community/deepseek-vl-1.3b-chat": "deepseek_vl",
@@ -74,6 +76,8 @@ def test_the_config_of_the_same_name_is_the_published_model(name):
     stacks = {name: plain(stack) for name, stack in cfg.model.vision.stacks.items()}
     vision = dataclasses.replace(cfg.model.vision, **stacks)
     language = dataclasses.replace(cfg.model.decoder, blocks=plain(cfg.model.decoder.blocks))
+    if language.answers:
+        language = dataclasses.replace(language, answer=plain(language.answer))
     model = dataclasses.replace(cfg.model, vision=vision, decoder=language)
     assert found(PUBLISHED[name][0]).cfg == model
     refuse_model(cfg)
@@ -137,6 +141,8 @@ REFUSED = [
     (BLIP2 | {"text_config": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
     (BLIP2 | {"image_token_index": -1}, "'image_token_index' is '-1'"),
     (BLIP2 | {"qformer_config": {"position_embedding_type": "relative"}}, "'position_embedding_type'"),
+    ({"model_type": "t5", "feed_forward_proj": "gelu"}, "'feed_forward_proj' is 'gelu'"),
+    ({"model_type": "t5", "relative_attention_num_buckets": 7}, "give an even number"),
     (QWEN2 | {"layer_types": ["full_attention"]}, "one for each of 24 layers"),
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "'layer_types' is 'linear_attention'"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'sliding_window'"),

@@ -39,6 +39,12 @@ def random_view(height: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
+def learnt(n: int, seed: int) -> Part:
+    """Words that are learnt: of an encoder–decoder, those of the second stream."""
+    piece, nothing = words(n, seed)
+    return replace(piece, train=True), nothing
+
+
 def picture(views: Sequence[np.ndarray], patch: int, slots: tuple[int, ...] | None = None, **more: Any) -> Part:
     """A picture in one or several views, one media token a patch."""
     grids = [(1, v.shape[0] // patch, v.shape[1] // patch) for v in views]
@@ -77,6 +83,11 @@ class Given:
     batch: Batch
     ids: np.ndarray
     there: np.ndarray
+
+    @property
+    def said(self) -> np.ndarray:
+        """Where there are logits: of an encoder–decoder, in the second stream."""
+        return self.there if self.batch.answer is None else self.batch.answer.order >= 0
 
 
 def given(
@@ -125,7 +136,7 @@ def compare(
     """
     loaded = huggingface.load(rewrite(saved(model, max_shard_size=shard)))
     assert loaded.of is vlm
-    cfg, batch, there = loaded.cfg, given.batch, given.there
+    cfg, batch, there = loaded.cfg, given.batch, given.said
     placed = jax.tree.map(jnp.asarray, batch)
     found = invariants.violations(placed, cfg.decoder.vocab, cfg.placeholder, vlm.present(placed, cfg), cfg.newline)
     assert not np.asarray(found).any(), found

@@ -563,7 +563,8 @@ def test_ids_pixels_grids_and_positions(name, layout, tmp_path):
 def idefics(folder, layout, said=True):
     """A directory of Idefics, with or without what ends an utterance, and transformers' processor."""
     symbols = [s for s in CONVENTIONS["idefics"].symbols if said or s != "<end_of_utterance>"]
-    path, made = vocabularies.pair(folder, "llama", symbols, "", **LLAMA_NAMES, image_token="<image>")
+    names = LLAMA_NAMES | {"pad_token": "<unk>", "image_token": "<image>"}
+    path, made = vocabularies.pair(folder, "llama", symbols, "", **names)
     out = folder / f"idefics-{layout}"
     made.save_pretrained(out)
     path.replace(out / "tokenizer.json")
@@ -609,7 +610,7 @@ def test_idefics(layout, said, tmp_path):
         looks = (batch.media_lo[0, :n, None] <= media) & (media <= batch.media_hi[0, :n, None])
         np.testing.assert_array_equal(looks, mask.repeat(3, 1) > 0)
         count = sum(isinstance(span, Image) for span in spans)
-        raster = expected_patches("idefics", ours, {"pixel_values": want["pixel_values"][0][:count]})
+        raster = in_patches(np.asarray(want["pixel_values"][0][:count]), 14)
         np.testing.assert_allclose(normalised(ours, batch.patches[0, None, : 4 * count])[0], raster, atol=1e-6)
 
 

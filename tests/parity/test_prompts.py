@@ -31,9 +31,12 @@ OPT |= {"model_type": "opt", "max_position_embeddings": 200}
 SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>", "<image>")
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 LLAMA = BLOCKS | {"model_type": "llama", "num_key_value_heads": 2, "num_hidden_layers": 2}
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 DIRECTORIES = {
     "blip-2": ("Blip2", "short", SYMBOLS, NAMES, "<s>", OPT),
     "instructblip": ("InstructBlip", "llama", SYMBOLS, NAMES, "<s>", LLAMA),
+    "blip-2 t5": ("Blip2", "llama", SYMBOLS, NAMES, "", T5),
 }
 
 
@@ -42,12 +45,24 @@ def _any_part(monkeypatch):
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
 
 
+def ended(folder):
+    """A tokenizer that writes </s> behind every text, as T5's does."""
+    path, made = vocabularies.pair(folder, "llama", SYMBOLS, "", **NAMES)
+    own = json.loads(path.read_text())
+    end = {"</s>": {"id": "</s>", "ids": [made.convert_tokens_to_ids("</s>")], "tokens": ["</s>"]}}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    own["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": end}
+    path.write_text(json.dumps(own))
+    return path, transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **NAMES)
+
+
 def directory(folder, name, layout):
     """A directory with everything, and its model, as on the hub ("older": before 2024) or of version 5."""
     kind, vocabulary, symbols, names, begin, text = DIRECTORIES[name]
     older = layout == "older"
     symbols = [s for s in symbols if s != "<image>" or not older]
-    made, tokenizer = vocabularies.pair(folder, vocabulary, symbols, begin, **names)
+    made, tokenizer = ended(folder) if text is T5 else vocabularies.pair(folder, vocabulary, symbols, begin, **names)
     image = len(tokenizer) if older else tokenizer.convert_tokens_to_ids("<image>")
     cls = getattr(transformers, f"{kind}ForConditionalGeneration")
     config = cls.config_class(
@@ -95,6 +110,7 @@ LAYOUTS = [
     ("blip-2", "five"),
     ("instructblip", "hub"),
     ("instructblip", "five"),
+    ("blip-2 t5", "hub"),
 ]
 
 
@@ -121,10 +137,32 @@ def test_prompts(name, layout, tmp_path):
         if p:
             np.testing.assert_allclose(normalised(ours, batch.patches[row, None, :p])[0], raster, atol=1e-6)
             inputs.append(want)
+            if ours.sequence.answer:
+                assert example.answer.tokens.tolist() == [0]
             if ours.reader is not None:
                 assert example.instruction.tolist() == want["qformer_input_ids"].tolist()
     if (name, layout) == ("blip-2", "hub"):
         return
     some = [document for (_, view), document in made if view is not None][:3]
     session = Session(processor.with_colours(huggingface.load(path), ours), ours)
-    same(model, inputs[:3], session.answer(some, max_tokens=STEPS))
+    same(model, inputs[:3], session.answer(some, max_tokens=STEPS), alone=bool(ours.sequence.answer))
+
+
+def test_texts_of_an_encoder_decoder(tmp_path):
+    """T5 by itself: prompts of different lengths in one batch, a head that is not its token table."""
+    torch.set_num_threads(1)
+    made, tokenizer = ended(tmp_path)
+    config = transformers.T5Config(**T5 | {"vocab_size": len(tokenizer) + 3})
+    model = twin(transformers.T5ForConditionalGeneration, config)
+    path = tmp_path / "t5"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    made.replace(path / "tokenizer.json")
+    write(path, "generation_config.json", {"eos_token_id": END, "decoder_start_token_id": 0})
+    ours = processor.load(path)
+    texts = ["The quick brown fox jumps over", "a", "who is it? What colour has it? " * 20]
+    documents = [Document(text, (Text(text, "document" if n else "user"),)) for n, text in enumerate(texts)]
+    inputs = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in texts]
+    for document, want in zip(documents, inputs, strict=True):
+        assert ours.example(document)[0].tokens.tolist() == want["input_ids"][0].tolist()
+    same(model, inputs, Session(huggingface.load(path), ours).answer(documents, max_tokens=STEPS), alone=True)

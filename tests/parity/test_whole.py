@@ -160,13 +160,16 @@ def asked(name):
         yield messages, Document(which, spans)
 
 
-def same(model, inputs, answers, least=STEPS + 1, ends=(END,)):
-    """Whether answers are transformers', up to a tie; at least so many tokens of all are compared."""
+def same(model, inputs, answers, least=STEPS + 1, ends=(END,), alone=False):
+    """Whether answers are transformers', up to a tie; at least so many tokens of all are compared.
+
+    alone: they are a stream of their own, behind a first token.
+    """
     compared = 0
     how = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": list(ends), "pad_token_id": 0}
     for given, answer in zip(inputs, answers, strict=True):
         out = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
-        want = out.sequences[0, given["input_ids"].shape[1] :].tolist()
+        want = out.sequences[0, 1 if alone else given["input_ids"].shape[1] :].tolist()
         lead = np.diff(np.sort(np.stack([x[0].numpy() for x in out.logits]), axis=1)[:, -2:])[:, 0]
         end = want[-1] if want[-1] in ends else END
         got = [*answer.ids, end] if answer.reason == "end" else list(answer.ids)

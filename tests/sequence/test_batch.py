@@ -9,7 +9,7 @@ from mmjax.sequence.batch import Batch, Bucket, Values, abstract, axes, build, e
 from mmjax.sequence.interleave import Config
 
 UNUSED = ("media_lo", "media_hi", "window_lo", "window_hi", "frames", "frame_order", "frame_lo", "frame_hi")
-UNUSED += ("mix_slot", "mix_share", "instruction")
+UNUSED += ("mix_slot", "mix_share", "instruction", "answer")
 FIELDS = [f.name for f in dataclasses.fields(Batch) if f.name not in UNUSED]
 
 
@@ -141,7 +141,7 @@ def test_every_field_says_how_it_may_be_split():
     )
     named = axes(batch)
     for f in dataclasses.fields(Batch):
-        if f.name == "instruction":
+        if f.name in ("instruction", "answer"):
             continue
         x, names = getattr(batch, f.name), getattr(named, f.name)
         along = {6: "length", 4: "length", 5: "length", 3: None}[x.shape[1]]

@@ -1,5 +1,6 @@
 """The same tokens on eight devices: parameters, heads and rows split over all axes, in Auto and Explicit mode."""
 
+import fused
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Bucket
+from mmjax.sequence.document import Document, Image, Text
 
 pytestmark = pytest.mark.slow
 CFG = tiny_model(vocab=30, patch=2)
@@ -52,5 +54,40 @@ def test_tokens_are_those_of_one_device(mesh, stacked):
     with jax.set_mesh(made):
         placed = placed if stacked else engine.unstacked(placed, CFG)
         found = generated(placed, stacked)
+    assert (found[0] == wanted[0]).all()
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "apart"),
+    [(MeshConfig(2, 2, 2), True), (MeshConfig(1, 2, 2, 2), False), (MeshConfig(2, 2, 2, explicit=True), False)],
+)
+def test_media_beside_the_sequence(mesh, apart):
+    """Their keys and values are split over devices as those of the tokens are."""
+    (model, cfg), how = fused.systems()["resampled, last image"], sample.prepare(HOW)
+    picture = lambda h, w: Image(4 * h, 4 * w, b"")  # noqa: E731
+    spans = (
+        (picture(2, 2), Text("or"), picture(2, 3)),
+        (Text("so"), picture(1, 3)),
+        (Text("hello"),),
+        (picture(1, 1),),
+    )
+    rows = [[Document(str(n), of)] for n, of in enumerate(spans)]
+
+    def generated(params):
+        batch = fused.make(rows, Bucket(4, 24, 12, 2), model, cfg)
+        stacked = isinstance(params["decoder"]["blocks"], dict)
+        state = engine.run_empty(model, rows=4, places=32, dtype=jnp.float32, stacked=stacked, media=8)
+        state = engine.run_prefill(params, batch, cfg=model, state=state)
+        ends = np.array([39], np.int32)
+        state = engine.run_decode(params, state, np.int32(7), ends, how[1], cfg=model, switches=how[0])
+        return np.asarray(state.tokens), np.asarray(state.logits)
+
+    params = randomised(vlm.spec(model))
+    wanted = generated(params)
+    made = make_mesh(mesh)
+    placed = jax.device_put(params, specs.shardings(vlm.spec(model), made, Rules()))
+    with jax.set_mesh(made):
+        found = generated(engine.unstacked(placed, model) if apart else placed)
     assert (found[0] == wanted[0]).all()
     np.testing.assert_allclose(found[1], wanted[1], rtol=1e-4, atol=1e-4)

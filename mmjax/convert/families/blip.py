@@ -1,20 +1,21 @@
-"""BLIP-2 and InstructBLIP: EVA's tower, a Q-Former, one linear map, and OPT or a decoder of Llama's kind.
+"""BLIP-2 and InstructBLIP: EVA's tower, a Q-Former, one linear map, and OPT, T5 or a decoder of Llama's kind.
 
 Li et al. 2023 (BLIP-2); Dai et al. 2023 (InstructBLIP), whose Q-Former reads the question beside each picture.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mmjax.convert import raw
-from mmjax.convert.families import blocks, decoder, opt, qformer
+from mmjax.convert.families import blocks, decoder, opt, qformer, t5
 from mmjax.convert.families.clip import prefixed
 from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule, ones, patches
 from mmjax.core.errors import InputError
 from mmjax.encoders import vit
 from mmjax.models import decoder as decoders
-from mmjax.models import vlm
+from mmjax.models import encoder_decoder, vlm
 from mmjax.nn import patch_embed, transformer
 
 NAMES = blocks.Names(
@@ -32,24 +33,35 @@ AT = "language_model."
 class Language:
     """A family of language models: its readers, whether its head is its token table, and what that is called."""
 
-    configure: Callable[[dict, bool], decoders.Config]
-    rules: Callable[[decoders.Config, frozenset[str]], list[Rule]]
-    tied: Callable[[dict], bool]
+    configure: Callable[[dict, bool], decoders.Config | encoder_decoder.Config]
+    rules: Callable[[Any, frozenset[str]], list[Rule]]
+    tied: Callable[[dict, frozenset[str]], bool]
     table: str
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    copies: Callable[[frozenset[str]], dict[str, str]] = lambda keys: {}
 
 
 _LLAMA = Language(
     decoder.configure,
     lambda cfg, keys: decoder.rules(cfg, f"{AT}model.", AT + decoder.HEAD, keys),
-    lambda text: raw.flag(text, "tie_word_embeddings", decoder.FAMILIES[text["model_type"]].tied),
+    lambda text, keys: raw.flag(text, "tie_word_embeddings", decoder.FAMILIES[text["model_type"]].tied),
     decoder.TABLE,
+    decoder.DROPPED,
 )
 LANGUAGES: dict[str, Language] = {
     "opt": Language(
         opt.configure,
         lambda cfg, keys: opt.rules(cfg, f"{AT}model.", AT + opt.HEAD, keys),
-        opt.tied,
+        lambda text, keys: opt.tied(text),
         f"model.{opt.TABLE}",
+    ),
+    "t5": Language(
+        t5.configure,
+        lambda cfg, keys: t5.rules(cfg, AT, keys),
+        t5.tied,
+        t5.TABLE,
+        t5.DROPPED,
+        lambda keys: t5.copies(AT, keys),
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
 }
@@ -79,9 +91,9 @@ def read(config: dict, keys: frozenset[str]) -> Found:
         table = prefixed("vision", vision_rules(cfg.vision, "vision_model."))
         table += prefixed("connector", qformer.rules(connector, family="instructblip" if instruct else "blip_2"))
         table += prefixed("decoder", language.rules(own, keys))
-        return Found(vlm, cfg, tuple(table), decoder.DROPPED | qformer.DROPPED)
+        return Found(vlm, cfg, tuple(table), {**language.dropped, **qformer.DROPPED}, copies=language.copies(keys))
 
-    return decoder.tie(found, language.tied(text), keys, AT + language.table, AT + "lm_head.weight")
+    return decoder.tie(found, language.tied(text, keys), keys, AT + language.table, AT + "lm_head.weight")
 
 
 def placeholder(config: dict) -> int | None:

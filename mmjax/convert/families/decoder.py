@@ -123,7 +123,7 @@ def tie(found: Callable[[bool], Found], tied: bool, keys: frozenset[str], table:
     if not tied or not {table, head} <= keys:
         return found(tied)
     one = found(True)
-    copies, why = {head: table}, {head.replace(".", r"\."): "a copy of the token table"}
+    copies, why = {**one.copies, head: table}, {head.replace(".", r"\."): "a copy of the token table"}
     return replace(one, dropped={**one.dropped, **why}, copies=copies, otherwise=found(False))
 
 

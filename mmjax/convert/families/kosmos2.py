@@ -11,7 +11,7 @@ from mmjax.convert.found import Found
 from mmjax.convert.rules import Rule
 from mmjax.core.errors import InputError
 from mmjax.models import decoder, vlm
-from mmjax.nn import linear, transformer
+from mmjax.nn import transformer
 
 # What is there where config.json leaves it out (transformers 5.23).
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -103,7 +103,7 @@ def connector(latents: int, inputs: int, text: transformer.Config) -> perceiver.
         bias=True,
         unit=True,
         prefix=True,
-        projection=linear.Config(inputs, text.width),
+        dense=True,
     )
 
 

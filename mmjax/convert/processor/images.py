@@ -300,6 +300,8 @@ def _got(of: Settings, tower: Tower) -> Tiles:
     side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
     _fixed(of, tower, side)
     least, most = (of.whole(f"{n}_patches", d, most=MOST_TILES) for n, d in (("min", 1), ("max", 12)))
+    if least > most:
+        raise InputError(f"{of.where} cuts pictures into {least} to {most} tiles (min_patches, max_patches); turn them")
     return Tiles(tower.patch, side, least, most, filter=_filter(of))
 
 
@@ -363,7 +365,7 @@ def stills(of: Settings, tower: Tower) -> tuple[Stills, Colours]:
     return Stills(each, **frames, shift=shift), colours(of, OPENAI)
 
 
-def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, float | None]]:
+def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, int | float | None]]:
     """How frames of one size become patches, and which are chosen: nothing where all are shown."""
     name = of.text("video_processor_type") or kind(of, allowed[0])
     if name not in allowed:
@@ -372,7 +374,7 @@ def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed
         raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
     size = _size(of, "size", {"height": 384, "width": 384}, square=False)
     side = _square(of, "size", size, ("height", "width"))
-    frames: dict[str, float | None] = {}
+    frames: dict[str, int | float | None] = {}
     if of.flag("do_sample_frames", False):
         frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
     return _fixed(of, tower, side), frames

@@ -14,15 +14,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import files
 from mmjax.convert.processor import images as settings
 from mmjax.convert.processor.families import family_of
 from mmjax.convert.processor.family import Family, stops
 from mmjax.convert.processor.files import Found
-from mmjax.convert.processor.text import Reader, chats, films_of, load_tokenizer, reader
+from mmjax.convert.processor.text import Reader, chats, films_of, load_tokenizer, reader, start_of
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.nn.patch_embed import HALF, Colours
@@ -153,25 +151,19 @@ class Processor:
         laid = self.layout(document, answer, ask=ask)
         example = interleave.interleave(laid, self.vocab, self.sequence)
         if self.reader is not None:
-            example = dataclasses.replace(example, instruction=self._said(document, len(example.grid)))
+            example = dataclasses.replace(example, instruction=self.reader.beside(document, len(example.grid)))
         frames = self.frames([document]) if frames is None else frames
         return example, media.read(document, laid, self.patch, frames)
 
-    def _said(self, document: Document, pictures: int) -> np.ndarray:
-        """The question's ids beside each picture, i32[pictures, words]."""
-        said = "".join(s.text for s in document.spans if isinstance(s, Text) and s.role != "assistant")
-        try:
-            ids = self.reader.ids(said)
-        except InputError as error:
-            raise InputError(f"Document {document.id!r}: {error}") from error
-        return np.tile(np.array(ids, np.int32), (pictures, 1))
-
     def described(self, examples: Sequence[Example]) -> interleave.Config:
-        """The descriptors of a batch of these: `sequence`, with room for what is read beside their pictures."""
-        if self.reader is None:
-            return self.sequence
-        longest = max(x.instruction.shape[1] for x in examples)
-        return dataclasses.replace(self.sequence, instruction=max(FEWEST, ladder(longest)))
+        """The descriptors of a batch of these, one in a row: `sequence`, with room for their other streams."""
+        out = self.sequence
+        if self.reader is not None:
+            longest = max(x.instruction.shape[1] for x in examples)
+            out = dataclasses.replace(out, instruction=max(FEWEST, ladder(longest)))
+        if out.answer:
+            out = dataclasses.replace(out, answer=ladder(max(len(x.answer.tokens) for x in examples)))
+        return out
 
     def frames(self, documents: Sequence[Document]) -> int:
         """How many pictures a patch has in a batch of these documents."""
@@ -237,8 +229,11 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     chat, plain = chats(found, family, tokenizer)
     _refuse_model(chat.vocab, model, found)
     ends = stops(found, tokenizer, chat.vocab, family)
+    start = start_of(found)
+    stream = {} if start is None else {"answer": 1, "start": start}
     if family is None:
-        return Processor(chat, plain, interleave.Config(position="sequential"), ends)
+        sequence = interleave.Config(position="sequential", **stream)
+        return Processor(chat, plain, sequence, ends, prompts=start is not None)
     tower = family.tower(found.config)
     policy, colours = settings.still(found.images, tower, family.processors, family.readers)
     family.check(found, policy, tower)
@@ -254,7 +249,7 @@ def load(path: PathLike, model: Model | None = None) -> Processor:
     return Processor(
         chat,
         plain,
-        family.sequence(found.config, tower),
+        dataclasses.replace(family.sequence(found.config, tower), **stream),
         ends,
         policy,
         clips,

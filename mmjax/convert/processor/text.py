@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmjax.convert.families.decoder import FAMILIES
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found
@@ -38,20 +40,31 @@ def load_tokenizer(found: Found) -> Tokenizer:
     return text.load(found.path, prefix=found.prefix)
 
 
-def lead_of(found: Found, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special tokens that transformers 5 writes before every text of its own accord.
+def edges_of(found: Found, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The special tokens that transformers 5 writes before and after every text of its own accord.
 
     A tokenizer.json says it itself, whatever tokenizer_config.json says.
 
     Raises:
-      InputError: it writes some behind every text too, or says it in a way that is none.
+      InputError: it writes some after every text, and the model goes on with texts; or says it in a way that is none.
     """
     if not isinstance(tokenizer, Hub):
-        return (found.named.get("bos_token", "<s>"),) if found.tokens.flag("add_bos_token", False) else ()
+        return ((found.named.get("bos_token", "<s>"),) if found.tokens.flag("add_bos_token", False) else ()), ()
     before, after = around(tokenizer, found.path)
-    if after:
+    if after and start_of(found) is None:
         raise InputError(f"The tokenizer in {found.path} writes a token after every text, so no prompt could go on")
-    return before
+    return before, after
+
+
+def start_of(found: Found) -> int | None:
+    """The id that begins every answer of an encoder–decoder; None where answers go on with the prompt."""
+    inner = found.config.part("text_config")
+    if "t5" not in (found.config.text("model_type"), inner.text("model_type")):
+        return None
+    sources = (found.generation, found.config, inner)
+    said = (of.whole("decoder_start_token_id", least=0) for of in sources if "decoder_start_token_id" in of)
+    pads = (of.whole("pad_token_id", least=0) for of in sources if "pad_token_id" in of)
+    return next(said, next(pads, 0))
 
 
 def around(tokenizer: Hub, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -99,6 +112,18 @@ class Reader:
         """The ids of a text; InputError where it cannot be encoded."""
         return [*self.before, *self.tokenizer.encode(text), *self.after]
 
+    def beside(self, document: Document, pictures: int) -> np.ndarray:
+        """A document's question beside each of its pictures, i32[pictures, words]: all its words but answers.
+
+        Raises:
+          InputError: they cannot be encoded; the message names the document.
+        """
+        said = "".join(s.text for s in document.spans if isinstance(s, Text) and s.role != "assistant")
+        try:
+            return np.tile(np.array(self.ids(said), np.int32), (pictures, 1))
+        except InputError as error:
+            raise InputError(f"Document {document.id!r}: {error}") from error
+
 
 def reader(path: Path) -> Reader:
     """The tokenizer in a directory, with what it writes around every text.
@@ -131,12 +156,14 @@ def chats(found: Found, family: Family | None, tokenizer: Any) -> tuple[Chat, Ch
     if pad is None:
         raise InputError(f"The tokenizer in {found.path} has no special token at all, so none to pad with; name one")
     media = {} if family is None else family.markers(found)
-    lead = lead_of(found, tokenizer) if family is None or family.lead is None else family.lead
+    lead, last = edges_of(found, tokenizer) if family is None or family.lead is None else (family.lead, ())
+    behind = Around((), tuple(map(Symbol, last)))
     own = {
         "name": found.config.text("model_type"),
         "begin": tuple(map(Symbol, lead)),
         "pad": pad,
         "stop": found.named.get("eos_token", "") if found.named.get("eos_token") in known else "",
+        **({"user": behind, "document": behind} if last else {}),
         **_places(media, family),
     }
     convention = Convention(**own | _writing(family, found, known))

@@ -8,7 +8,7 @@ zeros: how rows are grouped never changes a row's numbers.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -119,15 +119,19 @@ def _at(blocks: dict, j: Any) -> dict:
 def at_once(static: Static, x: Inputs) -> tuple[jax.Array, jax.Array]:
     """The same as `forward` with all scores at once: for a few queries, as those of the next token, over a cache.
 
-    There are no biases by functions, and no sinks.
+    There are no sinks.
     """
     rows, kv, group, length, size = x.q.shape
     # Groups and queries as one axis: XLA of jax 0.7 has no product of bfloat16 with two on CPUs.
     lo, hi = (jnp.tile(a, (1, group)) for a in (x.lo, x.hi))
     query = {"q": x.q.reshape(rows, kv, 1, group * length, size), "lo": lo, "hi": hi, "bias": None}
     key = {"k": x.k, "order": x.order, "key_bias": x.key_bias, "bias": None}
-    s, _ = _score(static, None, query, key)
+    s, _ = _score(replace(static, bias=None), None, query, key)
     s = s[:, :, 0]
+    if static.bias is not None:
+        more = static.bias(x.bias_params, x.bias_query, x.bias_key)
+        more = jnp.broadcast_to(more, (rows, kv * group, *more.shape[2:]))
+        s = s + more.reshape(s.shape)
     most = s.max(-1, keepdims=True)
     weight = jnp.exp(s - jnp.where(jnp.isfinite(most), most, 0.0))
     total = weight.sum(-1, keepdims=True)
