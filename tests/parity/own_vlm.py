@@ -20,6 +20,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,16 +45,19 @@ ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")  # InternVL's, after the
 ROWS = 49216  # of the token table, a multiple of 64
 COPIES = 2  # altered ones of each drawing, besides itself
 GAIN, SHIFT, UNIT = 20.0, 8.0, 64.0  # see `projector`
-# A picture, a question, the answer after a space: no more, for every token costs.
+# "This is<img>…</img> What is this? This is a dog<|im_end|>", where <img> has the vector of " a", </img> that of ".".
+# SmolLM2, as it is, says again what came after " a": with words of one token in the picture's place, 0.82 of them.
+BEGIN_AS = {"<img>": " a", "</img>": "."}
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ ' This is a ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<IMG_CONTEXT>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}This is<IMG_CONTEXT> {% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"
     "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' This is a' }}{% endif %}"
 )
 COLOURS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 VISION = {
@@ -101,7 +105,7 @@ def write(folder: Path, how: fitted.Config = fitted.USUAL, concepts: tuple[drawi
     parts = {
         "vision_tower": vision,
         "multi_modal_projector": projector(fitted.fit(features, name, vectors, how, share=share)),
-        "language_model": with_rows(language),
+        "language_model": with_rows(language, words),
     }
     whole = {f"model.{part}.{name}": np.ascontiguousarray(x) for part, of in parts.items() for name, x in of.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
@@ -185,10 +189,13 @@ def projector(fit: fitted.Map) -> dict[str, np.ndarray]:
     }
 
 
-def with_rows(language: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The language model with its token table's mean for every id that is new (what transformers begins with)."""
+def with_rows(language: dict[str, np.ndarray], words: Any) -> dict[str, np.ndarray]:
+    """The language model with a vector for every symbol that is new: a word's, or the mean (transformers' choice)."""
     table = language["embed_tokens.weight"]
     new = np.repeat(table.mean(0, keepdims=True), ROWS - len(table), axis=0)
+    for n, symbol in enumerate(ADDED):
+        if symbol in BEGIN_AS:
+            new[n] = table[words.encode(BEGIN_AS[symbol])].mean(0)
     return language | {"embed_tokens.weight": np.concatenate([table, new])}
 
 
