@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmjax.connectors import pixel_shuffle
 from mmjax.data import drawings, sets
-from mmjax.encoders import head, vit
+from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, rope, transformer
 from mmjax.sequence import interleave
