@@ -124,7 +124,9 @@ def _refuse_layers(spec: specs.Spec, found: Found, tensors: int, where: str) -> 
     """Raises InputError where a config claims more layers than there are tensors: before the table names them all."""
     leaves = tree.flatten(spec)
     for rule in found.rules:
-        if "{}" in rule.theirs and rule.ours in leaves and leaves[rule.ours].shape[0] > tensors:
+        if not rule.layered or rule.ours not in leaves:
+            continue
+        if leaves[rule.ours].shape[0] > tensors:
             raise InputError(
                 f"The config in {where} has {leaves[rule.ours].shape[0]:,} layers, and its files {tensors:,} tensors; "
                 f"use the config.json that belongs to these weights"

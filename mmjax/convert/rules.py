@@ -87,6 +87,11 @@ class Rule:
     layers: Sequence[int | str] | None = None
     rows: Sequence[int] | None = None
 
+    @property
+    def layered(self) -> bool:
+        """Whether ours has an axis of layers, each in a tensor of its own."""
+        return "{}" in self.theirs and self.rows is None
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -153,7 +158,7 @@ def plan(spec: Spec, rules: Iterable[Rule]) -> Plan:
             joins[key], tensors[key] = at, whole
             out.append(Piece(key, theirs, axes, shape, place, at, start))
         pieces[rule.ours] = tuple(out)
-    stacked = frozenset(r.ours for r in rules if "{}" in r.theirs and r.rows is None)
+    stacked = frozenset(r.ours for r in rules if r.layered)
     return Plan(leaves, pieces, stacked, tensors)
 
 

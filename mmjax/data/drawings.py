@@ -149,7 +149,7 @@ class Training(Sequence):
         picture = pixels(style, concept.code)
         if rng.random() < self.cfg.blend:
             other = self.styles[1 - self.styles.index(style)]
-            picture = _mix(picture, pixels(other, concept.code), self.cfg.beyond, rng)
+            picture = mix(picture, pixels(other, concept.code), self.cfg.beyond, rng)
         return augmentation.augment(picture, height, width, self.cfg.augment, rng, strength)
 
     def _naming(self, rng: np.random.Generator, image: Callable[..., Image]) -> list[Image | Text]:
@@ -175,7 +175,7 @@ class Training(Sequence):
         return [*pictures, Text(WHICH.format(name)), Text(("first", "second")[answer], "assistant", True)]
 
 
-def _mix(a: np.ndarray, b: np.ndarray, beyond: float, rng: np.random.Generator) -> np.ndarray:
+def mix(a: np.ndarray, b: np.ndarray, beyond: float, rng: np.random.Generator) -> np.ndarray:
     """Two drawings of one thing laid over each other, at a's size: a drawing in a style between both, or past one."""
     share = np.float32(rng.uniform(-beyond, 1 + beyond))
     other = images.resize(b, *a.shape[:2])

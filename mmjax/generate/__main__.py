@@ -5,8 +5,8 @@
     python -m mmjax.generate DIR --prompts questions.txt --json
 
 DIR holds config.json, safetensors and a tokenizer, as huggingface_hub downloads it. The prompt is written by the
-directory's chat template; without one, or with --plain, it is a text to go on with. Sampling is greedy unless
---temperature is above 0.
+directory's chat template; without one, or with --plain, it is a text to go on with (behind its pictures, for families
+that never had one: BLIP-2). Sampling is greedy unless --temperature is above 0.
 """
 
 import argparse

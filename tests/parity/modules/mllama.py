@@ -4,6 +4,7 @@ Every row by itself in the reference: of rows together it pads the number of pic
 picture see that padding too. What a row's logits are would depend on its neighbours.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 from parity import documents
 from parity.documents import VOCAB, words
 from parity.harness import Compare, system, twin
+from safetensors.numpy import load_file, save_file
 from transformers.models.mllama import processing_mllama as theirs
 
 from mmjax.nn.patch_embed import OPENAI

