@@ -80,9 +80,8 @@ def save(
     tensors: dict[str, np.ndarray] = {}
     for name, node in nodes.items():
         a, b = (np.asarray(node[k], np.float32) for k in "ab")
-        for i, piece in enumerate(made.pieces[name]):
-            module = PREFIX + _module(name, piece, whole)
-            at = i if name in made.stacked else ...
+        for piece in made.pieces[name]:
+            module, at = PREFIX + _module(name, piece, whole), piece.at
             tensors[module + A] = np.ascontiguousarray(a[at].reshape(-1, rank).T)
             tensors[module + B] = np.ascontiguousarray(b[at].reshape(rank, -1).T)
     targets = sorted(key[len(PREFIX) : -len(A)] for key in tensors if key.endswith(A))
@@ -140,13 +139,18 @@ def _plan(model: Model) -> Plan:
     return tables.plan(model.of.spec(model.cfg), origin_of(model).found.rules)
 
 
+def _alone(piece: Piece) -> bool:
+    """Whether a kernel is a linear layer of its own, not parts of some."""
+    return piece.axis is None and piece.axes == (1, 0) and not isinstance(piece.at, slice)
+
+
 def _module(name: str, piece: Piece, whole: bool) -> str:
     """The layer that a kernel is in transformers.
 
     Raises:
       InputError: it is no layer of its own.
     """
-    if piece.axis is not None or piece.axes != (1, 0) or not piece.key.endswith(".weight"):
+    if not _alone(piece) or not piece.key.endswith(".weight"):
         raise InputError(
             f"The kernel {name} is in {piece.key}, which is no linear layer of its own; export the model merged, or "
             f"leave it out of lora.targets."
@@ -238,7 +242,7 @@ def _pair(
         if a in there and b in there:
             values = tuple(source.read(there[key]) for key in (a, b))
             shapes = (rank, piece.shape[1]), (piece.shape[0], rank)
-            if piece.axis is not None or piece.axes != (1, 0):
+            if not _alone(piece):
                 raise InputError(
                     f"{source.where} adapts {name}, whose parts are several kernels here; merge it in peft."
                 )
@@ -255,9 +259,9 @@ def _node(name: str, made: Plan, found: list[Any], base: Any, config: lora.Confi
     """An adapted kernel; layers that are not adapted add zeros."""
     of = lora.spec({"kernel": made.leaves[name]}, dataclasses.replace(config, targets=("kernel",)))["kernel"]
     a, b = (np.zeros(of[k].shape, np.float32) for k in "ab")
-    for i, pair in enumerate(found):
+    for piece, pair in zip(made.pieces[name], found, strict=True):
         if pair is not None:
-            at = i if name in made.stacked else ...
+            at = piece.at
             a[at] = np.asarray(pair[2], np.float32).T.reshape(a[at].shape)
             b[at] = np.asarray(pair[3], np.float32).T.reshape(b[at].shape)
     scale = jnp.full(of["scale"].shape, config.scale, jnp.float32)
@@ -279,11 +283,11 @@ def _replaced(
                 f"in peft."
             )
         leaf = np.array(flat[name])
-        for i, (piece, key) in enumerate(zip(pieces, found, strict=True)):
-            at, tensor = i if name in made.stacked else ..., source.read(there[key])
+        for piece, key in zip(pieces, found, strict=True):
+            tensor = source.read(there[key])
             if tensor.shape != made.tensors[piece.key]:
                 raise InputError(f"{key} in {source.where} has another shape than this model's; give its own adapter.")
-            leaf[at] = piece.load(tensor, leaf[at].shape)
+            leaf[piece.at] = piece.load(tensor)
         out[name] = jnp.asarray(leaf)
         used |= set(found)
     return out

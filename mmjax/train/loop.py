@@ -14,6 +14,7 @@ from mmjax.checkpoint import Checkpoints
 from mmjax.core import config as configs
 from mmjax.core import processes
 from mmjax.core import spec as specs
+from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory, require_space
 from mmjax.core.sharding import Rules, make_mesh
@@ -193,6 +194,8 @@ class Loop:
         programs = self.programs[stage]
         if not self.checkpoints.steps():
             self._save(0, now)  # and so nothing about saving is compiled in the loop
+        elif start == self.parts[stage].first:
+            checksums(stages.own(self.parts[0], now))  # nor in that of a later stage, whose state is another
         asking = {status: self._asking(programs, status) for status in (0, *stop.STATUSES)}
         source = programs.feed(self.data.training, now.params)
         self.counter, self.late_before = Compiles(), self.late

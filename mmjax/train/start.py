@@ -22,6 +22,7 @@ from mmjax.core import tree
 from mmjax.core.cast import cast
 from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
+from mmjax.core.files import PathLike
 from mmjax.core.fingerprint import fingerprint
 from mmjax.models import vlm
 from mmjax.sequence.document import Document
@@ -31,7 +32,7 @@ from mmjax.train.config import Config
 from mmjax.train.state import TrainState
 
 
-def opened(path: Path) -> Model:
+def opened(path: PathLike) -> Model:
     """A model with leaves that are read when they are asked for.
 
     Args:
@@ -55,7 +56,7 @@ def opened(path: Path) -> Model:
     return model
 
 
-def both(path: Path) -> tuple[Model, Processor]:
+def both(path: PathLike) -> tuple[Model, Processor]:
     """The same model and its processor, by which its encoder normalises pictures."""
     model = opened(path)
     if (Path(path) / CONFIG).exists():
