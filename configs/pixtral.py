@@ -1,11 +1,11 @@
 """Pixtral-12B (Agrawal et al. 2024, Pixtral 12B), trained whole on packed rows.
 
-    python -m mmjax.plan pixtral --topology v5e:16x16     # any machine: memory, FLOPs, collectives, step time
+    python -m mmjax.plan pixtral --topology v5p:8x8x4     # any machine: memory, FLOPs, collectives, step time
     python -m mmjax.train pixtral --data.sources.0.path chats.jsonl --data.tokenizer pixtral
 
 Its tower over pictures of their own size, with a token that ends each row of patches; an MLP of two layers; Mistral
 Nemo 12B. `mmjax.convert.huggingface.load` reads mistral-community/pixtral-12b as this model. The defaults are for 256
-chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
+chips of v5p (`v5p:8x8x4`); its rows of 6,144 tokens are too large for the 16 GB of a v5e-256.
 
 `--model.decoder.vocab` must be at least what the tokenizer has; 131,072 is that of the published weights.
 """

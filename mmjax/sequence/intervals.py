@@ -146,11 +146,13 @@ def all_images(length: int, at: Sequence[int], media: Sequence[int]) -> Interval
 def last_images(length: int, at: Sequence[int], media: Sequence[int], hidden: int = 0) -> Intervals:
     """The same of the last pictures so far that stand next to each other (Llama 3.2 Vision).
 
+    Two of them, and a third one after text:
+
     t
     t  x x x
-    t  x x x x x      the second picture, straight after the first
     t  x x x x x
-    t            x    a third one, after text
+    t  x x x x x
+    t            x
 
     Between hi and lo of a token before the first picture are all media tokens of the document, and `hidden` ones more
     that no other token sees: for layers that show such tokens everything (nn.cross_attention).

@@ -38,6 +38,7 @@ EXAMPLES = {
     intervals.blocks: (([2, 3],), "iiiii"),
     intervals.last_image: ((5, [1, 3], [3, 2]), "ttttt"),
     intervals.all_images: ((5, [1, 3], [3, 2]), "ttttt"),
+    intervals.last_images: ((5, [1, 2, 4], [3, 2, 1]), "ttttt"),
     intervals.qformer_contrastive: ((2, 2), "qqtt"),
     intervals.qformer_generation: ((2, 2), "qqtt"),
     intervals.qformer_matching: ((2, 2), "qqtt"),
