@@ -15,8 +15,9 @@ from mmjax.core.sharding import Rules
 from mmjax.generate.session import Session
 from mmjax.models import vlm
 from mmjax.sequence.document import Document, Text
+from mmjax.train import report
 from mmjax.train.config import Config
-from mmjax.train.evaluate import HeldOut
+from mmjax.train.evaluate import SHEET, HeldOut
 from mmjax.train.step import cast
 
 
@@ -26,6 +27,11 @@ class Asked:
 
     document: Document
     answer: str
+
+    @property
+    def question(self) -> str:
+        """The text asked last; "" where there is a picture alone."""
+        return next((span.text for span in reversed(self.document.spans) if isinstance(span, Text)), "")
 
 
 def asked(documents: Sequence[Document]) -> list[Asked]:
@@ -63,13 +69,16 @@ class Answers:
         self.losses.compile(cfg, params, mesh, rules)
 
     def judge(self, params: dict, out: Path) -> dict[str, Any]:
-        """As of HeldOut, and `answers`: of every question its document, the answer, and what was said."""
+        """As of HeldOut, and `answers`: of every question its document, the answer, and what was said.
+
+        Some of those with a picture are drawn in `out`.
+        """
         judged = self.losses.judge(params, out)
         if not self.questions:
             return judged
         model = Model(vlm, self.cfg.model, cast(params, self.cfg.update.compute))
         session = Session(model, self.its, mesh=self.mesh, unstack=False)
-        told = {}
+        told, drawn = {}, []
         for name, questions in self.questions.items():
             said = self._said(session, questions)
             right = [equal(s, q.answer) for s, q in zip(said, questions, strict=True)]
@@ -77,6 +86,10 @@ class Answers:
             told[name] = [
                 {"document": q.document.id, "answer": q.answer, "said": s} for s, q in zip(said, questions, strict=True)
             ]
+            each = zip(questions, said, right, strict=True)
+            drawn += [(q, q.answer if well else s.strip()) for q, s, well in each if q.document.images]
+        if drawn:
+            report.draw_sheet(out, SHEET, *zip(*drawn, strict=True), most=20)
         return judged | {"answers": told}
 
     def _said(self, session: Session, questions: Sequence[Asked]) -> list[str]:

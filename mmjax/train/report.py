@@ -5,13 +5,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from mmjax.core.files import write_atomic
-from mmjax.data.drawings import Question
 from mmjax.data.source import load
+from mmjax.sequence.document import Document
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
@@ -145,7 +145,16 @@ def draw_curve(out: Path, name: str) -> None:
     figure.savefig(out / name, dpi=120)
 
 
-def draw_sheet(out: Path, name: str, questions: Sequence[Question], answers: Sequence[str], most: int = 24) -> None:
+@runtime_checkable
+class Asked(Protocol):
+    """A document up to its answer, what it asks, and the answer."""
+
+    document: Document
+    question: str
+    answer: str
+
+
+def draw_sheet(out: Path, name: str, questions: Sequence[Asked], answers: Sequence[str], most: int = 24) -> None:
     """Held-out pictures with question, answer and truth, as a PNG; right answers green, wrong ones red."""
     from matplotlib.figure import Figure
 

@@ -83,6 +83,7 @@ def test_what_a_run_leaves(finished):
     assert result["compiles"] == 2  # one of each stage
     assert result["compiles_in_loop"] == 0
     assert [a["answer"] for a in result["answers"]["test"]] == ["red", "green", "blue", "red"]
+    assert (finished / "answers.png").stat().st_size > 1000
     assert [step for step, _ in report.losses(finished)] == [1, 2, 3, 4, 5]
     last = leaves(finished, 5)
     kernels = [f"decoder/blocks/{n}/kernel" for n in ("attention/q", "attention/k", "attention/v", "attention/out")]
@@ -198,6 +199,7 @@ def test_questions_and_what_is_exact():
     ]
     found = answers.asked(documents)
     assert [(q.document.id, q.answer, len(q.document.spans)) for q in found] == [("1", "No", 1), ("2", "Yes", 3)]
+    assert [q.question for q in found] == [user.text, user.text]
     assert answers.equal(" YES\n", "Yes")
     assert not answers.equal("yes.", "yes")
 
