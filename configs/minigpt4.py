@@ -8,6 +8,11 @@ EVA-CLIP's ViT-g/14 and the Q-Former stay as they are in BLIP-2, Vicuna as it is
 are the first stage's, 20,000 steps of 256 pictures, for 16 chips with 16 GB or more, a v5e:4x4. The second:
 `--steps 400 --packing.rows 16 --packing.shapes 256 1 --optimizer.learning-rate 3e-5 --optimizer.final 0.33`.
 
+Parameters start at random. With published weights: MiniGPT-4 is a directory of model_type blip-2 whose text_config is
+Llama's (image_token_index 0; "image_token": "<unk>" in tokenizer_config.json; a chat_template.jinja with the prompt).
+`convert.huggingface.opened` gives the parts of BLIP-2 and Vicuna, `Origin.of` takes config.json of the whole, `save`
+writes it, and `python -m mmjax.train finetune --model DIR --stages connector/projection:400:3e-5` trains the map.
+
 `--model.decoder.vocab` must be at least what the tokenizer has: 32,000 in Vicuna v1.1, 32,001 in the v0 of the paper.
 """
 

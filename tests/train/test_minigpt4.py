@@ -103,10 +103,10 @@ def tiny(folder, tokenizer) -> Config:
         optimizer=dataclasses.replace(cfg.optimizer, learning_rate=0.1),
         update=dataclasses.replace(cfg.update, compute="float32"),
         mesh=MeshConfig(data=1, fsdp=1),
-        save_every=1,
     )
 
 
+@pytest.mark.slow
 def test_a_tiny_one_trains(tmp_path, tokenizer, monkeypatch):
     make = loop.make_mesh
     monkeypatch.setattr(loop, "make_mesh", lambda cfg: make(cfg, jax.devices()[:1]))
