@@ -245,6 +245,12 @@ def test_refused_before_anything_is_written(place, tmp_path, change, message, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_what_changes_no_number_may_differ_from_the_directory(place, tmp_path):
+    cfg, _ = finetune.config_of(arguments(place, tmp_path / "out", "--model.decoder.blocks.remat", "attention"))
+    assert cfg.model.decoder.blocks.remat == "attention"
+    assert start.processor(cfg).vocab.size == cfg.model.decoder.vocab
+
+
 def test_no_model_and_no_data():
     with pytest.raises(InputError, match="Give --model DIR"):
         finetune.run([])
