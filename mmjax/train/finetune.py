@@ -22,7 +22,7 @@ from mmjax.data import sets
 from mmjax.nn import lora
 from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Image, Text
-from mmjax.train import export, loop, presets, start
+from mmjax.train import cluster, export, loop, presets, start
 from mmjax.train.config import Config, Optimizer, Packing
 
 LOOK = 1024  # documents of a dataset that are measured for a row's default size
@@ -107,11 +107,16 @@ def run(arguments: Sequence[str]) -> int:
     target = cfg.out / (to or "")
     if to and target.exists():
         raise InputError(f"{target} is there already; remove it, or leave --export out.")
-    status = loop.run(cfg)
-    if to and not status and processes.index() == 0:
-        export.export(cfg.out, target, to, base=cfg.base)
-        print(f"{to}: {target}")
+    with cluster.joined(cfg.cluster):  # the first process exports, and the others wait for it
+        status = loop.run(cfg)
+        if to and not status:
+            processes.from_first(lambda: _export(cfg, to, target))
     return status
+
+
+def _export(cfg: Config, to: export.To, target: Path) -> None:
+    export.export(cfg.out, target, to, base=cfg.base)
+    print(f"{to}: {target}")
 
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:

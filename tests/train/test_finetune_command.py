@@ -1,5 +1,6 @@
 """`python -m mmjax.train finetune` on a tiny LLaVA: what it leaves, how it resumes, what it exports and refuses."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -262,6 +263,29 @@ def test_an_export_that_is_there_already(place, tmp_path):
     (tmp_path / "out" / "merged").mkdir(parents=True)
     with pytest.raises(InputError, match="is there already"):
         finetune.run(arguments(place, tmp_path / "out", "--export", "merged"))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_only_the_first_process_exports(place, tmp_path, monkeypatch, number):
+    """Which one that is is known as long as they are joined."""
+    inside, done = [], []
+
+    @contextlib.contextmanager
+    def joined(cfg):
+        inside.append(number)
+        yield
+        inside.clear()
+
+    def from_first(do):
+        return do() if inside == [0] else None
+
+    monkeypatch.setattr(finetune.cluster, "joined", joined)
+    monkeypatch.setattr(finetune.processes, "from_first", from_first)
+    monkeypatch.setattr(loop, "run", lambda cfg: 0)
+    monkeypatch.setattr(export, "export", lambda *given, **more: done.append((given, bool(inside))))
+    out = tmp_path / "out"
+    assert finetune.run(arguments(place, out, "--export", "merged")) == 0
+    assert done == ([((out, out / "merged", "merged"), True)] if number == 0 else [])
 
 
 def test_no_run_to_export(tmp_path):
