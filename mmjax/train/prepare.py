@@ -60,7 +60,8 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     _refuse(cfg, tokenizer, of)
     plain = lay
     if cfg.budget != Budget():
-        lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
+        clips = None if its is None else its.clips
+        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model))
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
     most = cfg.steps * packing.rows * packing.tokens

@@ -21,6 +21,7 @@ from mmjax.core.manifest import read_manifest
 from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.sequence import document
+from mmjax.sequence.budget import Budget, Limited
 from mmjax.train import __main__ as program
 from mmjax.train import answers, export, finetune, loop, report, start
 
@@ -186,6 +187,19 @@ def test_what_is_learnt_ends_as_answers_do(place):
     assert start.layout_of(its)(asked) == its.layout(asked)
     ended = dataclasses.replace(its, stops=(*its.stops, laid.pieces[-2].ids[-1]))  # the template writes one of them
     assert start.layout_of(ended)(said) == ended.layout(said)
+
+
+def test_a_budget_of_documents(place):
+    _, its = start.both(place / "model")
+    spans = (document.Image(16, 16, b""), document.Image(16, 16, b""), document.Text("Hi"))
+    said = document.Document("d", (*spans, document.Text("red", "assistant", train=True)))
+    lay = start.layout_of(its)
+    whole, less = lay(said).tokens, lay(document.Document("d", said.spans[1:])).tokens
+    assert Limited(lay, Budget(tokens=whole), its.resolution, its.clips)(said) == lay(said)
+    with pytest.raises(InputError, match=f"over the budget of {less} tokens"):
+        Limited(lay, Budget(tokens=less), its.resolution, its.clips)(said)
+    with pytest.raises(InputError, match="a chat template leaves nothing out"):
+        Limited(lay, Budget(tokens=less, over=("images",)), its.resolution)(said)
 
 
 def test_questions_and_what_is_exact():
