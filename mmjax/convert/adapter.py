@@ -70,18 +70,11 @@ def save(
 
     Raises:
       InputError: there is something at `path`; nothing is adapted; or peft cannot have it so: a kernel trained beside
-        its adapter, or sharing a tensor with others, a parameter of no layer of its own.
+        its adapter, or sharing a tensor with others, a parameter of no layer of its own, a table that is the head.
     """
     made, names = _plan(model), renamed(model)
     plain, nodes = lora.parted(model.params)
-    if not nodes:
-        raise InputError("No kernel of this model is adapted; save it whole (convert.huggingface.save).")
-    both = sorted(nodes.keys() & set(changed))
-    if both:
-        raise InputError(
-            f"The kernel {both[0]} was trained beside its adapter, which peft has no layout for; export the model "
-            f"merged."
-        )
+    refuse(model, nodes, changed)
     first = next(iter(nodes.values()))
     rank = first["a"].shape[-1]
     config = config or lora.Config(rank, float(np.max(first["scale"])) * rank)
@@ -100,6 +93,34 @@ def save(
     with new_directory(path) as folder:
         _write(folder / WEIGHTS, tensors)
         (folder / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+
+
+def refuse(model: Model, adapted: Collection[str], changed: Collection[str] = ()) -> None:
+    """Raises InputError where an adapter cannot hold these kernels' adapters and these other leaves, by path."""
+    made, names = _plan(model), renamed(model)
+    if not adapted:
+        raise InputError("No kernel of this model is adapted; save it whole (convert.huggingface.save).")
+    both = sorted(set(adapted) & set(changed))
+    if both:
+        raise InputError(
+            f"The kernel {both[0]} is trained beside its adapter, which peft has no layout for; export the model "
+            f"merged."
+        )
+    for name in adapted:
+        for piece in made.pieces[name]:
+            _module(name, piece, names)
+    odd = sorted(key for key in _keys(made, changed) if key.rpartition(".")[2] not in ("weight", "bias"))
+    if odd:
+        raise InputError(
+            f"{odd[0]} is trained, a parameter of no layer of its own, which peft does not save; export the model "
+            f"merged."
+        )
+    shared = sorted({"decoder/embed", "embed"} & set(changed))
+    if shared and getattr(getattr(model.cfg, "decoder", model.cfg), "tied", False):
+        raise InputError(
+            f"{shared[0]} is trained, which the head is tied to, and peft would leave the head as it was; export the "
+            f"model merged."
+        )
 
 
 def load(path: PathLike, model: Model) -> Model:
@@ -176,15 +197,14 @@ def _module(name: str, piece: Piece, names: Renamed) -> str:
 
 def _saved(model: Model, made: Plan, plain: Mapping[str, Any], changed: Collection[str]) -> dict[str, np.ndarray]:
     """The tensors that changed leaves become."""
-    keys = {piece.key for name in changed for piece in made.pieces[name]}
-    odd = sorted(key for key in keys if key.rpartition(".")[2] not in ("weight", "bias"))
-    if odd:
-        raise InputError(
-            f"{odd[0]} was trained, a parameter of no layer of its own, which peft does not save; export the model "
-            f"merged."
-        )
+    keys = _keys(made, changed)
     rules = origin_of(model).found.rules
     return tables.save(model.of.spec(model.cfg), rules, tree.unflatten(plain), keys) if keys else {}
+
+
+def _keys(made: Plan, changed: Collection[str]) -> set[str]:
+    """The tensors that leaves are in."""
+    return {piece.key for name in changed for piece in made.pieces[name]}
 
 
 def _config(base: str, config: lora.Config, targets: list[str], kept: list[str]) -> dict[str, Any]:

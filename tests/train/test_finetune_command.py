@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_llava
+from hub_configs import PUBLISHED
 from PIL import Image
 
 from mmjax.convert import adapter, huggingface, orbax, processor
+from mmjax.convert.model import Origin
 from mmjax.core import config, tree
 from mmjax.core.errors import InputError
 from mmjax.core.manifest import read_manifest
@@ -234,6 +236,10 @@ def messages(place, name, *records):
         ({"--data": "train.json=much"}, "The weight of .* is 'much'"),
         ({"--data": "missing.json"}, "missing.json"),
         ({"--steps": "4"}, "leave --steps out"),
+        ({"--optimizer.learning_rate": "5e-5"}, r"say it in the stage, as lora:3:5e-05\.$"),
+        ({"--data.epochs": "1"}, r"give --stages whose steps add up to \d+, or mix"),
+        ({"--export": "adapter", "--stages": "lora+vision/class:1"}, "class_embedding is trained, a parameter of no"),
+        ({"--export": "adapter", "--stages": "lora+decoder:1"}, "is trained beside its adapter"),
         ({"--data.convention": "chatml"}, "its own tokenizer and template"),
         ({"--model.newline": "True"}, "is not the config's"),
         ({"--lora.targets": "decoder/blocks/atention"}, "did you mean 'decoder/blocks/attention'"),
@@ -264,6 +270,14 @@ def test_what_changes_no_number_may_differ_from_the_directory(place, tmp_path):
     cfg, _ = finetune.config_of(arguments(place, tmp_path / "out", "--model.decoder.blocks.remat", "attention"))
     assert cfg.model.decoder.blocks.remat == "attention"
     assert start.processor(cfg).vocab.size == cfg.model.decoder.vocab
+
+
+def test_every_block_of_an_encoder_decoder_is_adapted_by_default():
+    cfg = Origin.of(PUBLISHED["Salesforce/blip2-flan-t5-xl"][0]).found.cfg
+    names = lora.targets(vlm.spec(cfg), lora.Config(targets=finetune._targets(cfg)))
+    assert len(names) == (4 + 3) + (4 + 4 + 3)  # attention and MLP; the answer's blocks look at the others, too
+    cfg = Origin.of(PUBLISHED["llava-hf/llava-1.5-7b-hf"][0]).found.cfg
+    assert finetune._targets(cfg) == lora.TARGETS
 
 
 def test_no_model_and_no_data():
