@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmjax.convert.processor import Processor
 from mmjax.convert.processor.text import reader
 from mmjax.core.errors import InputError
 from mmjax.data import drawings, index, sets
@@ -98,7 +97,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
-        said=_said(cfg, its),
+        said=_said(cfg),
         parts=parts,
         of=of,
     )
@@ -113,10 +112,8 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     return Data(tokenizer, writing, training, evaluation, fingerprints)
 
 
-def _said(cfg: Config, its: Processor | None) -> Callable[[Document, int], Any] | None:
-    """What the connector reads beside pictures, from documents; with a base, in that directory's own words."""
-    if its is not None and its.reader is not None:
-        return its.reader.beside
+def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
+    """What the connector reads beside pictures, from documents; no base's does (train.start.both)."""
     path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
     if cfg.model.connector.reads_text != (path is not None):
         raise InputError(
@@ -165,6 +162,8 @@ def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:
 
 
 def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
+    if cfg.questions < 0:
+        raise InputError(f"questions is {cfg.questions}; give how many of each dataset are asked, or 0 for all.")
     # Published models have more: their tables are padded to a round number.
     if tokenizer.vocab.size > cfg.model.decoder.vocab:
         raise InputError(

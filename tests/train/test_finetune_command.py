@@ -20,6 +20,7 @@ from mmjax.convert.model import Origin
 from mmjax.core import config, tree
 from mmjax.core.errors import InputError
 from mmjax.core.manifest import read_manifest
+from mmjax.data.source import Holes
 from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.sequence import document
@@ -221,6 +222,43 @@ def test_questions_and_what_is_exact():
     assert not answers.equal("yes.", "yes")
 
 
+@pytest.mark.parametrize(
+    ("most", "unread", "said"),
+    [
+        (0, (), "a 75% of 4"),
+        (3, (), "a 67% of 3 (of 4 the first 3 were asked)"),
+        (3, ("1",), "a 50% of 2 (of 4 the first 3 were asked; 1 cannot be read)"),
+        (0, ("0", "1", "2", "3"), ""),
+    ],
+)
+def test_which_questions_are_asked(place, tmp_path, monkeypatch, most, unread, said):
+    """The first so many, without those whose pictures cannot be read."""
+    monkeypatch.setattr(answers, "Session", lambda *model, **how: None)
+    monkeypatch.setattr(answers.Answers, "_said", lambda self, session, asked: ["no" for q in asked])
+    cfg, _ = finetune.config_of(arguments(place, tmp_path, "--questions", str(most), "--packing.holes", "4"))
+    losses = answers.HeldOut({})
+    losses.sources = {"a": Broken(unread)}
+    user, right = document.Text("q"), ("no", "no", "yes", "no")
+    questions = [answers.Asked(document.Document(str(n), (user,)), a) for n, a in enumerate(right)]
+    judge = answers.Answers(losses, {"a": questions}, start.both(place / "model")[1])
+    judge.cfg, judge.mesh = cfg, None
+    monkeypatch.setattr(losses, "judge", lambda params, out: {"held_out": {"a": {"loss": 1.0}}})
+    judged = judge.judge({}, tmp_path)
+    assert [a["document"] for a in judged["answers"].get("a", [])] == [
+        str(n) for n in range(most or 4) if str(n) not in unread
+    ]
+    assert judge.said(judged).partition("exact: ")[2] == said
+
+
+class Broken:
+    """A source that could not read some documents."""
+
+    def __init__(self, ids):
+        self.holes = Holes(len(ids))
+        for n in ids:
+            self.holes.add(n, InputError("no picture."))
+
+
 def messages(place, name, *records):
     (place / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     return place / name
@@ -243,6 +281,7 @@ def messages(place, name, *records):
         ({"--data.convention": "chatml"}, "its own tokenizer and template"),
         ({"--model.newline": "True"}, "is not the config's"),
         ({"--lora.targets": "decoder/blocks/atention"}, "did you mean 'decoder/blocks/attention'"),
+        ({"--questions": "-1"}, "questions is -1; give how many"),
         ({"--packing.tokens": "16"}, "more than a row of 16"),
     ],
 )
