@@ -27,6 +27,7 @@ from mmjax.sequence import document
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.train import __main__ as program
 from mmjax.train import answers, export, finetune, loop, report, start
+from mmjax.train.prepare import prepare_data
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
@@ -192,7 +193,9 @@ def test_what_is_learnt_ends_as_answers_do(place):
     assert start.layout_of(ended)(said) == ended.layout(said)
 
 
-def test_a_budget_of_documents(place):
+def test_a_budget_of_documents(place, tmp_path):
+    cfg, _ = finetune.config_of(arguments(place, tmp_path / "out", "--budget.tokens", "512"))
+    assert prepare_data(cfg).training[0].tokens.shape == (2, cfg.packing.tokens)
     _, its = start.both(place / "model")
     spans = (document.Image(16, 16, b""), document.Image(16, 16, b""), document.Text("Hi"))
     said = document.Document("d", (*spans, document.Text("red", "assistant", train=True)))
