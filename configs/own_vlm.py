@@ -98,9 +98,18 @@ def config() -> Config:
         resolution=Fixed(PATCH, SIDE, SIDE),
         packing=Packing(rows=2, tokens=256, buckets=1),
         sequence=interleave.Config(position="sequential", merge=GRID),
-        optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, b2=0.99, weight_decay=0.01, average=0.97),
+        optimizer=Optimizer(learning_rate=1e-4, warmup=0.05, b2=0.99, weight_decay=0.01, average=0.95),
         objective=Objective(chunk=256),
-        update=Update(frozen=("vision", "decoder/embed", "decoder/blocks/mlp")),
+        # A step of the connector's last map would move all its values by much, for what comes in is far from zero.
+        update=Update(
+            frozen=(
+                "vision",
+                "connector/norm",
+                "connector/projection/down/kernel",
+                "decoder/embed",
+                "decoder/blocks/mlp",
+            )
+        ),
         save_every=50,
         threads=1,
     )

@@ -233,7 +233,10 @@ def about(words: dict) -> dict:
     names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     rest = {key: value for key, value in words.items() if key != "chat_template"}
     rest["eos_token"] = "<end>"
-    return rest | {"extra_special_tokens": dict(zip(names, ADDED, strict=True)), "processor_class": "InternVLProcessor"}
+    return rest | {
+        "extra_special_tokens": dict(zip(names, ADDED, strict=False)),
+        "processor_class": "InternVLProcessor",
+    }
 
 
 def beside() -> dict[str, dict]:
