@@ -15,7 +15,7 @@ from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, rope, transformer
 from mmjax.sequence import interleave
-from mmjax.tokenizers.resolution import Fixed
+from mmjax.tokenizers.tiles import Tiles
 from mmjax.train.config import Config, Objective, Optimizer, Packing, Update
 
 FOLDER = Path("sources")
@@ -35,6 +35,7 @@ def model() -> vlm.Config:
         activation="gelu",
         gated=False,
         bias=True,
+        qkv_bias=True,
         norm_kind="layer",
         epsilon=1e-6,
         layer_scale=1.0,
@@ -95,7 +96,7 @@ def config() -> Config:
         out=Path("runs/own_vlm"),
         base=FOLDER / "own_vlm",
         steps=320,
-        resolution=Fixed(PATCH, SIDE, SIDE),
+        resolution=Tiles(PATCH, SIDE, most=1),  # one tile: stretched, whatever its shape
         packing=Packing(rows=2, tokens=256, buckets=1),
         sequence=interleave.Config(position="sequential", merge=GRID),
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.05, b2=0.99, weight_decay=0.01, average=0.95),

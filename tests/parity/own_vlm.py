@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -123,8 +124,9 @@ def tower(given: dict[str, np.ndarray], blocks: int = BLOCKS, grid: int = GRID) 
     """The first blocks of DINOv2, under InternVL's names, with positions of a grid of grid × grid patches."""
     positions = given["embeddings.position_embeddings"]
     side, width = round((positions.shape[1] - 1) ** 0.5), positions.shape[-1]
-    place = np.indices((grid, grid), dtype=np.int32).reshape(2, -1).T[None]
-    table = interpolate(positions[0, 1:].reshape(side, side, width), place, np.full_like(place, grid), method="bicubic")
+    place = jnp.asarray(np.indices((grid, grid), dtype=np.int32).reshape(2, -1).T[None])
+    learned = jnp.asarray(positions[0, 1:].reshape(side, side, width))
+    table = interpolate(learned, place, jnp.full_like(place, grid), method="bicubic")
     out = {
         "embeddings.cls_token": given["embeddings.cls_token"],
         "embeddings.position_embeddings": np.concatenate([positions[:, :1], np.asarray(table)], axis=1),
@@ -244,7 +246,9 @@ def beside() -> dict[str, dict]:
     picture = COLOURS | {
         "image_processor_type": "GotOcr2ImageProcessor",
         "size": {"height": SIDE, "width": SIDE},
-        "crop_to_patches": False,
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 1,
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
