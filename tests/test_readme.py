@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny_llava
@@ -75,6 +76,29 @@ def test_whole_models_talk(capsys, tmp_path, monkeypatch):
 
 def test_a_module_inside_somebodys_model(capsys):
     assert run(EXAMPLES[4], capsys) == re.search(r"# (\(.*\))$", EXAMPLES[4].strip())[1]
+
+
+def test_parts_of_two_directories_become_a_third(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "llama", "vocab_size": 30, **tiny, "hidden_size": 12, "num_attention_heads": 3}
+    speaks = {"model_type": "opt", "vocab_size": 20, "ffn_dim": 12, "word_embed_proj_dim": 8, **tiny}
+    sees = {"model_type": "blip-2", "image_token_index": 19, "num_query_tokens": 3, "text_config": speaks}
+    sees["vision_config"] = {"image_size": 8, "patch_size": 4, **tiny}
+    sees["qformer_config"] = {"encoder_hidden_size": 8, **tiny}
+    for name, config in (("blip2-opt-2.7b", sees), ("vicuna-7b", text)):
+        found = huggingface.Origin.of(config)
+        of = found.found
+        huggingface.save(name, huggingface.Model(of.of, of.cfg, randomised(of.of.spec(of.cfg)), found))
+    exec(compile(EXAMPLES[6], "README.md", "exec"), {})
+    parts, made = {n: huggingface.load(n) for n in ("blip2-opt-2.7b", "vicuna-7b")}, huggingface.load("minigpt4")
+    assert made.cfg.connector.outputs == made.cfg.decoder.blocks.width == 12
+    for got, want in (
+        (made.params["decoder"], parts["vicuna-7b"].params),
+        (made.params["vision"], parts["blip2-opt-2.7b"].params["vision"]),
+        (made.params["connector"]["layers"], parts["blip2-opt-2.7b"].params["connector"]["layers"]),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_every_folder_it_names_exists_and_every_folder_is_named():

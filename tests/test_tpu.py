@@ -180,8 +180,8 @@ published.main(sys.argv[1:])
 
 
 def test_published_modules_compile_for_v5e():
-    """One of each kind at its published size; `python -m tests.benchmarks.published` is all of them."""
-    names = ["encoder siglip2-b16-naflex", "encoder swin-t", "connector honeybee-c-7b", "connector idefics2-8b"]
+    """Two at their published sizes; `python -m tests.benchmarks.published` is all of them."""
+    names = ["encoder swin-t", "connector honeybee-c-7b"]
     figures = compiled(PUBLISHED, *names)[-1]["figures"]
     assert set(figures) == set(names)
     for name, of in figures.items():

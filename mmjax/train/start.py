@@ -25,6 +25,7 @@ from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.core.fingerprint import fingerprint
 from mmjax.models import vlm
+from mmjax.nn import transformer
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import TEXT, Layout, Piece
 from mmjax.train import parameters, stages, state
@@ -76,6 +77,15 @@ def both(path: PathLike) -> tuple[Model, Processor]:
     return processors.with_colours(model, its), its
 
 
+def _numbers(cfg: Any) -> Any:
+    """A config without what changes no number: what the backward pass keeps of each block, and how loops turn."""
+    if isinstance(cfg, transformer.Config):
+        cfg = dataclasses.replace(cfg, remat="none", unroll=1)
+    if not dataclasses.is_dataclass(cfg):
+        return cfg
+    return dataclasses.replace(cfg, **{f.name: _numbers(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)})
+
+
 def processor(cfg: Config) -> Processor:
     """The processor of a run, with what the run has changed of it.
 
@@ -83,7 +93,7 @@ def processor(cfg: Config) -> Processor:
       InputError: the directory's model is not the config's.
     """
     model, its = both(cfg.base)
-    if model.cfg != cfg.model:
+    if _numbers(model.cfg) != _numbers(cfg.model):
         raise InputError(f"The model in {cfg.base} is not the config's; leave model as it is in the directory.")
     return dataclasses.replace(its, resolution=cfg.resolution, sequence=cfg.sequence)
 

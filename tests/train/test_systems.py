@@ -67,14 +67,14 @@ def test_descriptors_must_be_those_the_model_reads(tmp_path):
         loop.run(tiny_run(tmp_path, mesh=MESH, model=wrong))
     plain = tiny_model(1024, 8)
     reads = qformer.Config(16, 16, 3, 2, 2, 24, outputs=16, text=True, vocab=40)
-    asking = {"model": dataclasses.replace(plain, connector=reads), "mesh": MeshConfig(1, 1, 1)}
+    asking = {"model": dataclasses.replace(plain, connector=reads), "mesh": MESH}
     with pytest.raises(InputError, match=r"sequence\.instruction is 0"):
         loop.run(tiny_run(tmp_path, **asking))
     with pytest.raises(InputError, match=r"reads a text beside each picture, and data\.reader is None"):
         loop.run(tiny_run(tmp_path, **asking, sequence=Config(instruction=8)))
     blocks = dataclasses.replace(plain.decoder.blocks, rope=None)
     two = encoder_decoder.Config(1024, blocks, dataclasses.replace(blocks, look=16))
-    parted = {"model": dataclasses.replace(plain, decoder=two), "mesh": MeshConfig(1, 1, 1)}
+    parted = {"model": dataclasses.replace(plain, decoder=two), "mesh": MESH}
     with pytest.raises(InputError, match=r"sequence\.answer is 0"):
         loop.run(tiny_run(tmp_path, **parted))
     with pytest.raises(InputError, match="train it on files"):
