@@ -45,7 +45,7 @@ WORDS = 49152  # ids of SmolLM2
 ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<end>")  # InternVL's, and the end of an answer; after them
 ROWS = 49216  # of the token table, a multiple of 64
 COPIES = 2  # altered ones of each drawing, besides itself
-GAIN, SHIFT, UNIT = 20.0, 8.0, 6.0  # see `projector`
+GAIN, SHIFT, UNIT = 20.0, 8.0, 2.0  # see `projector`
 # "This is<img>…</img> What is this? This is a dog<end>": <img> has the vector of " a", </img> and <end> that of ".",
 # <end> a little more of it, so that it is said instead. SmolLM2, as it is, says again what came after " a": with a word
 # of one token in the picture's place it does so for 0.82 of them. Training at a high rate destroys that first of all.
