@@ -27,7 +27,8 @@ TRAINED = (
     "connector/projection/up",
     "connector/projection/down/bias",
     "decoder/blocks/attention",
-    "decoder/blocks/*_norm",
+    "decoder/blocks/attention_norm",
+    "decoder/blocks/mlp_norm",
     "decoder/norm",
 )
 
