@@ -60,7 +60,8 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     _refuse(cfg, tokenizer, of)
     plain = lay
     if cfg.budget != Budget():
-        lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
+        clips = None if its is None else its.clips
+        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model))
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
     most = cfg.steps * packing.rows * packing.tokens
@@ -83,9 +84,10 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         long=packing.long,
     )
     if epochs and len(plan.steps) != cfg.steps:
+        give = "give --stages whose steps add up to" if cfg.stages else "set steps to"
         raise InputError(
             f"data.epochs is {epochs}, which takes {len(plan.steps)} steps of these documents, but steps is "
-            f"{cfg.steps}; set steps to {len(plan.steps)}, or mix by weights (data.epochs 0)."
+            f"{cfg.steps}; {give} {len(plan.steps)}, or mix by weights (data.epochs 0)."
         )
     made = functools.partial(
         Source,

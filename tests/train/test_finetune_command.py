@@ -1,5 +1,6 @@
 """`python -m mmjax.train finetune` on a tiny LLaVA: what it leaves, how it resumes, what it exports and refuses."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,15 +12,18 @@ import jax
 import numpy as np
 import pytest
 import tiny_llava
+from hub_configs import PUBLISHED
 from PIL import Image
 
 from mmjax.convert import adapter, huggingface, orbax, processor
+from mmjax.convert.model import Origin
 from mmjax.core import config, tree
 from mmjax.core.errors import InputError
 from mmjax.core.manifest import read_manifest
 from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.sequence import document
+from mmjax.sequence.budget import Budget, Limited
 from mmjax.train import __main__ as program
 from mmjax.train import answers, export, finetune, loop, report, start
 
@@ -187,6 +191,19 @@ def test_what_is_learnt_ends_as_answers_do(place):
     assert start.layout_of(ended)(said) == ended.layout(said)
 
 
+def test_a_budget_of_documents(place):
+    _, its = start.both(place / "model")
+    spans = (document.Image(16, 16, b""), document.Image(16, 16, b""), document.Text("Hi"))
+    said = document.Document("d", (*spans, document.Text("red", "assistant", train=True)))
+    lay = start.layout_of(its)
+    whole, less = lay(said).tokens, lay(document.Document("d", said.spans[1:])).tokens
+    assert Limited(lay, Budget(tokens=whole), its.resolution, its.clips)(said) == lay(said)
+    with pytest.raises(InputError, match=f"over the budget of {less} tokens"):
+        Limited(lay, Budget(tokens=less), its.resolution, its.clips)(said)
+    with pytest.raises(InputError, match="a chat template leaves nothing out"):
+        Limited(lay, Budget(tokens=less, over=("images",)), its.resolution)(said)
+
+
 def test_questions_and_what_is_exact():
     user, said = document.Text("a"), document.Text("No", "assistant", train=True)
     other = document.Text("yes", "assistant")
@@ -219,6 +236,10 @@ def messages(place, name, *records):
         ({"--data": "train.json=much"}, "The weight of .* is 'much'"),
         ({"--data": "missing.json"}, "missing.json"),
         ({"--steps": "4"}, "leave --steps out"),
+        ({"--optimizer.learning_rate": "5e-5"}, r"say it in the stage, as lora:3:5e-05\.$"),
+        ({"--data.epochs": "1"}, r"give --stages whose steps add up to \d+, or mix"),
+        ({"--export": "adapter", "--stages": "lora+vision/class:1"}, "class_embedding is trained, a parameter of no"),
+        ({"--export": "adapter", "--stages": "lora+decoder:1"}, "is trained beside its adapter"),
         ({"--data.convention": "chatml"}, "its own tokenizer and template"),
         ({"--model.newline": "True"}, "is not the config's"),
         ({"--lora.targets": "decoder/blocks/atention"}, "did you mean 'decoder/blocks/attention'"),
@@ -251,6 +272,14 @@ def test_what_changes_no_number_may_differ_from_the_directory(place, tmp_path):
     assert start.processor(cfg).vocab.size == cfg.model.decoder.vocab
 
 
+def test_every_block_of_an_encoder_decoder_is_adapted_by_default():
+    cfg = Origin.of(PUBLISHED["Salesforce/blip2-flan-t5-xl"][0]).found.cfg
+    names = lora.targets(vlm.spec(cfg), lora.Config(targets=finetune._targets(cfg)))
+    assert len(names) == (4 + 3) + (4 + 4 + 3)  # attention and MLP; the answer's blocks look at the others, too
+    cfg = Origin.of(PUBLISHED["llava-hf/llava-1.5-7b-hf"][0]).found.cfg
+    assert finetune._targets(cfg) == lora.TARGETS
+
+
 def test_no_model_and_no_data():
     with pytest.raises(InputError, match="Give --model DIR"):
         finetune.run([])
@@ -262,6 +291,29 @@ def test_an_export_that_is_there_already(place, tmp_path):
     (tmp_path / "out" / "merged").mkdir(parents=True)
     with pytest.raises(InputError, match="is there already"):
         finetune.run(arguments(place, tmp_path / "out", "--export", "merged"))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_only_the_first_process_exports(place, tmp_path, monkeypatch, number):
+    """Which one that is is known as long as they are joined."""
+    inside, done = [], []
+
+    @contextlib.contextmanager
+    def joined(cfg):
+        inside.append(number)
+        yield
+        inside.clear()
+
+    def from_first(do):
+        return do() if inside == [0] else None
+
+    monkeypatch.setattr(finetune.cluster, "joined", joined)
+    monkeypatch.setattr(finetune.processes, "from_first", from_first)
+    monkeypatch.setattr(loop, "run", lambda cfg: 0)
+    monkeypatch.setattr(export, "export", lambda *given, **more: done.append((given, bool(inside))))
+    out = tmp_path / "out"
+    assert finetune.run(arguments(place, out, "--export", "merged")) == 0
+    assert done == ([((out, out / "merged", "merged"), True)] if number == 0 else [])
 
 
 def test_no_run_to_export(tmp_path):
