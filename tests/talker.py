@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 
+import canvases
 import numpy as np
 from tiny import randomised, tiny_model
 from tokenizer_files import CORPUS
@@ -48,20 +49,28 @@ def made(see: str = "causal", cross: str = "none") -> tuple[Model, Processor]:
 
 
 def _beside(cross: str) -> tuple[Model, Processor]:
-    """A Flamingo: its decoder looks at the latents of a resampler."""
+    """A Flamingo: its decoder looks at the latents of a resampler. Of "last_images", one with pictures on canvases."""
     tokenizer = text.load(text.train(CORPUS, 340))
     turn = Around((Symbol("<|user|>"),), (Symbol("<|end|>"),))
     said = Around((Symbol("<|assistant|>"),), (Symbol("<|end|>"),))
     mark = Around((), (), Around((Symbol("<|image_start|>"), Symbol("<|image|>")), (Symbol("<|image_end|>"),)))
     convention = Convention("tiny", user=turn, assistant=said, image=mark, pad="<|pad|>", stop="<|end|>")
     chat, cfg = Chat(tokenizer, convention), tiny_model(vocab=340)
+    ends = (chat.controls["<|end|>"],)
+    if cross == "last_images":
+        cfg = canvases.model()
+        cfg = replace(cfg, decoder=replace(cfg.decoder, vocab=chat.size), placeholder=None)
+        how = {"patch": 4, "per_picture": cfg.vision.per_picture, "prompts": True}
+        sequence = replace(canvases.SEQUENCE, position="sequential")
+        processor = Processor(chat, chat, sequence, ends, canvases.POLICY, **how)
+        return Model(vlm, cfg, randomised(vlm.spec(cfg))), processor
     looks = cross_attention.Config(16, 16, 2, 8, 24, every=1)
     cfg = replace(cfg, decoder=replace(cfg.decoder, vocab=chat.size, cross=looks), placeholder=None)
     cfg = replace(cfg, connector=perceiver.Config(16, 16, 3, 1, 2, 8, 24))
     policy = Native(patch=4, min_pixels=16, max_pixels=16 * 16)
     sequence = interleave.Config(cross=cross, position="sequential")
     how = {"patch": 4, "per_picture": 3, "prompts": True}
-    processor = Processor(chat, chat, sequence, (chat.controls["<|end|>"],), policy, **how)
+    processor = Processor(chat, chat, sequence, ends, policy, **how)
     return Model(vlm, cfg, randomised(vlm.spec(cfg))), processor
 
 

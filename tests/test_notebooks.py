@@ -3,8 +3,10 @@
 MMJAX_BARE=1 tries them as a newcomer has them, where mmjax is not installed yet (CI, with Colab's versions).
 """
 
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -44,11 +46,12 @@ def test_runs(name, tmp_path, monkeypatch):
     here = tmp_path
     if BARE:  # beside the notebook, from where its first cell finds the clone
         here = path.parent / "runs" / name
-        here.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(here, ignore_errors=True)
+        here.mkdir(parents=True)
         monkeypatch.delenv("PYTHONPATH", raising=False)
     else:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parents[1]), os.environ.get("PYTHONPATH", "")]))
-    if name == "finetune_vlm" and not (here / "model").exists():
+    if name == "finetune_vlm":
         tiny_llava.write(here / "model")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
     code = [c for c in notebook.cells if c.cell_type == "code"]
@@ -100,7 +103,9 @@ class Runtime:
         return done
 
 
-def first_cell(capsys) -> str:
+def first_cell(capsys, monkeypatch) -> str:
+    """What it says in a kernel that has not imported jax."""
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
     exec(compile("".join(cells("quickstart")[0]["source"]), "cell", "exec"), {})
     return capsys.readouterr().out
 
@@ -123,7 +128,7 @@ def first_cell(capsys) -> str:
 )
 def test_the_first_cell_leaves_a_backend_that_works(runtime, pips, said, monkeypatch, capsys):
     here = Runtime(monkeypatch, **runtime)
-    assert said in first_cell(capsys)
+    assert said in first_cell(capsys, monkeypatch)
     assert here.pips == pips
     assert not here.finds
 
@@ -132,7 +137,7 @@ def test_the_first_cell_keeps_the_versions_that_are_there(monkeypatch, capsys, t
     """From the clone around the notebook, or from the index; a failure is shown, not passed over."""
     here = Runtime(monkeypatch, installed=False)
     monkeypatch.chdir(NOTEBOOKS["quickstart"].parent)
-    first_cell(capsys)
+    first_cell(capsys, monkeypatch)
     assert here.pips == [[f"{NOTEBOOKS['quickstart'].parents[1]}[interop,data]"]]
     kept = {line.partition("==")[0].lower() for line in here.kept}
     assert {"jax", "numpy", "pillow"} <= kept
@@ -140,5 +145,27 @@ def test_the_first_cell_keeps_the_versions_that_are_there(monkeypatch, capsys, t
     elsewhere = Runtime(monkeypatch, installed=False, breaks=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="no matching distribution"):
-        first_cell(capsys)
+        first_cell(capsys, monkeypatch)
     assert elsewhere.pips == [["mmjax[interop,data]"]]
+
+
+def test_the_first_cell_keeps_what_is_imported_of_several_copies(monkeypatch, capsys):
+    """A folder before another on the path hides its packages; and what some distributions call a version is none."""
+    here = Runtime(monkeypatch, installed=False)
+    found = [("six", "1.17.0"), ("Six", "1.16.0"), ("a.b_c", "2!1"), ("broken", None), ("debian", "1.1build1")]
+    found += [("torch", "2.8.0+cu126"), (None, "1"), ("pre", "1.0rc1.post2.dev3")]
+    made = [types.SimpleNamespace(name=name, version=version) for name, version in found]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: made)
+    first_cell(capsys, monkeypatch)
+    assert here.kept == ["pre==1.0rc1.post2.dev3", "six==1.17.0", "torch==2.8.0+cu126"]
+
+
+def test_the_first_cell_again_asks_the_jax_that_is_there(monkeypatch, capsys):
+    """A TPU belongs to the process that has it: no other one is asked, and nothing installed."""
+    here = Runtime(monkeypatch, tpu=True, finds=())
+    chip = types.SimpleNamespace(device_kind="TPU v5 lite")
+    fake = types.SimpleNamespace(__version__="0.7.2", default_backend=lambda: "tpu", devices=lambda: [chip])
+    monkeypatch.setitem(sys.modules, "jax", fake)
+    exec(compile("".join(cells("quickstart")[0]["source"]), "cell", "exec"), {})
+    assert "jax 0.7.2 on tpu: TPU v5 lite\n" in capsys.readouterr().out
+    assert here.pips == []

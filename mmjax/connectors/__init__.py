@@ -25,6 +25,11 @@ class Connector:
     reads_text: bool = False
     alone: bool = False
 
+    @property
+    def reads(self) -> int | None:
+        """Values of the features that it reads; None: of any number."""
+        return getattr(self, "inputs", None)
+
     def of_features(self, path: tuple[str, ...]) -> bool:
         """Whether features go through the matrix at this path, and not media tokens; for counting FLOPs.
 

@@ -43,6 +43,10 @@ class Config(Connector):
             raise InputError("Bilinear pooling reads patches row by row; set raster=True and sequence.merge=1.")
 
     @property
+    def reads(self) -> int | None:
+        return self.inputs if self.projector is None else self.projector.width
+
+    @property
     def linear(self) -> linear.Config:
         return linear.Config(self.inputs, self.outputs, False, ("embed", None))
 

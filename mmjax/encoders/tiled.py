@@ -2,8 +2,8 @@
 
 Grattafiori et al. 2024, "The Llama 3 herd of models", section 7.1; to the digit what transformers 5.23 does
 (models/mllama). A picture is one view of whole tiles whose patches lie tile by tile (sequence.interleave.Config.window,
-tokenizers.tiles.Canvas). In here it has `tiles` tiles whatever its size, each of a class token and its patches, so that
-everything it becomes has one static shape:
+tokenizers.canvas.Canvas). In here it has `tiles` tiles whatever its size, each of a class token and its patches, so
+that everything it becomes has one static shape:
 
     padding      tile 0       tile 1       tile 2    tile 3        a picture of two tiles, on a canvas of up to four
     0 0 0 0 …    c p p p p    c p p p p    c 0 0 0 0 c 0 0 0 0     tiles 2 and 3 are of zeros, with positions
@@ -256,10 +256,11 @@ def _marked(params: dict, x: jax.Array, cfg: Config, rows: jax.Array) -> jax.Arr
     return x + jnp.concatenate(each, axis=2).reshape(x.shape)
 
 
-@sharding.whole_rows("x", "kept")
+@sharding.whole_rows("x")
 def _features(x: jax.Array, kept: jax.Array, cfg: Config) -> jax.Array:
-    """The last transformer's output and the taps, without what stands in front of every picture."""
+    """The last transformer's output and the taps [T, B, L, D], without what stands in front of every picture."""
     b, _, width = x.shape
+    kept = sharding.constrain(kept, (None, "batch", None, None))
 
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(b, -1, cfg.pads + cfg.per_picture, width)[:, :, cfg.pads :].reshape(b, -1, width)

@@ -286,7 +286,9 @@ def media(params: dict, batch: Batch, cfg: vlm.Config) -> Media:
 def read(params: dict, state: State, token: Int[Array, "b"], cfg: Config) -> State:
     """The state after one more token of every row that is not done; the others stay as they are."""
     label = jnp.where(state.done, -1, state.label)[:, None]
-    position = jnp.broadcast_to(state.position[:, None, None], (*label.shape, 3))
+    # Those of rows that are done may have come to the end of a table of positions.
+    position = jnp.where(state.done, 0, state.position)[:, None, None]
+    position = jnp.broadcast_to(position, (*label.shape, 3))
     batch = text_batch(jnp.where(state.done, 0, token)[:, None], label, state.lo[:, None], position)
     if state.media_lo is not None:
         batch = batch.replace(media_lo=state.media_lo[:, None], media_hi=state.media_hi[:, None])

@@ -145,27 +145,29 @@ class Session:
         switches, values = sample.prepare(rows)
         # A table of positions ends where it does: so does the longest answer.
         room = engine.language(self.cfg).longest
-        left = max_tokens if room is None else min(max_tokens, room - max(count for count, _ in counts))
-        at, some = int(self._state.cache.at), 1  # the first token at once
-        while left and not all(stream.reason for stream in streams):
+        most = np.array([max_tokens if room is None else min(max_tokens, room - count) for count, _ in counts])
+        over = np.zeros(len(streams), bool)
+        at, said, some = int(self._state.cache.at), 0, 1  # the first token at once
+        while not over.all():
             if mine != self._asked:
                 raise InputError("Another question was asked meanwhile; let one answer end, or use a session for each.")
             # Its memory is given away, and back: whoever interrupts this, or stops listening, may ask again.
             state, self._state = self._state, None
             run = {"cfg": self.cfg, "switches": switches}
-            n = np.int32(min(some, left))
-            state = self._state = self._on(engine.run_decode, self.params, state, n, ends, values, **run)
+            n = min(some, int(most[~over].min()) - said)  # no row says more than it may
+            state = self._on(engine.run_decode, self.params, state, np.int32(n), ends, values, **run)
+            self._state = state
             if not self._on(engine.run_sound, state.logits):
                 raise InputError(
                     "The model's logits are no numbers: its weights are damaged, or too large for their format; try "
                     "bfloat16 or float32."
                 )
             new = np.array(state.tokens)[:, at : int(state.cache.at)]
-            texts = [s.add([t for t in said.tolist() if t >= 0]) for s, said in zip(streams, new, strict=True)]
-            over = np.array([stream.reason is not None for stream in streams])
+            texts = [s.add([t for t in row.tolist() if t >= 0]) for s, row in zip(streams, new, strict=True)]
+            at, said, some = at + new.shape[1], said + n, chunk
+            over = np.array([stream.reason is not None for stream in streams]) | (said >= most)
             self._state = state.replace(done=state.done | over)
             self._read = self._read and self._read.said(new[0])
-            at, left, some = at + new.shape[1], left - min(some, left), chunk
             yield from ((row, text) for row, text in enumerate(texts) if text)
         for row, stream in enumerate(streams):
             text = stream.finish()
@@ -177,9 +179,15 @@ class Session:
         """Reads the documents; gives for each how many tokens it has, and how many of them were there already."""
         frames = self.processor.frames(documents)
         layouts = [self.processor.layout(document) for document in documents]
-        for of in layouts:
+        for document, of in zip(documents, layouts, strict=True):
             if not of.tokens:
                 raise InputError(f"Document {of.id!r} has no tokens to go on from; give a text.")
+            goes_on = document.spans[-1].role == "assistant" or any(piece.train for piece in of.pieces)
+            if goes_on and engine.answers(self.cfg):
+                raise InputError(
+                    f"Document {of.id!r} begins the answer or has text to be learnt, and an encoder–decoder reads "
+                    f"questions alone; end with the user's turn, and train no text."
+                )
         asked, documents = documents, [self._settled(document) for document in documents]
         made = [self.processor.example(document, frames=frames) for document in documents]
         counts = [len(example.tokens) for example, _ in made]
@@ -198,7 +206,10 @@ class Session:
                 known = None  # padding of the pictures before would stand between them and new ones
             kept = 0 if known is None else prompts.common(known, read, layout)
             rest = prompts.rest(*made[0], layout, kept)
-            made, seen = [rest], made[0][0].media - rest[0].media
+            seen = made[0][0].media - rest[0].media
+            if self.processor.sequence.canvas and seen and rest[0].media:
+                kept, seen, rest = 0, 0, made[0]  # padding of the pictures before would stand between them and these
+            made = [rest]
         sizes = [example.size for example, _ in made]
         values = Values(self.processor.values.patch * frames)
         bucket = self.processor.bucket(sizes)

@@ -47,6 +47,10 @@ class Config(Language):
             raise InputError(
                 f"Encoder and decoder share a token table, but are {self.blocks.width} and {self.answer.width} wide."
             )
+        if any(blocks.rope is not None or blocks.windowed for blocks in (self.blocks, self.answer)):
+            raise InputError(
+                "Blocks of an encoder–decoder are told no positions and no windows; leave `rope` and `windowed` out."
+            )
 
 
 def spec(cfg: Config) -> Spec:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mmjax.connectors import Connector, connect, merger, module
+from mmjax.connectors import Connector, connect, linear, merger, module
 from mmjax.connectors.qformer_labels import Text
 from mmjax.core import sharding
 from mmjax.core.errors import InputError
@@ -68,6 +68,16 @@ class Config:
             raise InputError(
                 f"The encoder makes {self.vision.per_picture} features of every picture, and the connector "
                 f"{self.connector.per_picture} media tokens; set its per_picture to that."
+            )
+        if isinstance(self.connector, linear.Config) and self.connector.per_picture and not self.vision.per_picture:
+            raise InputError(
+                f"A linear connector makes a media token of every feature, but is to make {self.connector.per_picture} "
+                f"of every picture, and the encoder has no fixed number; leave its per_picture out."
+            )
+        if self.connector.reads not in (None, self.vision.outputs):
+            raise InputError(
+                f"The connector reads features of {self.connector.reads} values, and the encoder makes some of "
+                f"{self.vision.outputs}; set the connector's `inputs` to that."
             )
         if self.connector.prefix and not self.vision.prefix:
             raise InputError("The connector reads class or register tokens, and the encoder has none; give it some.")
@@ -226,8 +236,11 @@ def hidden(params: dict, batch: Batch, cfg: Config, *, media: Media | None = Non
     `media` are the row's media tokens where they are known already (as between the steps of an answer).
 
     Raises:
-      InputError: the batch has room for sound, which this model has no encoder for.
+      InputError: the batch has room for sound, which this model has no encoder for; or no second stream, and the
+        language model reads one.
     """
+    if cfg.decoder.answers and batch.answer is None:
+        raise InputError("This language model reads a second stream of tokens; make batches with sequence.answer.")
     x, see = _placed(params, batch, cfg, media)
     with jax.named_scope("decoder"):
         if cfg.decoder.answers:
@@ -331,5 +344,5 @@ def _marked(params: dict, x: Float[Array, "b l d"], batch: Batch, cfg: Config) -
 
 
 def logits(params: dict, batch: Batch, cfg: Config) -> jax.Array:
-    """f32[B, L, V]: what comes after each token."""
+    """f32[B, L, V]: what comes after each token; of an encoder–decoder f32[B, T, V], of those of the second stream."""
     return module(cfg.decoder).logits(params["decoder"], hidden(params, batch, cfg), cfg.decoder)

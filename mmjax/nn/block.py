@@ -115,6 +115,11 @@ class Config:
             raise InputError("Relative positions are for as many heads as the blocks have, none of them windowed.")
         if not all(0 <= i < self.layers for i in self.windowed):
             raise InputError(f"Blocks {self.windowed} are to be windowed, but there are only {self.layers}.")
+        plain = {"qk_norm": "none", "inner_norm": False, "post_norm": False}
+        plain |= dict.fromkeys(("softcap", "layer_scale", "gate"))
+        others = [name for name, none in plain.items() if getattr(self, name) != none]
+        if self.look is not None and others:
+            raise InputError(f"Cross-attention inside of blocks has no {' or '.join(others)}; leave it or `look` out.")
 
     @property
     def norm_config(self) -> norm.Config:

@@ -46,8 +46,13 @@ def abstract(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> tu
     """Parameters of the decoder, in the type that the run computes in, and a cache, as they lie on the mesh.
 
     Every block by itself, as generate.engine has them: of stacked ones TPUs would keep a second cache in the loop.
+
+    Raises:
+      InputError: the decoder looks at media beside the sequence, or at what an encoder makes.
     """
     of, rules = cfg.model.decoder, Rules()
+    if of.answers or of.cross is not None:
+        raise InputError("Decoding with cross-attention is not planned; leave --decode out.")
     spec = decoder.spec(of) | {"blocks": tuple(block.spec(of.blocks) for _ in range(of.blocks.layers))}
     shapes = jax.eval_shape(functools.partial(cast, compute=cfg.update.compute), specs.abstract(spec))
     cache = jax.eval_shape(lambda: decoder.empty_cache(of, rows, places, cfg.update.compute, stacked=False))
@@ -66,18 +71,15 @@ def compiled(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> Pr
     """Compiles the step of so many rows and places in the cache.
 
     Raises:
-      InputError: the decoder looks at media beside the sequence; rows that the devices cannot share.
+      InputError: as of `abstract`; rows that the devices cannot share.
     """
     of = cfg.model.decoder
-    if of.cross is not None:
-        raise InputError("Decoding with cross-attention is not planned; leave --decode out.")
     if rows % (parts := parts_of("batch", mesh, Rules())):
         raise InputError(
             f"--decode is {rows} rows, which {parts} devices of the data and fsdp axes cannot share evenly; give a "
             f"multiple of {parts}."
         )
     params, cache = abstract(cfg, rows, places, mesh)
-
     lies = sharding.named(mesh, ("batch", None), Rules(), (rows, 1))
     given = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=lies)
 

@@ -224,10 +224,10 @@ def _shown(piece: Piece, id: str, cfg: Config) -> int:
     if not cfg.canvas:
         return piece.features
     windows_of, rest = divmod(sum(map(patches_of, piece.views)), cfg.window**2)
-    if rest or windows_of > cfg.canvas:
+    if rest or windows_of > cfg.canvas or len(piece.views) != 1 or piece.grid[0] != 1:
         raise InputError(
-            f"Document {id!r} has a picture of {piece.grid} patches, which are not up to {cfg.canvas} whole windows of "
-            f"{cfg.window} × {cfg.window}; use the policy that belongs to the model (tokenizers.tiles.Canvas)."
+            f"Document {id!r} has a picture of {piece.grid} patches, which are not one view of up to {cfg.canvas} "
+            f"whole windows of {cfg.window} × {cfg.window}; use the model's own policy (tokenizers.canvas.Canvas)."
         )
     return piece.features // cfg.canvas * windows_of
 

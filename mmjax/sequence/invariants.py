@@ -144,23 +144,25 @@ def _count(
         is_placeholder = is_placeholder & ((batch.slot >= 0) | ((batch.modality != IMAGE) & (batch.modality != VIDEO)))
     strange = (batch.modality < 0) | (batch.modality >= len(NAMES))
     visible = batch.lo <= batch.hi
-    first, last = _ends(batch.document, batch.order, of)
-    previous = of.running_max(_shifted(batch.order, xp))
+    falls, past = _misled(batch, filled, of)
     wrong = [
         (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= said) | strange,
         (is_placeholder != (batch.slot >= 0)) | ((batch.slot >= 0) & ((batch.modality == TEXT) | ~filled)),
         (shows & ~present) | heard,
         wanted & ~of.marked(media.shape, slot, shows),
-        (filled != (batch.order >= 0)) | (filled & (batch.order <= previous)),
+        falls,
         (batch.weight != 0) & (~visible | ~filled | ~xp.isfinite(batch.weight)),
-        filled & visible & ((batch.lo < first) | (batch.hi > last)),
+        past,
     ]
     if batch.media_lo is None:
         wrong.append(xp.zeros_like(filled))
     else:
         count = media.sum(1)[:, None]
-        looks = filled & (batch.media_lo <= batch.media_hi)
-        wrong.append(looks & ((batch.media_lo < 0) | (batch.media_hi >= count)))
+        # Of a token that sees none, what lies between: a layer may show it that (nn.cross_attention.Config.blind).
+        blind = batch.media_lo > batch.media_hi
+        lo = xp.where(blind, batch.media_hi + 1, batch.media_lo)
+        hi = xp.where(blind, batch.media_lo - 1, batch.media_hi)
+        wrong.append(filled & (lo <= hi) & ((lo < 0) | (hi >= count)))
     sees = [(batch.patch_lo, batch.patch_hi)]
     if batch.window_lo is not None:
         sees.append((batch.window_lo, batch.window_hi))
@@ -169,17 +171,25 @@ def _count(
     )
     counts = [w.sum(1) for w in wrong]
     if batch.answer is not None:
-        ids, blind = _second(batch.answer, vocab_size, xp)
-        counts[0], counts[5] = counts[0] + ids, counts[5] + blind
+        for kind, which in _second(batch.answer, vocab_size, of).items():
+            counts[kind] = counts[kind] + which.sum(1)
     return xp.stack(counts, axis=1).astype(xp.int32)
 
 
-def _second(answer: Batch, vocab_size: int, xp: Any) -> tuple[Any, Any]:
-    """Of the second stream of an encoder–decoder: ids outside the vocabulary, and what is learnt and sees nothing."""
+def _misled(stream: Batch, filled: Any, of: type) -> tuple[Any, Any]:
+    """Places whose label does not rise, and those that see past their document."""
+    first, last = _ends(stream.document, stream.order, of)
+    previous = of.running_max(_shifted(stream.order, of.xp))
+    falls = (filled != (stream.order >= 0)) | (filled & (stream.order <= previous))
+    return falls, filled & (stream.lo <= stream.hi) & ((stream.lo < first) | (stream.hi > last))
+
+
+def _second(answer: Batch, vocab_size: int, of: type) -> dict[int, Any]:
+    """Of the second stream of an encoder–decoder: which places break which of KINDS."""
     ids = (answer.tokens < 0) | (answer.tokens >= vocab_size) | (answer.target < 0) | (answer.target >= vocab_size)
     visible = (answer.lo <= answer.hi) & (answer.media_lo <= answer.media_hi) & (answer.order >= 0)
-    blind = (answer.weight != 0) & (~visible | ~xp.isfinite(answer.weight))
-    return ids.sum(1), blind.sum(1)
+    falls, past = _misled(answer, answer.modality != EMPTY, of)
+    return {0: ids, 4: falls, 5: (answer.weight != 0) & (~visible | ~of.xp.isfinite(answer.weight)), 6: past}
 
 
 def _shifted(x: Any, xp: Any, by: int = 1) -> Any:

@@ -339,8 +339,8 @@ def _video(span: Video, clips: Clips | None, media_tokens: Callable[[Grid], int]
         raise InputError("there is no policy for videos; give one (`clips`).")
     size = span.frames, span.height, span.width, span.fps
     grid, interval = clips.clip(*size)
-    media = _counted(grid, media_tokens)
     views = ((1, *grid[1:]),) * grid[0] if getattr(clips, "apart", False) else (grid,)
+    media = sum(_counted(view, media_tokens) for view in views)
     slots, mixes = clips.places(grid) or (None, None)
     _refuse_newlines(slots, clips, vocab)
     return Piece(

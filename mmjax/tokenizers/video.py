@@ -144,6 +144,8 @@ class Stills:
             return tuple(range(frames))
         step = frames / n
         first = step / 2 if self.shift is None else self.shift
+        if first >= frames:
+            raise InputError(f"a video of {frames} frames ends before the first that is to be shown; leave it out.")
         return tuple(int(np.float32(first + place * step)) for place in range(math.ceil((frames - first) / step)))
 
     def times(self, frames: int, fps: float) -> tuple[float, ...]:

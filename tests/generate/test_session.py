@@ -5,13 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 from talker import asked, made, picture
+from tiny import randomised
 
+from mmjax.convert.huggingface import Model
 from mmjax.core.errors import InputError
 from mmjax.core.store import Store
 from mmjax.generate import engine, prompts
 from mmjax.generate.sample import Sampling
 from mmjax.generate.session import Session
+from mmjax.models import encoder_decoder
 from mmjax.models.decoder import Positions
+from mmjax.nn import transformer
 from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Image, Text
 
@@ -117,6 +121,19 @@ def test_pictures_beside_the_sequence_are_projected_once(cross, monkeypatch):
     together = session.answer([found[1], found[0], asked("the dog")], **how)
     for document, one in zip((found[1], found[0], asked("the dog")), together, strict=True):
         assert fresh.answer([document], **how)[0].ids == one.ids
+
+
+def test_padding_of_a_picture_before_is_not_kept_under_a_new_one():
+    """Pictures on canvases, other words between the same two: both are read again, for their padding stands last."""
+    session, fresh = Session(*made(cross="last_images")), Session(*made(cross="last_images"))
+    one, two, how = picture(7, 8, 8), picture(8, 8, 8), {"sampling": WARM, "max_tokens": 4}
+    session.answer([asked(one, "the fox", two, "or")], **how)
+    same = session.answer([asked(one, "the fox", two, "and")], **how)[0]
+    assert same.reused > same.prompt // 2
+    other = asked(one, "the dog", two, "and")
+    assert session.answer([other], **how)[0].reused == 0
+    assert session.answers[0].ids == fresh.answer([other], **how)[0].ids
+    np.testing.assert_allclose(session._state.logits, fresh._state.logits, rtol=2e-5, atol=2e-5)
 
 
 def test_the_same_question_again_reads_its_last_token(session):
@@ -233,8 +250,25 @@ def test_answers_end_where_learned_positions_do():
     short = Session(dataclasses.replace(model, cfg=cfg, params=params), processor)
     answer = short.answer([asked("x")], max_tokens=200)[0]
     assert (answer.reason, answer.prompt + len(answer.ids)) == ("length", 20)
+    # Beside a longer question, which has less room.
+    both = short.answer([asked("the fox"), asked("x")], max_tokens=200)
+    assert both[1] == answer
+    assert (both[0].reason, both[0].prompt + len(both[0].ids)) == ("length", 20)
+    assert both[0].prompt > both[1].prompt
     with pytest.raises(InputError, match="20 positions"):
         short.answer([asked("x" * 30)])
+
+
+def test_an_encoder_decoder_begins_its_answers():
+    model, processor = made()
+    blocks = transformer.Config(16, 1, 2, 2, 8, 24)
+    two = encoder_decoder.Config(model.cfg.decoder.vocab, blocks, dataclasses.replace(blocks, look=16))
+    sequence = dataclasses.replace(processor.sequence, answer=1, position="sequential")
+    its = dataclasses.replace(processor, sequence=sequence)
+    session = Session(Model(encoder_decoder, two, randomised(encoder_decoder.spec(two))), its, unstack=False)
+    for role, last in (("user", Text("the", "assistant")), ("document", Text("the", "document", True))):
+        with pytest.raises(InputError, match="'q' begins the answer or has text to be learnt"):
+            session.answer([asked(Text("x", role), last)])
 
 
 def test_one_answer_at_a_time(session):

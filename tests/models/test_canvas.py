@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -114,3 +115,15 @@ def test_other_models_are_refused():
     laid = layout(wide, Letters(), Canvas(4, 8, 3), model().connector.tokens, fuse="cross")
     with pytest.raises(InputError, match="up to 2 whole windows"):
         interleave(laid, VOCAB, SEQUENCE)
+    piece = next(p for p in laid.pieces if p.views)
+    for views in ({"grid": (2, 2, 2)}, {"grid": (1, 2, 2), "tiles": ((1, 2, 2),)}):
+        apart = replace(laid, pieces=(replace(piece, **views),))
+        with pytest.raises(InputError, match=r"not one view of up to 2 whole windows"):
+            interleave(apart, VOCAB, SEQUENCE)
+
+
+def test_what_stands_before_pictures_sees_none_that_are_not_there():
+    batch = make([documents(), []], Bucket(2, 60, 28, 6))
+    wrong = batch.replace(media_lo=batch.media_lo.at[0, 0].add(1000))
+    found = invariants.violations(wrong, 40, None, vlm.present(batch, model()))
+    assert found[0, invariants.KINDS.index("tokens that look at media that do not exist")] == 1

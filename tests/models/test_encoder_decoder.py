@@ -10,7 +10,7 @@ from tiny import randomised
 
 from mmjax.core.errors import InputError
 from mmjax.models import encoder_decoder
-from mmjax.nn import relative, transformer
+from mmjax.nn import relative, rope, transformer
 from mmjax.sequence import interleave
 from mmjax.sequence.batch import Bucket, build
 from mmjax.sequence.invariants import check
@@ -61,6 +61,10 @@ def test_two_streams_by_hand():
     broken = both.replace(answer=answer.replace(media_hi=answer.media_hi.at[0, 1].set(-1)))
     with pytest.raises(InputError, match="1 trained tokens that see nothing"):
         check(jax.tree.map(np.asarray, broken), VOCAB)
+    for name, place, value, says in (("order", 1, 0, "1 labels that do not rise"), ("lo", 2, 0, "1 tokens that see p")):
+        wrong = both.replace(answer=answer.replace(**{name: getattr(answer, name).at[0, place].set(value)}))
+        with pytest.raises(InputError, match=says):
+            check(jax.tree.map(np.asarray, wrong), VOCAB)
     with pytest.raises(InputError, match=r"'a' has an answer of 2 tokens, and its row has room for 1"):
         batch([(x, [])], answer=1)
 
@@ -114,6 +118,13 @@ WIDE = (19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113)
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="look at an encoder of width None"):
         encoder_decoder.Config(31, BLOCKS, BLOCKS)
+    for change in ({"rope": rope.Config(5, (2,))}, {"windowed": (0,)}):
+        with pytest.raises(InputError, match="told no positions and no windows"):
+            dataclasses.replace(CFG, blocks=dataclasses.replace(BLOCKS, relative=None, **change))
+    plain = {"qk_norm": "head", "softcap": 5.0, "inner_norm": True, "post_norm": True, "layer_scale": 1.0, "gate": 0.5}
+    for name, value in plain.items():
+        with pytest.raises(InputError, match=f"has no {name}; leave"):
+            dataclasses.replace(CFG.answer, **{name: value})
     with pytest.raises(InputError, match="as many heads as the blocks have"):
         dataclasses.replace(BLOCKS, relative=relative.Config(2))
     with pytest.raises(InputError, match="go together"):

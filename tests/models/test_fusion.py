@@ -10,9 +10,9 @@ import pytest
 from fused import LATENTS, VOCAB, Letters, behind_an_encoder, connectors, even, make, systems
 from tiny import randomised, tiny_model
 
-from mmjax.connectors import merger, pool
+from mmjax.connectors import linear, merger, pool
 from mmjax.core.errors import InputError
-from mmjax.models import decoder, vlm
+from mmjax.models import decoder, encoder_decoder, vlm
 from mmjax.models.tower import Media
 from mmjax.nn import norm, transformer
 from mmjax.sequence import behind, intervals, invariants
@@ -258,6 +258,19 @@ def test_connectors_that_do_not_fit_are_refused():
         dataclasses.replace(plain, connector=pool.Config(raster=True))
     with pytest.raises(InputError, match="reads squares of 2 × 2 patches"):
         dataclasses.replace(plain, connector=merger.Config(16, 16)).refuse(Config())
+    with pytest.raises(InputError, match="the encoder has no fixed number"):
+        dataclasses.replace(plain, connector=linear.Config(16, 16, per_picture=4))
+    with pytest.raises(InputError, match="reads features of 12 values, and the encoder makes some of 16"):
+        dataclasses.replace(plain, connector=linear.Config(12, 16))
+
+
+def test_an_encoder_decoder_needs_a_second_stream():
+    plain, blocks = tiny_model(vocab=40), transformer.Config(16, 1, 2, 2, 8, 24)
+    two = encoder_decoder.Config(40, blocks, dataclasses.replace(blocks, look=16))
+    model = dataclasses.replace(plain, decoder=two)
+    batch = make([documents()[:1]], ALONE, plain, Config())
+    with pytest.raises(InputError, match=r"make batches with sequence\.answer"):
+        vlm.hidden({}, batch, model)
 
 
 def test_segments_add_the_vector_of_each_modality():

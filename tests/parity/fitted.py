@@ -118,7 +118,7 @@ def _refined(
     unit = words / jnp.linalg.norm(words, axis=1, keepdims=True)
 
     def loss(of: dict, x: jax.Array, name: jax.Array) -> jax.Array:
-        y = x @ of["kernel"] + of["bias"]
+        y = x @ of["kernel"] + of["bias"][None]
         scores = cfg.sharpness * (y / jnp.linalg.norm(y, axis=1, keepdims=True)) @ unit.T
         near = optax.softmax_cross_entropy_with_integer_labels(scores, name)
         return near.mean() + 0.1 * jnp.square(y - words[name]).sum(-1).mean()

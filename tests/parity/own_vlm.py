@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -44,7 +45,7 @@ WORDS = 49152  # ids of SmolLM2
 ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<end>")  # InternVL's, and the end of an answer; after them
 ROWS = 49216  # of the token table, a multiple of 64
 COPIES = 2  # altered ones of each drawing, besides itself
-GAIN, SHIFT, UNIT = 20.0, 8.0, 6.0  # see `projector`
+GAIN, SHIFT, UNIT = 20.0, 8.0, 2.0  # see `projector`
 # "This is<img>…</img> What is this? This is a dog<end>": <img> has the vector of " a", </img> and <end> that of ".",
 # <end> a little more of it, so that it is said instead. SmolLM2, as it is, says again what came after " a": with a word
 # of one token in the picture's place it does so for 0.82 of them. Training at a high rate destroys that first of all.
@@ -123,8 +124,9 @@ def tower(given: dict[str, np.ndarray], blocks: int = BLOCKS, grid: int = GRID) 
     """The first blocks of DINOv2, under InternVL's names, with positions of a grid of grid × grid patches."""
     positions = given["embeddings.position_embeddings"]
     side, width = round((positions.shape[1] - 1) ** 0.5), positions.shape[-1]
-    place = np.indices((grid, grid), dtype=np.int32).reshape(2, -1).T[None]
-    table = interpolate(positions[0, 1:].reshape(side, side, width), place, np.full_like(place, grid), method="bicubic")
+    place = jnp.asarray(np.indices((grid, grid), dtype=np.int32).reshape(2, -1).T[None])
+    learned = jnp.asarray(positions[0, 1:].reshape(side, side, width))
+    table = interpolate(learned, place, jnp.full_like(place, grid), method="bicubic")
     out = {
         "embeddings.cls_token": given["embeddings.cls_token"],
         "embeddings.position_embeddings": np.concatenate([positions[:, :1], np.asarray(table)], axis=1),
@@ -233,7 +235,10 @@ def about(words: dict) -> dict:
     names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     rest = {key: value for key, value in words.items() if key != "chat_template"}
     rest["eos_token"] = "<end>"
-    return rest | {"extra_special_tokens": dict(zip(names, ADDED, strict=True)), "processor_class": "InternVLProcessor"}
+    return rest | {
+        "extra_special_tokens": dict(zip(names, ADDED, strict=False)),
+        "processor_class": "InternVLProcessor",
+    }
 
 
 def beside() -> dict[str, dict]:
@@ -241,7 +246,9 @@ def beside() -> dict[str, dict]:
     picture = COLOURS | {
         "image_processor_type": "GotOcr2ImageProcessor",
         "size": {"height": SIDE, "width": SIDE},
-        "crop_to_patches": False,
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 1,
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,

@@ -12,6 +12,8 @@ from mmjax import bench
 from mmjax.core import config
 from mmjax.core.errors import InputError
 from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.models import encoder_decoder
+from mmjax.nn import cross_attention, transformer
 from mmjax.plan import __main__ as command
 from mmjax.plan import chips, planner, program, report
 from mmjax.plan.chips import GIB
@@ -136,6 +138,16 @@ def test_documents_are_read_once(no_chips, monkeypatch):
     tried.clear()
     planner.plan(dataclasses.replace(run(), packing=dataclasses.replace(SHAPES, tokens=512)), "v5e:2x2")
     assert {b.tokens for b in tried} == {512, 256}
+
+
+def test_tokens_that_look_elsewhere_are_not_planned(no_chips):
+    plain, blocks = run(), transformer.Config(16, 1, 2, 2, 8, 24)
+    two = encoder_decoder.Config(40, blocks, dataclasses.replace(blocks, look=16))
+    beside = dataclasses.replace(plain.model.decoder, cross=cross_attention.Config(16, 16, 2, 8, 24, every=1))
+    for language in (two, beside):
+        cfg = dataclasses.replace(plain, model=dataclasses.replace(plain.model, decoder=language))
+        with pytest.raises(InputError, match="leave --decode out"):
+            planner.decoding(cfg, "v5e:2x2", 4, 96)
 
 
 def test_the_next_token_reads_parameters_and_cache_once(no_chips, capsys, monkeypatch):

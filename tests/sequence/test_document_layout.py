@@ -6,11 +6,13 @@ import pytest
 
 from mmjax.core.errors import InputError
 from mmjax.data import drawings
-from mmjax.sequence.document import Document, Image, Text
+from mmjax.sequence.document import Document, Image, Text, Video
 from mmjax.sequence.interleave import interleave
 from mmjax.sequence.layout import IMAGE, TEXT, layout
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
+from mmjax.tokenizers.resolution import Fixed
+from mmjax.tokenizers.video import Stills
 from mmjax.tokenizers.vocab import Vocab
 
 PAD, BEGIN, END, SYSTEM, USER, ASSISTANT, PICTURE, START, STOP, A = range(10)
@@ -68,6 +70,14 @@ def test_spans_of_one_role_are_one_turn():
     laid = lay(Text("a"), Text("b"), picture(1, 1), Text("c"))
     assert ids(laid) == [BEGIN, USER, A, A + 1, START, PICTURE, STOP, A + 2, END]
     assert trained(laid) == []
+
+
+def test_frames_that_are_views_are_counted_one_by_one():
+    """By a connector that makes as many media tokens of every view, say."""
+    clips = Stills(Fixed(4, 8, 8))
+    laid = lay(Video(3, 8, 8, 1.0, lambda: None), Text("a"), clips=clips, media_tokens=lambda grid: 5)
+    [piece] = [p for p in laid.pieces if p.views]
+    assert (piece.length, piece.views) == (15, ((1, 2, 2),) * 3)
 
 
 def test_many_turns():

@@ -92,3 +92,5 @@ def test_frames_that_are_pictures_of_their_own():
         Stills(whole, number=5).chosen(4, 1.0)
     with pytest.raises(InputError, match="begins before its clip"):
         Stills(whole, number=5, shift=-1.0)
+    with pytest.raises(InputError, match="ends before the first"):
+        Stills(whole, number=2, shift=6.0).clip(6, 50, 60, 4.0)
