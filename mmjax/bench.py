@@ -84,13 +84,15 @@ def run(arguments: Sequence[str]) -> int:
 def measure(cfg: Any, steps: int) -> dict[str, Any]:
     """Times that many steps of a run (train.config.Config) and returns everything that was found, ready for JSON.
 
+    Of a run with stages, the first is timed.
+
     Raises:
       InputError: the run cannot be: as `mmjax.train` says.
     """
-    from mmjax.train import cluster, loop, parameters, state
+    from mmjax.train import cluster, loop, parameters, stages, state
     from mmjax.train.prepare import prepare_data
 
-    cfg = _short(cfg, WARM + steps)
+    cfg = _short(stages.first(cfg), WARM + steps)
     mesh = make_mesh(cfg.mesh)
     source = prepare_data(cfg, *cluster.parts(mesh, Rules())).training
     tx = state.optimizer(cfg.optimizer, cfg.steps)

@@ -82,8 +82,8 @@ def test_parts_of_two_directories_become_a_third(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"model_type": "llama", "vocab_size": 30, **tiny, "hidden_size": 12, "num_attention_heads": 3}
-    speaks = {"model_type": "opt", "vocab_size": 20, "ffn_dim": 12, "word_embed_proj_dim": 8, **tiny}
-    sees = {"model_type": "blip-2", "image_token_index": 19, "num_query_tokens": 3, "text_config": speaks}
+    speaks = {"model_type": "opt", "vocab_size": 40, "ffn_dim": 12, "word_embed_proj_dim": 8, **tiny}
+    sees = {"model_type": "blip-2", "image_token_index": 39, "num_query_tokens": 3, "text_config": speaks}
     sees["vision_config"] = {"image_size": 8, "patch_size": 4, **tiny}
     sees["qformer_config"] = {"encoder_hidden_size": 8, **tiny}
     for name, config in (("blip2-opt-2.7b", sees), ("vicuna-7b", text)):
@@ -93,6 +93,7 @@ def test_parts_of_two_directories_become_a_third(tmp_path, monkeypatch):
     exec(compile(EXAMPLES[6], "README.md", "exec"), {})
     parts, made = {n: huggingface.load(n) for n in ("blip2-opt-2.7b", "vicuna-7b")}, huggingface.load("minigpt4")
     assert made.cfg.connector.outputs == made.cfg.decoder.blocks.width == 12
+    assert made.cfg.placeholder == 0
     for got, want in (
         (made.params["decoder"], parts["vicuna-7b"].params),
         (made.params["vision"], parts["blip2-opt-2.7b"].params["vision"]),

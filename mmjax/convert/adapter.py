@@ -30,6 +30,7 @@ from mmjax.core.strict_json import shown
 from mmjax.models import vlm
 from mmjax.nn import lora
 
+Renamed = tuple[tuple[str, str], ...]  # patterns and what is written instead, one after the other
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 4 << 20
 PREFIX = "base_model.model."
@@ -39,10 +40,17 @@ RENAMED = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector|visual)\.", r"model.\1."),
+    (r"^image_newline$", "model.image_newline"),
     (r"^model\.layers\.", "model.language_model.layers."),
     (r"^model\.(embed_tokens|norm)\.", r"model.language_model.\1."),
     (r"^(model\.vision_tower)\.vision_model\.", r"\1."),
 )
+# What goes on top of these, or in their place, by model_type.
+RENAMED_MORE = {
+    "mllama": ((r"^vision_model\.", "model.vision_model."),),
+    "deepseek_vl": ((r"^(model\.vision_model)\.vision_model\.", r"\1."),),
+}
+AS_IN_FILES = ("blip-2", "instructblip", "idefics")
 # What a config may say that is not computed here.
 REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "target_parameters")
 REFUSED += ("trainable_token_indices", "layer_replication", "use_qalora", "arrow_config", "alora_invocation_tokens")
@@ -62,18 +70,11 @@ def save(
 
     Raises:
       InputError: there is something at `path`; nothing is adapted; or peft cannot have it so: a kernel trained beside
-        its adapter, or sharing a tensor with others, a parameter of no layer of its own.
+        its adapter, or sharing a tensor with others, a parameter of no layer of its own, a table that is the head.
     """
-    made, whole = _plan(model), model.of is vlm
+    made, names = _plan(model), renamed(model)
     plain, nodes = lora.parted(model.params)
-    if not nodes:
-        raise InputError("No kernel of this model is adapted; save it whole (convert.huggingface.save).")
-    both = sorted(nodes.keys() & set(changed))
-    if both:
-        raise InputError(
-            f"The kernel {both[0]} was trained beside its adapter, which peft has no layout for; export the model "
-            f"merged."
-        )
+    refuse(model, nodes, changed)
     first = next(iter(nodes.values()))
     rank = first["a"].shape[-1]
     config = config or lora.Config(rank, float(np.max(first["scale"])) * rank)
@@ -81,17 +82,45 @@ def save(
     for name, node in nodes.items():
         a, b = (np.asarray(node[k], np.float32) for k in "ab")
         for piece in made.pieces[name]:
-            module, at = PREFIX + _module(name, piece, whole), piece.at
+            module, at = PREFIX + _module(name, piece, names), piece.at
             tensors[module + A] = np.ascontiguousarray(a[at].reshape(-1, rank).T)
             tensors[module + B] = np.ascontiguousarray(b[at].reshape(rank, -1).T)
     targets = sorted(key[len(PREFIX) : -len(A)] for key in tensors if key.endswith(A))
     saved = _saved(model, made, plain, changed)
-    tensors |= {f"{PREFIX}{in_memory(key, whole)}": x for key, x in saved.items()}
-    kept = sorted({in_memory(key, whole).rpartition(".")[0] for key in saved})
+    tensors |= {f"{PREFIX}{in_memory(key, names)}": x for key, x in saved.items()}
+    kept = sorted({in_memory(key, names).rpartition(".")[0] for key in saved})
     said = _config(base, config, targets, kept)
     with new_directory(path) as folder:
         _write(folder / WEIGHTS, tensors)
         (folder / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+
+
+def refuse(model: Model, adapted: Collection[str], changed: Collection[str] = ()) -> None:
+    """Raises InputError where an adapter cannot hold these kernels' adapters and these other leaves, by path."""
+    made, names = _plan(model), renamed(model)
+    if not adapted:
+        raise InputError("No kernel of this model is adapted; save it whole (convert.huggingface.save).")
+    both = sorted(set(adapted) & set(changed))
+    if both:
+        raise InputError(
+            f"The kernel {both[0]} is trained beside its adapter, which peft has no layout for; export the model "
+            f"merged."
+        )
+    for name in adapted:
+        for piece in made.pieces[name]:
+            _module(name, piece, names)
+    odd = sorted(key for key in _keys(made, changed) if key.rpartition(".")[2] not in ("weight", "bias"))
+    if odd:
+        raise InputError(
+            f"{odd[0]} is trained, a parameter of no layer of its own, which peft does not save; export the model "
+            f"merged."
+        )
+    shared = sorted({"decoder/embed", "embed"} & set(changed))
+    if shared and getattr(getattr(model.cfg, "decoder", model.cfg), "tied", False):
+        raise InputError(
+            f"{shared[0]} is trained, which the head is tied to, and peft would leave the head as it was; export the "
+            f"model merged."
+        )
 
 
 def load(path: PathLike, model: Model) -> Model:
@@ -110,15 +139,15 @@ def load(path: PathLike, model: Model) -> Model:
     config = _understood(said, path / CONFIG)
     source, made = One(path, WEIGHTS), _plan(model)
     there = {_plain(key): key for key in source.shapes()}
-    whole, flat = model.of is vlm, tree.flatten(model.params)
+    names, flat = renamed(model), tree.flatten(model.params)
     used: set[str] = set()
     for name, pieces in made.pieces.items():
         if name.endswith("/kernel"):
-            found = [_pair(source, there, piece, whole, config.rank) for piece in pieces]
+            found = [_pair(source, there, piece, names, config.rank) for piece in pieces]
             if any(found):
                 used |= {key for pair in found if pair for key in pair[:2]}
                 flat[name] = _node(name, made, found, flat[name], config)
-    flat |= _replaced(source, there, made, flat, whole, used)
+    flat |= _replaced(source, there, made, flat, names, used)
     surplus = sorted(there.keys() - used)
     if surplus:
         raise InputError(
@@ -128,9 +157,17 @@ def load(path: PathLike, model: Model) -> Model:
     return dataclasses.replace(model, params=tree.unflatten(flat))
 
 
-def in_memory(key: str, whole: bool) -> str:
-    """What transformers calls a tensor of a file; `whole`: of a model with an encoder."""
-    for pattern, new in RENAMED if whole else ():
+def renamed(model: Model) -> Renamed:
+    """The table for `in_memory`; models of text are called as in their files."""
+    kind = origin_of(model).raw["model_type"]
+    if model.of is not vlm or kind in AS_IN_FILES:
+        return ()
+    return RENAMED + RENAMED_MORE.get(kind, ())
+
+
+def in_memory(key: str, names: Renamed) -> str:
+    """What transformers calls a tensor of a file."""
+    for pattern, new in names:
         key = re.sub(pattern, new, key)
     return key
 
@@ -144,7 +181,7 @@ def _alone(piece: Piece) -> bool:
     return piece.axis is None and piece.axes == (1, 0) and not isinstance(piece.at, slice)
 
 
-def _module(name: str, piece: Piece, whole: bool) -> str:
+def _module(name: str, piece: Piece, names: Renamed) -> str:
     """The layer that a kernel is in transformers.
 
     Raises:
@@ -155,20 +192,19 @@ def _module(name: str, piece: Piece, whole: bool) -> str:
             f"The kernel {name} is in {piece.key}, which is no linear layer of its own; export the model merged, or "
             f"leave it out of lora.targets."
         )
-    return in_memory(piece.key, whole).removesuffix(".weight")
+    return in_memory(piece.key, names).removesuffix(".weight")
 
 
 def _saved(model: Model, made: Plan, plain: Mapping[str, Any], changed: Collection[str]) -> dict[str, np.ndarray]:
     """The tensors that changed leaves become."""
-    keys = {piece.key for name in changed for piece in made.pieces[name]}
-    odd = sorted(key for key in keys if key.rpartition(".")[2] not in ("weight", "bias"))
-    if odd:
-        raise InputError(
-            f"{odd[0]} was trained, a parameter of no layer of its own, which peft does not save; export the model "
-            f"merged."
-        )
+    keys = _keys(made, changed)
     rules = origin_of(model).found.rules
     return tables.save(model.of.spec(model.cfg), rules, tree.unflatten(plain), keys) if keys else {}
+
+
+def _keys(made: Plan, changed: Collection[str]) -> set[str]:
+    """The tensors that leaves are in."""
+    return {piece.key for name in changed for piece in made.pieces[name]}
 
 
 def _config(base: str, config: lora.Config, targets: list[str], kept: list[str]) -> dict[str, Any]:
@@ -229,15 +265,15 @@ def _plain(key: str) -> str:
     return re.sub(r"\.(modules_to_save|original_module)(\.default)?\.|\.default\.", ".", key)
 
 
-def _names(key: str, whole: bool) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((in_memory(key, whole), key)))
+def _names(key: str, names: Renamed) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((in_memory(key, names), key)))
 
 
 def _pair(
-    source: One, there: Mapping[str, str], piece: Piece, whole: bool, rank: int
+    source: One, there: Mapping[str, str], piece: Piece, names: Renamed, rank: int
 ) -> tuple[str, str, np.ndarray, np.ndarray] | None:
     """The names and the values of A and B of one layer's kernel; None where it is not adapted."""
-    for name in _names(piece.key, whole):
+    for name in _names(piece.key, names):
         a, b = (name.removesuffix(".weight") + end for end in (A, B))
         if a in there and b in there:
             values = tuple(source.read(there[key]) for key in (a, b))
@@ -269,12 +305,12 @@ def _node(name: str, made: Plan, found: list[Any], base: Any, config: lora.Confi
 
 
 def _replaced(
-    source: One, there: Mapping[str, str], made: Plan, flat: Mapping[str, Any], whole: bool, used: set[str]
+    source: One, there: Mapping[str, str], made: Plan, flat: Mapping[str, Any], names: Renamed, used: set[str]
 ) -> dict[str, Any]:
     """The leaves that are saved whole beside adapters; what was read of them is added to `used`."""
     out = {}
     for name, pieces in made.pieces.items():
-        found = [next((n for n in _names(piece.key, whole) if n in there), None) for piece in pieces]
+        found = [next((n for n in _names(piece.key, names) if n in there), None) for piece in pieces]
         if not any(found):
             continue
         if not all(found) or isinstance(flat[name], dict):

@@ -8,6 +8,7 @@ from mmjax.core.sharding import make_mesh
 from mmjax.plan import advice, chips, decode, program, report
 from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, TooLarge
+from mmjax.train import stages
 from mmjax.train.config import Config
 
 
@@ -62,7 +63,7 @@ def plan(
     """The plan as numbers and in words.
 
     Args:
-      cfg: the run.
+      cfg: the run; of its stages, the first.
       topology: the chips (plan.chips.topology).
       every: all buckets; else the largest.
       document: tokens of each document in a row; 0: a row is one document.
@@ -73,6 +74,7 @@ def plan(
       InputError: for everything the user can mend.
     """
     of, limit = chosen(topology, memory)
+    cfg = stages.first(cfg)
     found = program.buckets(cfg)
     devices = chips.devices(of)
     mesh = make_mesh(cfg.mesh, devices)

@@ -56,7 +56,8 @@ def equal(said: str, answer: str) -> bool:
 class Answers:
     """The loss on documents (`HeldOut`), and the share of their last answers that is given exactly (`equal`).
 
-    Answers are greedy, of at most cfg.answer tokens. Where several processes train, there is the loss alone.
+    Answers are greedy, of at most cfg.answer tokens, to the first cfg.questions of every dataset. Questions about media
+    that cannot be read, as packing.holes allows, are left out. Where several processes train, there is the loss alone.
     """
 
     def __init__(self, losses: HeldOut, questions: Mapping[str, Sequence[Asked]], its: Processor):
@@ -71,7 +72,8 @@ class Answers:
     def judge(self, params: dict, out: Path) -> dict[str, Any]:
         """As of HeldOut, and `answers`: of every question its document, the answer, and what was said.
 
-        Some of those with a picture are drawn in `out`.
+        Of every dataset: how many `questions` were asked, `of` how many, and how many were `unread`. Some of those with
+        a picture are drawn in `out`.
         """
         judged = self.losses.judge(params, out)
         if not self.questions:
@@ -79,10 +81,16 @@ class Answers:
         model = Model(vlm, self.cfg.model, cast(params, self.cfg.update.compute))
         session = Session(model, self.its, mesh=self.mesh, unstack=False)
         told, drawn = {}, []
-        for name, questions in self.questions.items():
+        for name, every in self.questions.items():
+            first = every[: self.cfg.questions or None]
+            questions = self._readable(name, first)
+            counts = {"questions": len(questions), "of": len(every), "unread": len(first) - len(questions)}
+            judged["held_out"][name] |= counts
+            if not questions:
+                continue
             said = self._said(session, questions)
             right = [equal(s, q.answer) for s, q in zip(said, questions, strict=True)]
-            judged["held_out"][name] |= {"exact_match": float(np.mean(right)), "questions": len(right)}
+            judged["held_out"][name]["exact_match"] = float(np.mean(right))
             told[name] = [
                 {"document": q.document.id, "answer": q.answer, "said": s} for s, q in zip(said, questions, strict=True)
             ]
@@ -91,6 +99,13 @@ class Answers:
         if drawn:
             report.draw_sheet(out, SHEET, *zip(*drawn, strict=True), most=20)
         return judged | {"answers": told}
+
+    def _readable(self, name: str, questions: Sequence[Asked]) -> list[Asked]:
+        """Those whose documents were read when their loss was taken."""
+        holes = set(self.losses.sources[name].holes.reasons)
+        if self.cfg.packing.long == "split":  # there they are called id#0, id#1, …
+            holes |= {hole.rpartition("#")[0] for hole in holes}
+        return [question for question in questions if question.document.id not in holes]
 
     def _said(self, session: Session, questions: Sequence[Asked]) -> list[str]:
         """What is said to every question; those of like length together."""
@@ -107,6 +122,13 @@ class Answers:
 
     def said(self, judged: dict[str, Any]) -> str:
         """One line about the result."""
-        found = judged["held_out"].items()
-        exact = [f"{name} {of['exact_match']:.0%} of {of['questions']}" for name, of in found if "questions" in of]
+        exact = [f"{name} {_exact(of)}" for name, of in judged["held_out"].items() if "exact_match" in of]
         return self.losses.said(judged) + (f"; answers that are exact: {', '.join(exact)}" if exact else "")
+
+
+def _exact(of: Mapping[str, Any]) -> str:
+    """The share, and of how many of how many questions."""
+    asked = of["questions"] + of["unread"]
+    less = [f"of {of['of']} the first {asked} were asked"] if asked < of["of"] else []
+    less += [f"{of['unread']} cannot be read"] if of["unread"] else []
+    return f"{of['exact_match']:.0%} of {of['questions']}" + (f" ({'; '.join(less)})" if less else "")

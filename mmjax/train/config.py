@@ -179,3 +179,4 @@ class Config:
     fallback: bool = True  # resume from the step before, where the last one is damaged
     threads: int = 2  # that read and decode
     answer: int = 10  # tokens an answer may take in the evaluation
+    questions: int = 200  # that are answered of each dataset, with a base: the first so many; 0: all

@@ -5,6 +5,8 @@ python -m mmjax.train export RUN DST --to adapter        what was trained of it 
 """
 
 import argparse
+import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,10 @@ from mmjax.core import parts, tree
 from mmjax.core.cast import cast
 from mmjax.core.checksum import checksums_numpy
 from mmjax.core.errors import InputError
+from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.train import parameters, start
+from mmjax.train.config import Config
 
 To = Literal["merged", "adapter"]
 CHECKPOINTS, AVERAGE = "checkpoints", "/average/"
@@ -104,7 +108,16 @@ def export(run: Path, target: Path, to: To = "merged", step: int | None = None, 
     if "lora.rank" in said:
         config = lora.Config(said["lora.rank"], said["lora.alpha"], rslora=said["lora.rslora"])
     adapted = Model(model.of, model.cfg, params, model.origin)
-    adapter.save(target, adapted, base=str(path), changed=changed, config=config)
+    adapter.save(target, adapted, base=str(path.absolute()), changed=changed, config=config)
+
+
+def refuse(cfg: Config) -> None:
+    """Raises InputError where what a run is to train is nothing that an adapter of its base could hold."""
+    model = start.opened(cfg.base)
+    cfg = dataclasses.replace(cfg, model=model.cfg)
+    adapted = [] if cfg.lora is None else lora.targets(vlm.spec(cfg.model), cfg.lora)
+    moved = {name for name in parameters.trained(parameters.spec(cfg), cfg) if not re.fullmatch(parameters.OWN, name)}
+    adapter.refuse(model, adapted, {name.removesuffix("/base") for name in moved})
 
 
 def _named(borrowed: dict[str, Any], compute: str) -> str:

@@ -19,10 +19,11 @@ from mmjax.convert.processor import Processor
 from mmjax.core import processes
 from mmjax.core.errors import InputError
 from mmjax.data import sets
+from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.sequence.buckets import ladder
 from mmjax.sequence.document import Document, Image, Text
-from mmjax.train import export, loop, presets, start
+from mmjax.train import cluster, export, loop, presets, start
 from mmjax.train.config import Config, Optimizer, Packing
 
 LOOK = 1024  # documents of a dataset that are measured for a row's default size
@@ -69,23 +70,27 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
     if not given.model or not given.data:
         raise InputError(f"Give --{'data PATH' if given.model else 'model DIR'}; --help shows how.")
     stages = presets.stages(given.stages)
-    if any(a == "--steps" or a.startswith("--steps=") for a in rest):
+    if "--steps" in _named(rest):
         raise InputError("The steps of a fine-tuning are those of its --stages; leave --steps out.")
     model, its = start.both(given.model)
     place = _place(its)
     sources = tuple(_source(text, place) for text in given.data)
     evaluation = tuple(sets.Files(Path(path), place=place) for path in given.eval)
+    packing = _packing(its, sources + evaluation, model.cfg.decoder.longest)
     default = Config(
         model=model.cfg,
         data=sets.Mixed(sources, held_out=0, evaluation=evaluation),
         out=Path("runs/finetune"),
         base=Path(given.model),
-        lora=lora.Config() if any("lora" in stage.name.split("+") for stage in stages) else None,
+        lora=lora.Config(targets=_targets(model.cfg))
+        if any("lora" in stage.name.split("+") for stage in stages)
+        else None,
         stages=stages,
         steps=sum(stage.steps for stage in stages),
         resolution=its.resolution,
-        packing=_packing(its, sources + evaluation, model.cfg.decoder.longest),
-        sequence=its.sequence,
+        packing=packing,
+        # All of a row may be answers.
+        sequence=dataclasses.replace(its.sequence, answer=packing.tokens) if its.sequence.answer else its.sequence,
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         answer=64,
     )
@@ -98,6 +103,11 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
         prog="python -m mmjax.train finetune",
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if "--optimizer.learning-rate" in _named(rest) and all(stage.learning_rate for stage in cfg.stages):
+        raise InputError(
+            f"Every stage has a learning rate of its own, and optimizer.learning-rate would be ignored; say it in the "
+            f"stage, as {cfg.stages[0].name}:{cfg.stages[0].steps}:{cfg.optimizer.learning_rate:g}."
+        )
     return dataclasses.replace(cfg, steps=sum(stage.steps for stage in cfg.stages)), given.export
 
 
@@ -107,11 +117,28 @@ def run(arguments: Sequence[str]) -> int:
     target = cfg.out / (to or "")
     if to and target.exists():
         raise InputError(f"{target} is there already; remove it, or leave --export out.")
-    status = loop.run(cfg)
-    if to and not status and processes.index() == 0:
-        export.export(cfg.out, target, to, base=cfg.base)
-        print(f"{to}: {target}")
+    if to == "adapter":
+        export.refuse(cfg)
+    with cluster.joined(cfg.cluster):  # the first process exports, and the others wait for it
+        status = loop.run(cfg)
+        if to and not status:
+            processes.from_first(lambda: _export(cfg, to, target))
     return status
+
+
+def _export(cfg: Config, to: export.To, target: Path) -> None:
+    export.export(cfg.out, target, to, base=cfg.base)
+    print(f"{to}: {target}")
+
+
+def _named(arguments: Sequence[str]) -> set[str]:
+    """The fields that a command line sets."""
+    return {a.partition("=")[0].replace("_", "-") for a in arguments}
+
+
+def _targets(model: vlm.Config) -> tuple[str, ...]:
+    """The kernels that are adapted if nothing else is said: all products in the blocks of the language model."""
+    return ("decoder/encoder/blocks/*", "decoder/answer/blocks/*") if model.decoder.answers else lora.TARGETS
 
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmjax.convert.processor import Processor
 from mmjax.convert.processor.text import reader
 from mmjax.core.errors import InputError
 from mmjax.data import drawings, index, sets
@@ -60,7 +59,8 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     _refuse(cfg, tokenizer, of)
     plain = lay
     if cfg.budget != Budget():
-        lay = Limited(lay, cfg.budget, cfg.resolution, costs=vlm.costs(cfg.model))
+        clips = None if its is None else its.clips
+        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model))
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
     most = cfg.steps * packing.rows * packing.tokens
@@ -83,9 +83,10 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         long=packing.long,
     )
     if epochs and len(plan.steps) != cfg.steps:
+        give = "give --stages whose steps add up to" if cfg.stages else "set steps to"
         raise InputError(
             f"data.epochs is {epochs}, which takes {len(plan.steps)} steps of these documents, but steps is "
-            f"{cfg.steps}; set steps to {len(plan.steps)}, or mix by weights (data.epochs 0)."
+            f"{cfg.steps}; {give} {len(plan.steps)}, or mix by weights (data.epochs 0)."
         )
     made = functools.partial(
         Source,
@@ -96,7 +97,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
-        said=_said(cfg, its),
+        said=_said(cfg),
         parts=parts,
         of=of,
     )
@@ -111,10 +112,8 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     return Data(tokenizer, writing, training, evaluation, fingerprints)
 
 
-def _said(cfg: Config, its: Processor | None) -> Callable[[Document, int], Any] | None:
-    """What the connector reads beside pictures, from documents; with a base, in that directory's own words."""
-    if its is not None and its.reader is not None:
-        return its.reader.beside
+def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
+    """What the connector reads beside pictures, from documents; no base's does (train.start.both)."""
     path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
     if cfg.model.connector.reads_text != (path is not None):
         raise InputError(
@@ -163,6 +162,8 @@ def _tokenizer(data: drawings.Config | sets.Mixed, newline: bool) -> Any:
 
 
 def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
+    if cfg.questions < 0:
+        raise InputError(f"questions is {cfg.questions}; give how many of each dataset are asked, or 0 for all.")
     # Published models have more: their tables are padded to a round number.
     if tokenizer.vocab.size > cfg.model.decoder.vocab:
         raise InputError(

@@ -70,6 +70,17 @@ def parts(cfg: Config) -> tuple[Part, ...]:
     return tuple(out)
 
 
+def first(cfg: Config) -> Config:
+    """The run as if its first stage were all of it, which is what is planned (mmjax.plan) and timed (mmjax.bench).
+
+    Raises:
+      InputError: there are adapters, whose work is not counted; or as of `parts`.
+    """
+    if cfg.lora is not None:
+        raise InputError("What a step with adapters takes is not counted yet; leave lora and its stages out.")
+    return parts(cfg)[0].cfg
+
+
 def at(parts: Sequence[Part], step: int) -> int:
     """Which stage has made a step's state."""
     return next(n for n, part in enumerate(parts) if step <= part.last)

@@ -71,8 +71,8 @@ def both(path: PathLike) -> tuple[Model, Processor]:
         raise InputError(f"{path} has no settings of pictures (preprocessor_config.json); add those of the model.")
     if its.reader is not None:
         raise InputError(
-            f"The connector in {path} reads the question beside each picture, which documents that are trained on do "
-            f"not say yet; give a model whose connector sees pictures alone."
+            f"The connector in {path} reads the question beside each picture, and such a base is not trained further "
+            f"yet; give a model whose connector sees pictures alone."
         )
     return processors.with_colours(model, its), its
 

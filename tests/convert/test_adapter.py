@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import randomised
 
 from mmjax.convert import adapter, huggingface
+from mmjax.convert.model import Model, Origin
 from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.nn import lora
@@ -150,11 +151,22 @@ def test_files_that_are_not_there(plain, written, tmp_path):
         adapter.load(tmp_path, plain)
 
 
+def tied(plain):
+    config = {**plain.origin.raw, "tie_word_embeddings": True}
+    config["text_config"] = {**config["text_config"], "tie_word_embeddings": True}
+    origin = Origin.of(config)
+    return Model(plain.of, origin.found.cfg, {}, origin)
+
+
 def test_what_peft_has_no_layout_for(plain, adapted, tmp_path):
     with pytest.raises(InputError, match="No kernel of this model is adapted"):
         adapter.save(tmp_path / "x", plain, base="b")
-    with pytest.raises(InputError, match="mlp/up/kernel was trained beside its adapter"):
+    with pytest.raises(InputError, match="mlp/up/kernel is trained beside its adapter"):
         adapter.save(tmp_path / "x", adapted, base="b", changed=["decoder/blocks/mlp/up/kernel"])
-    with pytest.raises(InputError, match="class_embedding was trained, a parameter of no layer of its own"):
+    with pytest.raises(InputError, match="class_embedding is trained, a parameter of no layer of its own"):
         adapter.save(tmp_path / "x", adapted, base="b", changed=["vision/class"])
+    kernels = lora.parted(adapted.params)[1]
+    adapter.refuse(plain, kernels, ["decoder/embed"])
+    with pytest.raises(InputError, match="decoder/embed is trained, which the head is tied to"):
+        adapter.refuse(tied(plain), kernels, ["decoder/embed"])
     assert not (tmp_path / "x").exists()

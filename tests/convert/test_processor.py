@@ -110,8 +110,9 @@ def blip(path, kind="blip-2", images=None, config=None, **more):
     return out
 
 
-def internvl(path, images=None, length=1):
+def internvl(path, images=None, length=1, ratio=0.5):
     config = {"model_type": "internvl", "vision_config": {"patch_size": [4, 4], "image_size": [8, 8]}}
+    config["downsample_ratio"] = ratio
     images = {"image_processor_type": "GotOcr2ImageProcessorFast", "size": {"height": 8, "width": 8}} | (images or {})
     own = {"image_seq_length": length}
     return directory(path, config, images, TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>"), processor_config=own)
@@ -465,6 +466,8 @@ REFUSED = {
         lambda p: internvl(p, length=256),
         "'image_seq_length' is 256, and the connector makes 1",
     ),
+    "no whole shuffle": (lambda p: internvl(p, ratio=2.0), "'downsample_ratio' is 2; one over it must be"),
+    "a shuffle of all": (lambda p: internvl(p, ratio=1e-320), "one over it must be a whole number"),
     "tiles of another size": (lambda p: internvl(p, {"size": {"height": 16, "width": 16}}), "an encoder for 8"),
     "fewer tiles than fewest": (lambda p: internvl(p, {"min_patches": 5, "max_patches": 2}), "into 5 to 2 tiles"),
     "another patch": (lambda p: pixtral(p), "'patch_size' is 16, and config.json 4"),

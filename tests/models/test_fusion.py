@@ -192,8 +192,8 @@ def test_a_connector_that_keeps_every_patch_shows_merged_squares_row_by_row():
     [
         ("causal", Config(cross="last_image"), "does not look"),
         ("resampled, last image", Config(), "looks at media by cross-attention"),
-        ("causal", Config(window=2), "windowed"),
-        ("windows", Config(), "windowed"),
+        ("causal", Config(window=2), r"\(0: in none\), but sequence\.window is 2"),
+        ("windows", Config(), r"in windows of any .* sequence\.window is 0"),
     ],
 )
 def test_descriptors_that_the_model_does_not_read_or_lacks(name, cfg, says):

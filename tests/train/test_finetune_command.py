@@ -1,5 +1,6 @@
 """`python -m mmjax.train finetune` on a tiny LLaVA: what it leaves, how it resumes, what it exports and refuses."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,17 +12,22 @@ import jax
 import numpy as np
 import pytest
 import tiny_llava
+from hub_configs import PUBLISHED
 from PIL import Image
 
 from mmjax.convert import adapter, huggingface, orbax, processor
+from mmjax.convert.model import Origin
 from mmjax.core import config, tree
 from mmjax.core.errors import InputError
 from mmjax.core.manifest import read_manifest
+from mmjax.data.source import Holes
 from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.sequence import document
+from mmjax.sequence.budget import Budget, Limited
 from mmjax.train import __main__ as program
 from mmjax.train import answers, export, finetune, loop, report, start
+from mmjax.train.prepare import prepare_data
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
@@ -187,6 +193,21 @@ def test_what_is_learnt_ends_as_answers_do(place):
     assert start.layout_of(ended)(said) == ended.layout(said)
 
 
+def test_a_budget_of_documents(place, tmp_path):
+    cfg, _ = finetune.config_of(arguments(place, tmp_path / "out", "--budget.tokens", "512"))
+    assert prepare_data(cfg).training[0].tokens.shape == (2, cfg.packing.tokens)
+    _, its = start.both(place / "model")
+    spans = (document.Image(16, 16, b""), document.Image(16, 16, b""), document.Text("Hi"))
+    said = document.Document("d", (*spans, document.Text("red", "assistant", train=True)))
+    lay = start.layout_of(its)
+    whole, less = lay(said).tokens, lay(document.Document("d", said.spans[1:])).tokens
+    assert Limited(lay, Budget(tokens=whole), its.resolution, its.clips)(said) == lay(said)
+    with pytest.raises(InputError, match=f"over the budget of {less} tokens"):
+        Limited(lay, Budget(tokens=less), its.resolution, its.clips)(said)
+    with pytest.raises(InputError, match="a chat template leaves nothing out"):
+        Limited(lay, Budget(tokens=less, over=("images",)), its.resolution)(said)
+
+
 def test_questions_and_what_is_exact():
     user, said = document.Text("a"), document.Text("No", "assistant", train=True)
     other = document.Text("yes", "assistant")
@@ -204,6 +225,43 @@ def test_questions_and_what_is_exact():
     assert not answers.equal("yes.", "yes")
 
 
+@pytest.mark.parametrize(
+    ("most", "unread", "said"),
+    [
+        (0, (), "a 75% of 4"),
+        (3, (), "a 67% of 3 (of 4 the first 3 were asked)"),
+        (3, ("1",), "a 50% of 2 (of 4 the first 3 were asked; 1 cannot be read)"),
+        (0, ("0", "1", "2", "3"), ""),
+    ],
+)
+def test_which_questions_are_asked(place, tmp_path, monkeypatch, most, unread, said):
+    """The first so many, without those whose pictures cannot be read."""
+    monkeypatch.setattr(answers, "Session", lambda *model, **how: None)
+    monkeypatch.setattr(answers.Answers, "_said", lambda self, session, asked: ["no" for q in asked])
+    cfg, _ = finetune.config_of(arguments(place, tmp_path, "--questions", str(most), "--packing.holes", "4"))
+    losses = answers.HeldOut({})
+    losses.sources = {"a": Broken(unread)}
+    user, right = document.Text("q"), ("no", "no", "yes", "no")
+    questions = [answers.Asked(document.Document(str(n), (user,)), a) for n, a in enumerate(right)]
+    judge = answers.Answers(losses, {"a": questions}, start.both(place / "model")[1])
+    judge.cfg, judge.mesh = cfg, None
+    monkeypatch.setattr(losses, "judge", lambda params, out: {"held_out": {"a": {"loss": 1.0}}})
+    judged = judge.judge({}, tmp_path)
+    assert [a["document"] for a in judged["answers"].get("a", [])] == [
+        str(n) for n in range(most or 4) if str(n) not in unread
+    ]
+    assert judge.said(judged).partition("exact: ")[2] == said
+
+
+class Broken:
+    """A source that could not read some documents."""
+
+    def __init__(self, ids):
+        self.holes = Holes(len(ids))
+        for n in ids:
+            self.holes.add(n, InputError("no picture."))
+
+
 def messages(place, name, *records):
     (place / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     return place / name
@@ -219,9 +277,14 @@ def messages(place, name, *records):
         ({"--data": "train.json=much"}, "The weight of .* is 'much'"),
         ({"--data": "missing.json"}, "missing.json"),
         ({"--steps": "4"}, "leave --steps out"),
+        ({"--optimizer.learning_rate": "5e-5"}, r"say it in the stage, as lora:3:5e-05\.$"),
+        ({"--data.epochs": "1"}, r"give --stages whose steps add up to \d+, or mix"),
+        ({"--export": "adapter", "--stages": "lora+vision/class:1"}, "class_embedding is trained, a parameter of no"),
+        ({"--export": "adapter", "--stages": "lora+decoder:1"}, "is trained beside its adapter"),
         ({"--data.convention": "chatml"}, "its own tokenizer and template"),
         ({"--model.newline": "True"}, "is not the config's"),
         ({"--lora.targets": "decoder/blocks/atention"}, "did you mean 'decoder/blocks/attention'"),
+        ({"--questions": "-1"}, "questions is -1; give how many"),
         ({"--packing.tokens": "16"}, "more than a row of 16"),
     ],
 )
@@ -251,6 +314,14 @@ def test_what_changes_no_number_may_differ_from_the_directory(place, tmp_path):
     assert start.processor(cfg).vocab.size == cfg.model.decoder.vocab
 
 
+def test_every_block_of_an_encoder_decoder_is_adapted_by_default():
+    cfg = Origin.of(PUBLISHED["Salesforce/blip2-flan-t5-xl"][0]).found.cfg
+    names = lora.targets(vlm.spec(cfg), lora.Config(targets=finetune._targets(cfg)))
+    assert len(names) == (4 + 3) + (4 + 4 + 3)  # attention and MLP; the answer's blocks look at the others, too
+    cfg = Origin.of(PUBLISHED["llava-hf/llava-1.5-7b-hf"][0]).found.cfg
+    assert finetune._targets(cfg) == lora.TARGETS
+
+
 def test_no_model_and_no_data():
     with pytest.raises(InputError, match="Give --model DIR"):
         finetune.run([])
@@ -262,6 +333,29 @@ def test_an_export_that_is_there_already(place, tmp_path):
     (tmp_path / "out" / "merged").mkdir(parents=True)
     with pytest.raises(InputError, match="is there already"):
         finetune.run(arguments(place, tmp_path / "out", "--export", "merged"))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_only_the_first_process_exports(place, tmp_path, monkeypatch, number):
+    """Which one that is is known as long as they are joined."""
+    inside, done = [], []
+
+    @contextlib.contextmanager
+    def joined(cfg):
+        inside.append(number)
+        yield
+        inside.clear()
+
+    def from_first(do):
+        return do() if inside == [0] else None
+
+    monkeypatch.setattr(finetune.cluster, "joined", joined)
+    monkeypatch.setattr(finetune.processes, "from_first", from_first)
+    monkeypatch.setattr(loop, "run", lambda cfg: 0)
+    monkeypatch.setattr(export, "export", lambda *given, **more: done.append((given, bool(inside))))
+    out = tmp_path / "out"
+    assert finetune.run(arguments(place, out, "--export", "merged")) == 0
+    assert done == ([((out, out / "merged", "merged"), True)] if number == 0 else [])
 
 
 def test_no_run_to_export(tmp_path):

@@ -60,6 +60,15 @@ def test_what_each_stage_trains(tmp_path):
     assert [stages.at(parts, step) for step in (0, 3, 4, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
 
 
+def test_what_is_planned_and_timed_is_the_first_stage(tmp_path):
+    cfg = stages.first(run(tmp_path, "connector:3", "everything:4", lora=None))
+    assert (cfg.stages, cfg.steps, sorted(cfg.update.frozen)) == ((), 3, ["decoder", "vision"])
+    plain = tiny_run(tmp_path)
+    assert stages.first(plain) == plain
+    with pytest.raises(InputError, match="leave lora and its stages out"):
+        stages.first(run(tmp_path, "lora:3"))
+
+
 def test_what_no_stage_trains_lies_as_it_is_computed(tmp_path):
     cfg = run(tmp_path, "connector:3", "lora:2", base=tmp_path, update=Update(compute="bfloat16"))
     spec = tree.flatten(parameters.spec(cfg))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mmjax.convert.processor.family import Family, sequential
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import MOST_FRAMES, SIDE, Tower, _filter, _size, _square, colours, kind
+from mmjax.convert.processor.images import MOST_FRAMES, MOST_TILES, SIDE, Tower, _filter, _size, _square, colours, kind
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, Colours
@@ -69,6 +69,8 @@ def _splits(of: Settings, tower: Tower) -> Splits:
             f"{of.where} makes tiles of {tile} pixels, which are no squares of {tower.merge} × {tower.merge} patches "
             f"of {tower.patch}; use the files that belong together"
         )
+    if (-(-min(longest, Splits.LARGEST) // tile)) ** 2 > MOST_TILES:
+        raise InputError(f"{of.where} makes more than {MOST_TILES} tiles of a picture; no model has so many")
     drop = tile % tower.patch > 0
     return Splits(tower.patch, tile, longest, of.flag("do_image_splitting", True), _filter(of, "lanczos"), drop)
 

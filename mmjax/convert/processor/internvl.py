@@ -28,7 +28,14 @@ def _writing(found: Found) -> Mapping[str, Any]:
 def _tower(config: Settings) -> Tower:
     inner = config.part("vision_config")
     patch, size = _square(inner, "patch_size", 14), _square(inner, "image_size", 448)
-    return Tower(patch, int(1 / config.number("downsample_ratio", 0.5)), size=size)
+    ratio = config.number("downsample_ratio", 0.5)
+    merge = round(1 / ratio) if 1e-3 < ratio <= 1 else 0
+    if not merge or merge * ratio != 1 or size // patch < merge:
+        raise InputError(
+            f"{config.where} says 'downsample_ratio' is {ratio:g}; one over it must be a whole number, of at most "
+            f"{size // patch} patches"
+        )
+    return Tower(patch, merge, size=size)
 
 
 def _square(of: Settings, key: str, default: int) -> int:

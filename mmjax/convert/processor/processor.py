@@ -11,8 +11,9 @@ that says "<image>" is text.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import files
@@ -28,7 +29,7 @@ from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave, media
 from mmjax.sequence.batch import Batch, Bucket, Values
 from mmjax.sequence.buckets import ladder
-from mmjax.sequence.document import Document, Text, Video
+from mmjax.sequence.document import Document, Image, Text, Video
 from mmjax.sequence.interleave import Example
 from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.canvas import Canvas
@@ -102,13 +103,24 @@ class Processor:
         """Tokens that a grid of patches takes in the sequence."""
         return self.per_picture or patches_of(grid) // self.sequence.merge**2
 
-    def layout(self, document: Document, answer: int = 0, *, ask: bool | None = None) -> Layout:
+    def layout(
+        self,
+        document: Document,
+        answer: int = 0,
+        *,
+        ask: bool | None = None,
+        resolution: Policy | None = None,
+        clips: Clips | None = None,
+        skip: Collection[int] = (),
+    ) -> Layout:
         """What a document takes, before any pixel is decoded.
 
         Args:
           document: a conversation, or a text outside of conversations.
           answer: so many empty places after what opens an answer.
           ask: whether what opens an answer stands at the end. None: where the last turn is not the assistant's.
+          resolution, clips: the policies of this document, where not the processor's; `several` stays what it is.
+          skip: numbers of spans to leave out.
 
         Raises:
           InputError: the directory has no template for conversations; text or media that the model does not take.
@@ -118,9 +130,10 @@ class Processor:
             raise InputError(
                 f"Document {document.id!r}, span {seen[0]} is no text, and this model reads nothing else; leave it out."
             )
+        policies = {"resolution": resolution, "clips": self.clips if clips is None else clips, "skip": skip}
         roles = {span.role for span in document.spans}
         if roles == {"document"}:
-            return self._laid(document, self.plain, answer, False)
+            return self._laid(document, self.plain, answer, ask=False, **policies)
         film = self.films is not None and any(isinstance(span, Video) for span in document.spans)
         if self.chat.convention.template is None and not self.prompts and not film:
             raise InputError(
@@ -128,13 +141,13 @@ class Processor:
                 f"the prompt yourself as spans of the role 'document'."
             )
         asked = document.spans[-1].role != "assistant" if ask is None else ask
-        return self._laid(document, self.films if film else self.chat, answer, asked)
+        return self._laid(document, self.films if film else self.chat, answer, ask=asked, **policies)
 
-    def _laid(self, document: Document, chat: Chat, answer: int, ask: bool) -> Layout:
-        alone = self.several is None or len(document.images) < 2
-        policy = self.resolution if alone else self.several
+    def _laid(self, document: Document, chat: Chat, answer: int, *, resolution: Policy | None, **how: Any) -> Layout:
+        pictures = sum(isinstance(s, Image) for n, s in enumerate(document.spans) if n not in how["skip"])
+        policy = self.several if self.several is not None and pictures > 1 else resolution or self.resolution
         fuse = "sequence" if self.sequence.cross == "none" else "cross"
-        return layout(document, chat, policy, self.media_tokens, answer, clips=self.clips, fuse=fuse, ask=ask)
+        return layout(document, chat, policy, self.media_tokens, answer, fuse=fuse, **how)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None

@@ -1,0 +1,39 @@
+"""What an adapter's file calls the layers of every family is what transformers calls them: no number is computed."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from hub_configs import PUBLISHED
+
+from mmjax.convert import adapter
+from mmjax.convert import rules as tables
+from mmjax.convert.model import Model, Origin
+from mmjax.models import vlm
+
+pytestmark = pytest.mark.slow
+
+
+def whole() -> dict[str, dict]:
+    """A config of every family, and language model in it."""
+    out = {}
+    for name, (config, _) in PUBLISHED.items():
+        if not {"vision_config", "latent_query_num"} & config.keys():
+            continue
+        out.setdefault((config["model_type"], config.get("text_config", {}).get("model_type")), (name, config))
+    return dict(out.values())
+
+
+@pytest.mark.parametrize("name", whole())
+def test_names(name):
+    config = whole()[name]
+    origin = Origin.of(config)
+    model = Model(vlm, origin.found.cfg, {}, origin)
+    made = tables.plan(vlm.spec(model.cfg), origin.found.rules)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**config))
+    there = dict(theirs.named_parameters(remove_duplicate=False)).keys() | dict(theirs.named_buffers()).keys()
+    table = adapter.renamed(model)
+    ours = {adapter.in_memory(piece.key, table) for pieces in made.pieces.values() for piece in pieces}
+    assert not sorted(ours - there)
