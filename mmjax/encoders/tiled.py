@@ -204,6 +204,7 @@ def _of(table: dict, rows: jax.Array) -> jax.Array:
 def _embedded(params: dict, x: jax.Array, cfg: Config, grid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Patches as vectors [B, P, D] → the tokens of all pictures [B, N × tokens, D], and the rows of their tables."""
     b, n, width = *grid.shape[:2], x.shape[-1]
+    by_rows = ("batch", None, None, None)
     count = grid.prod(-1)
     place = jnp.arange(cfg.tiles * cfg.area, dtype=jnp.int32)[None, None]
     index = jnp.where(place < count[:, :, None], (jnp.cumsum(count, axis=1) - count)[:, :, None] + place, -1)
@@ -211,15 +212,16 @@ def _embedded(params: dict, x: jax.Array, cfg: Config, grid: jax.Array) -> tuple
     rows, known = _rows(cfg, grid)
     x = x + _of(params["before"], rows)[:, :, None].astype(x.dtype)
     first = jnp.broadcast_to(params["class"].astype(x.dtype)[None, None, None], (b, n * cfg.tiles, 1, width))
-    x = jnp.concatenate([first, x], axis=2)
+    x = jnp.concatenate([sharding.constrain(first, by_rows), x], axis=2)
     position = sharding.constrain(params["position"], (None, None))
     position = linear.times(position, 1.0 - jnp.tanh(params["tile_position"]["gate"]))
     own = _of(params["tile_position"], rows).reshape(b, n * cfg.tiles, cfg.places, width)
     x = x + (position[None, None] + own).astype(x.dtype)
     x = norm.apply(params["pre_norm"], jnp.where(known[:, :, None, None], x, jnp.nan), cfg.norm)
     # Zeros of padding, which the norm does not see, in front: what padding sees is one interval then.
-    x = x.reshape(b, n, cfg.per_picture, width)
-    x = jnp.concatenate([jnp.zeros((b, n, cfg.pads, width), x.dtype), x], axis=2)
+    x = x.reshape(b, -1, width).reshape(b, n, cfg.per_picture, width)
+    padding = sharding.constrain(jnp.zeros((b, n, cfg.pads, width), x.dtype), by_rows)
+    x = jnp.concatenate([padding, x], axis=2)
     return x.reshape(b, -1, width), rows
 
 
