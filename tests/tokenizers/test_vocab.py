@@ -9,7 +9,7 @@ IDS = {control.name: i for i, control in enumerate(CONTROLS)}
 
 
 def test_every_control_has_a_field_and_its_own_symbol():
-    more = ["size", "image_newline", "video", "audio"]
+    more = ["size", "image_newline", "video", "audio", "numbered"]
     assert [field.name for field in fields(Vocab)] == [control.name for control in CONTROLS] + more
     assert len({control.symbol for control in CONTROLS}) == len(CONTROLS)
 
