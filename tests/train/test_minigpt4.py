@@ -26,6 +26,13 @@ from mmjax.train.config import Config, Packing
 QUESTION, ANSWER = "The quick brown fox?", "The lazy dog."
 
 
+@pytest.fixture(autouse=True)
+def only_here():
+    """The config makes its convention known by name; other tests go through all that are there."""
+    yield
+    conventions.CONVENTIONS.pop("minigpt-4", None)
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     path = tmp_path / "tokenizer.model"

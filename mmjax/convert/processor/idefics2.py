@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from mmjax.convert.processor.family import Family, sequential
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import MOST_FRAMES, MOST_TILES, SIDE, Tower, _filter, _size, _square, colours, kind
+from mmjax.convert.processor.images import MOST_TILES, SIDE, Tower, colours, filter_of, kind, size_of, square_of
+from mmjax.convert.processor.videos import MOST_FRAMES
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 from mmjax.nn.patch_embed import HALF, Colours
@@ -48,22 +49,22 @@ def _squares(config: Settings, tower: Tower) -> interleave.Config:
 
 def _bounded(of: Settings, tower: Tower) -> Bounded:
     """Idefics2's: sides within bounds, with or without the picture's quarters."""
-    size = _size(of, "size", {"shortest_edge": 378, "longest_edge": 980}, square=False)
+    size = size_of(of, "size", {"shortest_edge": 378, "longest_edge": 980}, square=False)
     least, most = size.get("shortest_edge"), size.get("longest_edge")
     if set(size) != {"shortest_edge", "longest_edge"} or not tower.patch <= least <= most <= SIDE:
         raise InputError(
             f"{of.where} says 'size' is {size}; mmjax wants shortest_edge and longest_edge, the first no larger than "
             f"the second, from {tower.patch} to {SIDE:,}"
         )
-    return Bounded(tower.patch, least, most, of.flag("do_image_splitting", False), _filter(of, "bilinear"))
+    return Bounded(tower.patch, least, most, of.flag("do_image_splitting", False), filter_of(of, "bilinear"))
 
 
 def _splits(of: Settings, tower: Tower) -> Splits:
     """Idefics3's and SmolVLM's: tiles of the picture at a larger size, and the whole at a tile's."""
-    size = _size(of, "size", {"longest_edge": 4 * 364}, square=False)
-    longest = _square(of, "size", size, ("longest_edge",))
-    inner = _size(of, "max_image_size", {"longest_edge": 364}, square=False)
-    tile = _square(of, "max_image_size", inner, ("longest_edge",))
+    size = size_of(of, "size", {"longest_edge": 4 * 364}, square=False)
+    longest = square_of(of, "size", size, ("longest_edge",))
+    inner = size_of(of, "max_image_size", {"longest_edge": 364}, square=False)
+    tile = square_of(of, "max_image_size", inner, ("longest_edge",))
     if tile < tower.patch or tile // tower.patch % tower.merge:
         raise InputError(
             f"{of.where} makes tiles of {tile} pixels, which are no squares of {tower.merge} × {tower.merge} patches "
@@ -72,7 +73,7 @@ def _splits(of: Settings, tower: Tower) -> Splits:
     if (-(-min(longest, Splits.LARGEST) // tile)) ** 2 > MOST_TILES:
         raise InputError(f"{of.where} makes more than {MOST_TILES} tiles of a picture; no model has so many")
     drop = tile % tower.patch > 0
-    return Splits(tower.patch, tile, longest, of.flag("do_image_splitting", True), _filter(of, "lanczos"), drop)
+    return Splits(tower.patch, tile, longest, of.flag("do_image_splitting", True), filter_of(of, "lanczos"), drop)
 
 
 def _videos(found: Found, tower: Tower) -> tuple[Trimmed, Colours]:

@@ -1,4 +1,4 @@
-"""Settings of image and video processors to policies: what transformers 5 would do, or one sentence why it is not done.
+"""Settings of image processors to policies: what transformers 5 would do, or one sentence why it is not done.
 
 Equal to the pixel to the processors that compute with Pillow (`*Pil`); those that compute with torchvision round
 otherwise, by 1/255 mostly.
@@ -15,7 +15,6 @@ from mmjax.nn.patch_embed import HALF, OPENAI, Colours
 from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.resolution import Ended, Fixed, Native, Pixtral, Policy
 from mmjax.tokenizers.tiles import AnyRes, PanAndScan, Tiles
-from mmjax.tokenizers.video import Grouped, Pooled, Stills
 from mmjax.tokenizers.view import Filter
 
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -71,7 +70,7 @@ def _triple(of: Settings, key: str, default: tuple[float, ...]) -> tuple[float, 
     return tuple(map(float, value))
 
 
-def _filter(of: Settings, default: Filter = "bicubic") -> Filter:
+def filter_of(of: Settings, default: Filter = "bicubic") -> Filter:
     if "resample" not in of:
         return default
     number = of.whole("resample", least=0, most=5)
@@ -80,7 +79,7 @@ def _filter(of: Settings, default: Filter = "bicubic") -> Filter:
     return FILTERS[number]
 
 
-def _size(of: Settings, key: str, default: dict[str, int], square: bool) -> dict[str, int]:
+def size_of(of: Settings, key: str, default: dict[str, int], square: bool) -> dict[str, int]:
     """A size as a dict; one number is a square, or (`square` off) the shorter side."""
     value = of.values.get(key)
     if value is None:
@@ -96,7 +95,7 @@ def _size(of: Settings, key: str, default: dict[str, int], square: bool) -> dict
     return out
 
 
-def _square(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...]) -> int:
+def square_of(of: Settings, key: str, size: dict[str, int], keys: tuple[str, ...]) -> int:
     """The one number of a size that has these keys and is square."""
     if set(size) != set(keys) or len(set(size.values())) != 1:
         raise InputError(f"{of.where} says {key!r} is {size}; with these settings mmjax wants {', '.join(keys)} alike")
@@ -129,51 +128,51 @@ def still(of: Settings, tower: Tower, allowed: Sequence[str], more: Readers | No
 
 def _clip(of: Settings, tower: Tower) -> Fixed:
     """CLIP's: the shorter side to a size, then the middle."""
-    size = _size(of, "size", {"shortest_edge": 224}, square=False)
-    crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    size = size_of(of, "size", {"shortest_edge": 224}, square=False)
+    crop = size_of(of, "crop_size", {"height": 224, "width": 224}, square=True)
     if of.flag("use_square_size", False):  # Kosmos-2, whatever `size` says
         size = {"height": 224, "width": 224}
     cropped = of.flag("do_center_crop", True)
     if "shortest_edge" in size and cropped:
-        short = _square(of, "size", size, ("shortest_edge",))
-        side = _square(of, "crop_size", crop, ("height", "width"))
-        return _fixed(of, tower, side, "crop", short)
-    side = _square(of, "size", size, ("height", "width"))
+        short = square_of(of, "size", size, ("shortest_edge",))
+        side = square_of(of, "crop_size", crop, ("height", "width"))
+        return fixed_of(of, tower, side, "crop", short)
+    side = square_of(of, "size", size, ("height", "width"))
     if cropped and set(crop.values()) != {side}:
         raise InputError(f"{of.where} resizes to {side} pixels and crops to {crop}; mmjax crops what keeps its shape")
-    return _fixed(of, tower, side)
+    return fixed_of(of, tower, side)
 
 
 def _llava(of: Settings, tower: Tower) -> Fixed:
     """LLaVA's own: as CLIP's, or with padding to a square first."""
     if not of.flag("do_pad", False):
         return _clip(of, tower)
-    size = _size(of, "size", {"shortest_edge": 224}, square=False)
-    side = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("shortest_edge",))
-    crop = _size(of, "crop_size", {"height": 224, "width": 224}, square=True)
+    size = size_of(of, "size", {"shortest_edge": 224}, square=False)
+    side = square_of(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("shortest_edge",))
+    crop = size_of(of, "crop_size", {"height": 224, "width": 224}, square=True)
     if of.flag("do_center_crop", True) and set(crop.values()) != {side}:
         raise InputError(f"{of.where} pads pictures to squares of {side} pixels and crops those to {crop}; crop less")
     mean = _triple(of, "image_mean", OPENAI[0])
-    return _fixed(of, tower, side, "pad", fill=tuple(int(m * 255) for m in mean))
+    return fixed_of(of, tower, side, "pad", fill=tuple(int(m * 255) for m in mean))
 
 
 def several(of: Settings, tower: Tower, policy: AnyRes, mean: tuple[float, ...]) -> Ended:
     """LLaVA-OneVision's policy of pictures that are not alone: padded to a square, shown once, one newline."""
     fill = tuple(int(m * 255) for m in mean)
-    return Ended(_fixed(of, tower, policy.tile, "pad", fill=fill))
+    return Ended(fixed_of(of, tower, policy.tile, "pad", fill=fill))
 
 
 def _siglip(of: Settings, tower: Tower) -> Fixed:
-    size = _size(of, "size", {"height": 224, "width": 224}, square=True)
+    size = size_of(of, "size", {"height": 224, "width": 224}, square=True)
     if of.flag("do_center_crop", False):
         raise InputError(f"{of.where} crops pictures (do_center_crop), which SigLIP's processor does not do here")
-    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+    return fixed_of(of, tower, square_of(of, "size", size, ("height", "width")))
 
 
 def _gemma3(of: Settings, tower: Tower) -> Fixed | PanAndScan:
     """Gemma 3's: SigLIP's, and with `do_pan_and_scan` crops of long pictures, whose sizes are its processor's own."""
-    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
-    whole = _fixed(of, tower, side, default="bilinear")
+    side = square_of(of, "size", size_of(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    whole = fixed_of(of, tower, side, default="bilinear")
     if not of.flag("do_pan_and_scan", False):
         return whole
     least = of.whole("pan_and_scan_min_crop_size", 256, most=SIDE)
@@ -184,15 +183,15 @@ def _gemma3(of: Settings, tower: Tower) -> Fixed | PanAndScan:
 
 def _deepseek(of: Settings, tower: Tower) -> Fixed:
     """DeepSeek-VL's: the longer side to a size, on a square canvas of the mean colour."""
-    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    side = square_of(of, "size", size_of(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
     if not of.flag("do_pad", True):
         raise InputError(f"{of.where} does not pad pictures to squares (do_pad), which this encoder takes alone")
     mean = _triple(of, "image_mean", OPENAI[0])
     short = of.whole("min_size", 14, most=SIDE)
-    return _fixed(of, tower, side, "inset", short, fill=tuple(int(m * 255) for m in mean))
+    return fixed_of(of, tower, side, "inset", short, fill=tuple(int(m * 255) for m in mean))
 
 
-def _fixed(
+def fixed_of(
     of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, default: Filter = "bicubic", **more
 ) -> Fixed:
     if side < tower.patch or (tower.size and side // tower.patch != tower.size // tower.patch):
@@ -200,27 +199,29 @@ def _fixed(
             f"{of.where} makes pictures of {side} pixels, where config.json has an encoder for {tower.size or 'more'} "
             f"in patches of {tower.patch}; use the files that belong together"
         )
-    return Fixed(tower.patch, side, side, fit, short, filter=_filter(of, default), drop=side % tower.patch > 0, **more)
+    return Fixed(
+        tower.patch, side, side, fit, short, filter=filter_of(of, default), drop=side % tower.patch > 0, **more
+    )
 
 
 def _tiled(of: Settings, tower: Tower, size: dict[str, int], crop: dict[str, int] | None) -> AnyRes:
     """LLaVA-NeXT's and LLaVA-OneVision's: the whole, and tiles of it at the best of a few sizes."""
-    side = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("shortest_edge",))
+    side = square_of(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("shortest_edge",))
     cropped = of.flag("do_center_crop", crop is not None) and crop is not None
-    if cropped and _square(of, "crop_size", crop, ("height", "width")) != side:
+    if cropped and square_of(of, "crop_size", crop, ("height", "width")) != side:
         raise InputError(f"{of.where} makes tiles of {side} pixels and crops those to {crop}; mmjax does not crop them")
-    _fixed(of, tower, side)
-    return AnyRes(tower.patch, side, pinpoints(of, side), filter=_filter(of), drop=side % tower.patch > 0)
+    fixed_of(of, tower, side)
+    return AnyRes(tower.patch, side, pinpoints(of, side), filter=filter_of(of), drop=side % tower.patch > 0)
 
 
 def _next(of: Settings, tower: Tower) -> AnyRes:
-    size = _size(of, "size", {"shortest_edge": 224}, square=False)
-    return _tiled(of, tower, size, _size(of, "crop_size", {"height": 224, "width": 224}, square=True))
+    size = size_of(of, "size", {"shortest_edge": 224}, square=False)
+    return _tiled(of, tower, size, size_of(of, "crop_size", {"height": 224, "width": 224}, square=True))
 
 
 def _onevision(of: Settings, tower: Tower) -> AnyRes:
-    size = _size(of, "size", {"height": 384, "width": 384}, square=False)
-    crop = _size(of, "crop_size", {}, square=True) or None
+    size = size_of(of, "size", {"height": 384, "width": 384}, square=False)
+    crop = size_of(of, "crop_size", {}, square=True) or None
     return _tiled(of, tower, size, crop if of.flag("do_center_crop", False) else None)
 
 
@@ -243,26 +244,25 @@ def pinpoints(of: Settings, side: int, key: str = "image_grid_pinpoints") -> tup
 
 
 MOST_TILES = 64  # published: 36
-MOST_FRAMES = 10_000  # of a clip; published: 768
 NEXT = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def _qwen(of: Settings, tower: Tower) -> Native:
-    _same(of, tower)
+    refuse_other_tower(of, tower)
     least, most = bounds(of, 56 * 56, 28 * 28 * 1280)
-    return Native(tower.patch, tower.merge, least, most, filter=_filter(of))
+    return Native(tower.patch, tower.merge, least, most, filter=filter_of(of))
 
 
 def _canvas(of: Settings, tower: Tower) -> Canvas:
     """Llama 3.2 Vision's: whole tiles, as many as the encoder has."""
-    side = _square(of, "size", _size(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
+    side = square_of(of, "size", size_of(of, "size", {"height": 224, "width": 224}, square=True), ("height", "width"))
     most = of.whole("max_image_tiles", 4)
     if side != tower.size or most != tower.tiles or not of.flag("do_pad", True):
         raise InputError(
             f"{of.where} makes up to {most} tiles of {side} pixels, where config.json has {tower.tiles} of "
             f"{tower.size} and do_pad must be true; use the files that belong together"
         )
-    return Canvas(tower.patch, side, most, _filter(of, "bilinear"))
+    return Canvas(tower.patch, side, most, filter_of(of, "bilinear"))
 
 
 BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
@@ -273,7 +273,7 @@ def bounds(of: Settings, least: int, most: int) -> tuple[int, int]:
     said = of.values.get("size")
     if isinstance(said, dict):  # with the names that they had before they were moved there
         of = Settings({**of.values, "size": {BOUNDS.get(key, key): value for key, value in said.items()}}, of.where)
-    size = _size(of, "size", {"shortest_edge": least, "longest_edge": most}, square=False)
+    size = size_of(of, "size", {"shortest_edge": least, "longest_edge": most}, square=False)
     least = of.whole("min_pixels", size.get("shortest_edge"), most=PIXELS)
     most = of.whole("max_pixels", size.get("longest_edge"))
     if least is None or most is None or not least <= min(most, PIXELS):
@@ -284,7 +284,7 @@ def bounds(of: Settings, least: int, most: int) -> tuple[int, int]:
     return least, most
 
 
-def _same(of: Settings, tower: Tower) -> None:
+def refuse_other_tower(of: Settings, tower: Tower) -> None:
     """Raises InputError where patches are not those of the encoder."""
     wants = {"patch_size": tower.patch, "merge_size": tower.merge, "temporal_patch_size": tower.group}
     for key, value in wants.items():
@@ -297,37 +297,37 @@ def _same(of: Settings, tower: Tower) -> None:
 
 def _got(of: Settings, tower: Tower) -> Tiles:
     """InternVL's; its processor asks for tiles whatever `crop_to_patches` says here."""
-    side = _square(of, "size", _size(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
-    _fixed(of, tower, side)
+    side = square_of(of, "size", size_of(of, "size", {"height": 384, "width": 384}, square=True), ("height", "width"))
+    fixed_of(of, tower, side)
     least, most = (of.whole(f"{n}_patches", d, most=MOST_TILES) for n, d in (("min", 1), ("max", 12)))
     if least > most:
         raise InputError(f"{of.where} cuts pictures into {least} to {most} tiles (min_patches, max_patches); turn them")
-    return Tiles(tower.patch, side, least, most, filter=_filter(of))
+    return Tiles(tower.patch, side, least, most, filter=filter_of(of))
 
 
 def _pixtral(of: Settings, tower: Tower) -> Pixtral:
     """Pixtral's and Mistral 3's; its processor gives it the encoder's patches, whatever `patch_size` says here."""
     if of.flag("do_center_crop", False):
         raise InputError(f"{of.where} crops pictures (do_center_crop), which mmjax does not do after Pixtral's resize")
-    size = _size(of, "size", {"longest_edge": 1024}, square=True)
-    longest = _square(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("longest_edge",))
-    return Pixtral(tower.patch, longest, tower.merge, filter=_filter(of))
+    size = size_of(of, "size", {"longest_edge": 1024}, square=True)
+    longest = square_of(of, "size", size, tuple(size) if set(size) == {"height", "width"} else ("longest_edge",))
+    return Pixtral(tower.patch, longest, tower.merge, filter=filter_of(of))
 
 
 def _blip(of: Settings, tower: Tower) -> Fixed:
     """BLIP's: stretched to a square."""
-    size = _size(of, "size", {"height": 384, "width": 384}, square=True)
+    size = size_of(of, "size", {"height": 384, "width": 384}, square=True)
     if of.flag("do_center_crop", False):
         raise InputError(f"{of.where} crops pictures (do_center_crop), which BLIP's processor does not do here")
-    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+    return fixed_of(of, tower, square_of(of, "size", size, ("height", "width")))
 
 
 def _idefics(of: Settings, tower: Tower) -> Fixed:
     """Idefics': stretched to a square, which its own files call `image_size`."""
-    size = _size(of, "image_size" if "image_size" in of else "size", {"height": 224, "width": 224}, square=True)
+    size = size_of(of, "image_size" if "image_size" in of else "size", {"height": 224, "width": 224}, square=True)
     if of.whole("image_num_channels", 3) != 3 or of.flag("do_center_crop", False):
         raise InputError(f"{of.where} crops pictures or gives them other channels than red, green and blue; mmjax not")
-    return _fixed(of, tower, _square(of, "size", size, ("height", "width")))
+    return fixed_of(of, tower, square_of(of, "size", size, ("height", "width")))
 
 
 READERS = {
@@ -345,78 +345,3 @@ READERS = {
     "DeepseekVLImageProcessor": (_deepseek, OPENAI),
     "MllamaImageProcessor": (_canvas, HALF),
 }
-
-
-def pooled(of: Settings, tower: Tower) -> tuple[Pooled, Colours]:
-    """The policy of videos of LLaVA-OneVision, and their mean and deviation; errors as for `still`."""
-    allowed = ("LlavaOnevisionVideoProcessor", "LlavaOnevisionImageProcessor")
-    each, frames = _frames(of, tower, allowed)
-    return Pooled(each, **frames), colours(of, OPENAI)
-
-
-def stills(of: Settings, tower: Tower) -> tuple[Stills, Colours]:
-    """The same of InternVL."""
-    each, frames = _frames(of, tower, ("InternVLVideoProcessor", "GotOcr2ImageProcessor"))
-    shift, said = None, of.values.get("initial_shift")
-    if frames and said is not None and said is not True:
-        shift = 0.0 if said is False else of.number("initial_shift")
-    if frames and set(frames.values()) == {None}:
-        raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
-    return Stills(each, **frames, shift=shift), colours(of, OPENAI)
-
-
-def _frames(of: Settings, tower: Tower, allowed: tuple[str, str]) -> tuple[Fixed, dict[str, int | float | None]]:
-    """How frames of one size become patches, and which are chosen: nothing where all are shown."""
-    name = of.text("video_processor_type") or kind(of, allowed[0])
-    if name not in allowed:
-        raise InputError(f"{of.where} names the video processor {shown(name)}; mmjax has {allowed[0]} for this")
-    if not of.flag("do_resize", True) or of.flag("do_center_crop", False):
-        raise InputError(f"{of.where} has do_resize false or do_center_crop, which mmjax does not do for videos")
-    size = _size(of, "size", {"height": 384, "width": 384}, square=False)
-    side = _square(of, "size", size, ("height", "width"))
-    frames: dict[str, int | float | None] = {}
-    if of.flag("do_sample_frames", False):
-        frames = {"number": of.whole("num_frames"), "fps": of.number("fps")}
-    return _fixed(of, tower, side), frames
-
-
-def moving(of: Settings, tower: Tower, family: str, tokens_per_second: float) -> tuple[Grouped, Colours]:
-    """The policy of videos of a Qwen-VL, and their mean and deviation; errors as for `still`.
-
-    Where no file is of videos alone, `of` are the settings of pictures, as in transformers.
-    """
-    third = family.startswith("qwen3")
-    allowed = ("Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor", "Qwen2VLImageProcessor")
-    name = of.text("video_processor_type") or kind(of, allowed[0])
-    if name not in allowed:
-        raise InputError(f"{of.where} names the video processor {shown(name)}; {family} has {allowed[0]}")
-    if not of.flag("do_resize", True) or of.flag("do_center_crop", False) or of.flag("cap_pixels_per_frame", False):
-        raise InputError(
-            f"{of.where} has one of do_resize false, do_center_crop and cap_pixels_per_frame, which mmjax does not "
-            f"reproduce for videos; change it"
-        )
-    _same(of, tower)
-    unit = (32 if third else 28) ** 2
-    least, most = bounds(of, 128 * unit, 768 * unit)
-    choose, fps, number = "all", None, None
-    if of.flag("do_sample_frames", third):
-        choose = "even" if third else "floor"
-        number = of.whole("num_frames", most=MOST_FRAMES)
-        fps = of.number("fps", 2.0 if third and number is None else None)
-        if (fps is None) == (number is None):
-            raise InputError(f"{of.where} chooses frames (do_sample_frames) and needs either fps or num_frames")
-    return Grouped(
-        tower.patch,
-        tower.merge,
-        tower.group,
-        least,
-        most,
-        "clip" if third else "picture",
-        choose,
-        fps,
-        number,
-        of.whole("min_frames", 4, most=MOST_FRAMES),
-        of.whole("max_frames", 768, most=MOST_FRAMES),
-        tokens_per_second,
-        _filter(of),
-    ), colours(of, HALF if third else OPENAI)

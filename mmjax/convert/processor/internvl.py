@@ -5,7 +5,8 @@ from typing import Any
 
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import Tower, stills
+from mmjax.convert.processor.images import Tower
+from mmjax.convert.processor.videos import stills
 from mmjax.core.errors import InputError
 from mmjax.sequence import interleave
 from mmjax.tokenizers.convention import Frames

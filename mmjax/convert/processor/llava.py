@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from mmjax.convert.processor.family import Family, sequential
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import Tower, pinpoints, pooled, several
+from mmjax.convert.processor.images import Tower, pinpoints, several
+from mmjax.convert.processor.videos import pooled
 from mmjax.core.errors import InputError
 from mmjax.sequence import interleave
 from mmjax.tokenizers.resolution import Policy

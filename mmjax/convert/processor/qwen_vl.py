@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from mmjax.convert.processor.family import Family
 from mmjax.convert.processor.files import Found, Settings
-from mmjax.convert.processor.images import Tower, moving
+from mmjax.convert.processor.images import Tower
+from mmjax.convert.processor.videos import moving
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
 from mmjax.sequence.positions import MRope
