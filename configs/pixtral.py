@@ -5,7 +5,7 @@
 
 Its tower over pictures of their own size, with a token that ends each row of patches; an MLP of two layers; Mistral
 Nemo 12B. `mmjax.convert.huggingface.load` reads mistral-community/pixtral-12b as this model. The defaults are for 256
-chips of v5p (`v5p:8x8x4`); its rows of 6,144 tokens are too large for the 16 GB of a v5e-256.
+chips of v5p (`v5p:8x8x4`).
 
 `--model.decoder.vocab` must be at least what the tokenizer has; 131,072 is that of the published weights.
 """

@@ -71,6 +71,7 @@ def _triple(of: Settings, key: str, default: tuple[float, ...]) -> tuple[float, 
 
 
 def filter_of(of: Settings, default: Filter = "bicubic") -> Filter:
+    """The filter that pictures are resized with; InputError for one that no policy has."""
     if "resample" not in of:
         return default
     number = of.whole("resample", least=0, most=5)
@@ -194,6 +195,7 @@ def _deepseek(of: Settings, tower: Tower) -> Fixed:
 def fixed_of(
     of: Settings, tower: Tower, side: int, fit: str = "stretch", short: int = 0, default: Filter = "bicubic", **more
 ) -> Fixed:
+    """Squares of one size; InputError where the encoder has no patches, or no positions, for it."""
     if side < tower.patch or (tower.size and side // tower.patch != tower.size // tower.patch):
         raise InputError(
             f"{of.where} makes pictures of {side} pixels, where config.json has an encoder for {tower.size or 'more'} "
