@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.plan.chips import GIB, first_line
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Bucket, Values
