@@ -52,7 +52,7 @@ def full_row(bucket: Bucket, sequence: interleave.Config = interleave.PLAIN, doc
         documents.append(rest)
     each, more = divmod(bucket.patches, bucket.images)
     pictures = tuple(each + (i < more) for i in range(bucket.images) if each + (i < more))
-    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2, sequence.answer)
+    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2, bucket.answers)
 
 
 @dataclass(frozen=True)

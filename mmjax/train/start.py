@@ -110,7 +110,7 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
         if not last or not its.stops or any(set(piece.ids) & set(its.stops) for piece in last):
             return laid
         end = its.vocab.end if its.vocab.end in its.stops else its.stops[0]
-        return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)))
+        return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)), laid.answers > 0)
 
     return lay
 

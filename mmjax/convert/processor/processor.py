@@ -147,7 +147,8 @@ class Processor:
         pictures = sum(isinstance(s, Image) for n, s in enumerate(document.spans) if n not in how["skip"])
         policy = self.several if self.several is not None and pictures > 1 else resolution or self.resolution
         fuse = "sequence" if self.sequence.cross == "none" else "cross"
-        return layout(document, chat, policy, self.media_tokens, answer, fuse=fuse, **how)
+        parted = self.sequence.answer > 0
+        return layout(document, chat, policy, self.media_tokens, answer, fuse=fuse, parted=parted, **how)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
@@ -169,14 +170,11 @@ class Processor:
         return example, media.read(document, laid, self.patch, frames)
 
     def described(self, examples: Sequence[Example]) -> interleave.Config:
-        """The descriptors of a batch of these, one in a row: `sequence`, with room for their other streams."""
-        out = self.sequence
-        if self.reader is not None:
-            longest = max(x.instruction.shape[1] for x in examples)
-            out = dataclasses.replace(out, instruction=max(FEWEST, ladder(longest)))
-        if out.answer:
-            out = dataclasses.replace(out, answer=ladder(max(len(x.answer.tokens) for x in examples)))
-        return out
+        """The descriptors of a batch of these, one in a row: `sequence`, with room for what the connector reads."""
+        if self.reader is None:
+            return self.sequence
+        longest = max(x.instruction.shape[1] for x in examples)
+        return dataclasses.replace(self.sequence, instruction=max(FEWEST, ladder(longest)))
 
     def frames(self, documents: Sequence[Document]) -> int:
         """How many pictures a patch has in a batch of these documents."""
@@ -213,16 +211,17 @@ class Processor:
     def bucket(self, sizes: Sequence[tuple[int, ...]]) -> Bucket:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
-        Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
+        Tokens (of answers, too), patches and pictures are powers of two or one and a half times one, patches times what
+        a picture has where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
-        tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
+        tokens, patches, images, _, answers = (max(of) for of in zip(*sizes, strict=True))
         unit = FEWEST
         if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
-        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0)
+        answers = ladder(answers) if answers else 0
+        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0, answers=answers)
 
 
 def load(path: PathLike, model: Model | None = None) -> Processor:
