@@ -119,7 +119,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     if cfg.mixes:
         mix = {"mix_slot": np.full((n, 3), -1, np.int32), "mix_share": np.eye(1, 4, dtype=np.float32).repeat(n, 0)}
     made = {AUDIO: 0, None: 0}  # media tokens so far, of sound and of everything seen
-    begins, spans, counts = [], [], []  # of everything seen: where text may look at it, its places, its media tokens
+    spans = []  # places of everything seen
     for piece in layout.pieces:
         span = slice(at, at + piece.length)
         modality[span] = piece.modality
@@ -138,24 +138,14 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             slot[span] = np.where(within >= 0, within + made[table], -1)
             _mixed(piece, at, made[table], mix)
             made[table] += piece.features
-            if table is None:
-                begins.append(max(at - 1, 0))  # its marker sees it already
-                spans += _unbroken(at, written)
-                counts.append(_shown(piece, cfg))
+            spans += _unbroken(at, written) if table is None else []
         at += piece.length
     _refuse_ids(layout.id, tokens, vocab)
     if cfg.see == "bidirectional_images":
         lo, hi = intervals.bidirectional_images(n, spans)
     else:
         lo, hi = intervals.prefix(n, layout.prefix) if cfg.see == "prefix" else intervals.causal(n)
-    media = {"media_lo": None, "media_hi": None}
-    if cfg.cross != "none":
-        if cfg.cross == "last_images":
-            found = intervals.last_images(n, begins, counts, made[None] - sum(counts))
-        else:
-            look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
-            found = look(n, begins, counts)
-        media = dict(zip(media, found, strict=True))
+    media_lo, media_hi = (None, None) if cfg.cross == "none" else looks(layout, cfg)
     next_is = np.append(train[1:], False) & (np.append(modality[1:], EMPTY) == TEXT)
     pieces = tuple(p for p in layout.pieces if p.length)
     if cfg.position == "mrope":
@@ -179,13 +169,29 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         weight=next_is.astype(np.float32),
         media=made[None],
         sounds=made[AUDIO],
-        **media,
+        media_lo=media_lo,
+        media_hi=media_hi,
         **_patches(layout, cfg),
         frame_lo=frame_lo,
         frame_hi=frame_hi,
         **mix,
     )
     return _parted(whole, layout.prefix, train, cfg) if cfg.answer else whole
+
+
+def looks(layout: Layout, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last of a document's media tokens that each of its tokens looks at by cross-attention."""
+    begins, counts = [], []  # of everything seen: where text may look at it, and its media tokens
+    at = made = 0
+    for piece in layout.pieces:
+        if piece.modality not in (TEXT, AUDIO):
+            begins.append(max(at - 1, 0))  # its marker sees it already
+            counts.append(_shown(piece, cfg))
+            made += piece.features
+        at += piece.length
+    if cfg.cross == "last_images":
+        return intervals.last_images(at, begins, counts, made - sum(counts))
+    return (intervals.last_image if cfg.cross == "last_image" else intervals.all_images)(at, begins, counts)
 
 
 def refuse(layout: Layout, cfg: Config) -> None:

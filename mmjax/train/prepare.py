@@ -61,7 +61,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     plain = lay
     if cfg.budget != Budget():
         clips = None if its is None else its.clips
-        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model))
+        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model, cfg.sequence))
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
     most = cfg.steps * packing.rows * (packing.tokens + cfg.sequence.answer)

@@ -61,7 +61,7 @@ def test_costs_against_a_count_by_hand():
     expected += 3 * sum(2 * f * matrices + 2 * 2 * 6 * f * f for f in frames)
     costs = Costs(decoder, 35, encoder, bytes=2)
     assert costs.prefill(laid) == expected
-    assert costs.cache(10) == 10 * 2 * (2 * 4) * 2  # keys and values of two layers
+    assert costs.cache(laid, 3) == (n + 3) * 2 * (2 * 4) * 2  # keys and values of two layers
 
 
 def test_within_the_budget_nothing_is_done():
