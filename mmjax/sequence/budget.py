@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-
 from mmjax.core.errors import InputError
-from mmjax.sequence import interleave
+from mmjax.sequence import interleave, intervals
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import NAMES, Layout, patches_of
 
@@ -76,10 +74,8 @@ class Costs:
             total += self.answer.products(t) + self.answer.attention(t * (t + 1) // 2)
             total += look.products(t, (n, self.decoder.width)) + look.attention(t * n)
         if self.cross is not None:
-            lo, hi = interleave.looks(layout, self.sequence)
-            between = np.maximum(lo - hi - 1, 0) if self.blind else 0
-            pairs = np.where(lo <= hi, hi - lo + 1, between).sum()
-            total += self.cross.products(n, (_media(layout), self.media)) + self.cross.attention(int(pairs))
+            pairs = intervals.looked_at(*interleave.looks(layout, self.sequence), self.blind)
+            total += self.cross.products(n, (_media(layout), self.media)) + self.cross.attention(int(pairs.sum()))
         if self.encoder is not None:
             # A video's frames do not see each other.
             views = [(v[0], self.tokens or v[1] * v[2]) for p in layout.pieces for v in p.views]
