@@ -142,7 +142,7 @@ class Budget:
     headroom: places kept for the answer.
     flops, cache: at most, to the first logits and in bytes; 0: no limit.
     over: what is tried in this order: lower the resolution (as little as is enough), take fewer frames of each video,
-      leave out the last pictures, refuse. What was tried stays, the next is tried on top.
+      leave out the last pictures, refuse. What was tried and changed anything stays, the next is tried on top.
     """
 
     tokens: int = 0
@@ -225,10 +225,10 @@ def fit(
             candidates = [{name: options[name].lowered(share)} for share in shares]
             words = [f"{measure} lowered to {share:.0%}" for share in shares]
         best = _first(candidates, lambda c: budget.holds(tried(**c)[1]))
-        if candidates:
+        if candidates and tried(**candidates[best])[0].size != found.size:
             options |= candidates[best]
             did.append(words[best].format(**options))
-        found, said = tried()
+            found, said = tried()
     if not budget.holds(said):
         raise InputError(_refusal(document, said, budget))
     return found, said
