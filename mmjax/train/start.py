@@ -95,7 +95,7 @@ def processor(cfg: Config) -> Processor:
     model, its = both(cfg.base)
     if _numbers(model.cfg) != _numbers(cfg.model):
         raise InputError(f"The model in {cfg.base} is not the config's; leave model as it is in the directory.")
-    return dataclasses.replace(its, resolution=cfg.resolution, sequence=cfg.sequence)
+    return dataclasses.replace(its.at(cfg.resolution), sequence=cfg.sequence)
 
 
 def layout_of(its: Processor) -> Callable[..., Layout]:

@@ -35,7 +35,7 @@ from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
-from mmjax.tokenizers.resolution import Fixed, Policy
+from mmjax.tokenizers.resolution import Ended, Fixed, Policy
 from mmjax.tokenizers.tiles import AnyRes, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
@@ -69,7 +69,7 @@ class Processor:
     colours: Colours = HALF
     patch: int = 0
     group: int = 1
-    several: Policy | None = None
+    several: Ended | None = None
     per_picture: int = 0
     prompts: bool = False
     reader: Reader | None = None
@@ -98,6 +98,16 @@ class Processor:
         """All that a picture's or a video's patches depend on besides its own pixels, in words."""
         parts = (self.resolution, self.several, self.clips, self.colours, self.patch, self.group, self.sequence.merge)
         return " ".join(map(str, parts))
+
+    def at(self, resolution: Policy) -> "Processor":
+        """The same with pictures of another resolution, those that are not alone too: `several` becomes alike.
+
+        Where it is another kind of policy than the directory's, all pictures are shown by it.
+        """
+        several = self.several
+        if resolution != self.resolution and several is not None:
+            several = _alike(several, resolution) if isinstance(resolution, AnyRes) else None
+        return dataclasses.replace(self, resolution=resolution, several=several)
 
     def media_tokens(self, grid: Grid) -> int:
         """Tokens that a grid of patches takes in the sequence."""
@@ -222,6 +232,12 @@ class Processor:
         most = ladder(-(-patches // unit)) * unit if patches else 0
         answers = ladder(answers) if answers else 0
         return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0, answers=answers)
+
+
+def _alike(several: Ended, of: AnyRes) -> Ended:
+    """The policy of pictures that are not alone, with the patch, tile and filter of the policy of single ones."""
+    changes = {"patch": of.patch, "height": of.tile, "width": of.tile, "filter": of.filter, "drop": of.drop}
+    return Ended(dataclasses.replace(several.whole, **changes))
 
 
 def load(path: PathLike, model: Model | None = None) -> Processor:
