@@ -76,7 +76,7 @@ def buckets(cfg: Config) -> tuple[Bucket, ...]:
       InputError: it gives none, and its documents cannot be read here, or none can be made of them.
     """
     refuse_model(cfg)
-    found = fixed_buckets(cfg.packing)
+    found = fixed_buckets(cfg)
     if not found:
         try:
             found = prepare_data(cfg).training.plan.buckets
