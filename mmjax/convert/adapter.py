@@ -160,7 +160,7 @@ def load(path: PathLike, model: Model) -> Model:
 def renamed(model: Model) -> Renamed:
     """The table for `in_memory`; models of text are called as in their files."""
     kind = origin_of(model).raw["model_type"]
-    if model.of is not vlm or kind in AS_IN_FILES:
+    if model.of is not vlm or not model.cfg.sees or kind in AS_IN_FILES:
         return ()
     return RENAMED + RENAMED_MORE.get(kind, ())
 

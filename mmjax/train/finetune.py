@@ -143,7 +143,7 @@ def _targets(model: vlm.Config) -> tuple[str, ...]:
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:
     """How LLaVA's JSON is read, which has a newline behind a picture: without it, where the template writes one."""
-    if its.chat.convention.template is None:
+    if its.chat.convention.template is None or its.resolution is None:
         return "as_written"
     probe = its.layout(Document("a probe", (Image(64, 64, b""), Text("x"))))
     behind = itertools.dropwhile(lambda piece: not piece.views, probe.pieces)

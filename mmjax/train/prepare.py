@@ -14,13 +14,13 @@ from mmjax.models import vlm
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import Layout, layout
+from mmjax.sequence.layout import Layout, layout, patches_of
 from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
 from mmjax.train import start
 from mmjax.train.answers import Answers, asked
-from mmjax.train.config import Config, Packing
+from mmjax.train.config import Config
 from mmjax.train.evaluate import HeldOut, Questions
 
 
@@ -79,7 +79,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         rows=packing.rows,
         seed=cfg.seed,
         patches=packing.patches,
-        fixed=fixed_buckets(packing),
+        fixed=fixed_buckets(cfg),
         long=packing.long,
     )
     if epochs and len(plan.steps) != cfg.steps:
@@ -91,9 +91,9 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     made = functools.partial(
         Source,
         vocab=tokenizer.vocab,
-        patch=cfg.resolution.patch,
+        patch=cfg.patch,
         cfg=cfg.sequence,
-        latents=cfg.model.connector.per_picture,
+        latents=cfg.model.per_picture,
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
@@ -115,7 +115,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
 def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
     """What the connector reads beside pictures, from documents; no base's does (train.start.both)."""
     path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
-    if cfg.model.connector.reads_text != (path is not None):
+    if cfg.model.asks != (path is not None):
         raise InputError(
             f"The connector {'reads' if path is None else 'does not read'} a text beside each picture, and data.reader "
             f"is {path}; give the directory of its tokenizer where it does."
@@ -131,9 +131,11 @@ def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
     return its.beside
 
 
-def fixed_buckets(packing: Packing) -> tuple[Bucket, ...]:
-    """The buckets that `packing.shapes` gives; none where they are to be chosen."""
-    return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in packing.shapes)
+def fixed_buckets(cfg: Config) -> tuple[Bucket, ...]:
+    """The buckets that `packing.shapes` gives; none where they are to be chosen. For text alone there is one."""
+    packing = cfg.packing
+    shapes = packing.shapes if cfg.model.sees else ((0, 0),)
+    return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in shapes)
 
 
 def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
@@ -143,7 +145,7 @@ def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
         layout,
         tokenizer=tokenizer,
         resolution=cfg.resolution,
-        media_tokens=cfg.model.connector.tokens,
+        media_tokens=cfg.model.connector.tokens if cfg.model.sees else patches_of,
         fuse="sequence" if cfg.model.decoder.cross is None else "cross",
     )
     return tokenizer, lay
@@ -172,6 +174,10 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
+    if not cfg.model.sees and isinstance(cfg.data, drawings.Config):
+        raise InputError(
+            "The built-in drawings are pictures, and the model reads text alone; train it on files (data.sources)."
+        )
     if cfg.model.decoder.answers and isinstance(cfg.data, drawings.Config):
         raise InputError(
             "The built-in drawings are judged by answers that go on with the question, which an encoder–decoder's do "
@@ -186,7 +192,13 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
 
 def refuse_model(cfg: Config) -> None:
     """Raises InputError where the model does not fit its inputs, whatever the mesh and the documents."""
-    if cfg.resolution.patch != cfg.model.vision.embed.patch:
+    told = cfg.resolution is not None, bool(cfg.packing.patches or cfg.packing.shapes)
+    if not cfg.model.sees and any(told):
+        name = "resolution" if told[0] else "packing.patches or packing.shapes"
+        raise InputError(f"The model reads text alone, and {name} is of pictures; leave it out (resolution: None).")
+    if cfg.model.sees and cfg.resolution is None:
+        raise InputError("The model sees pictures, and resolution is None; give a policy of theirs.")
+    if cfg.model.sees and cfg.resolution.patch != cfg.model.vision.embed.patch:
         raise InputError(
             f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
             f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
@@ -230,7 +242,7 @@ def _held_out(
     if not every:
         return HeldOut({})
     room = {"tokens": cfg.packing.tokens, "rows": cfg.packing.rows}
-    shape = index.once(every, lay, **room).buckets[0]
+    shape = index.once(every, lay, **room).buckets[0] if cfg.model.sees else fixed_buckets(cfg)[0]
     plans = {name: index.once(documents, lay, shape=shape, **room) for name, documents in held_out.items()}
     return HeldOut(
         {
