@@ -294,7 +294,7 @@ def _answer(stream: Batch, r: int, d: int, x: Example, first: int) -> None:
 def _instruct(stream: Batch, r: int, x: Example, first: int, pictures: int) -> None:
     """Writes what is read beside a document's pictures, the row's from `first` on, each into a place of its own."""
     room, said = stream.tokens.shape[1] // pictures, x.instruction
-    if said is None or said.shape[1] > room:
+    if said is None or (len(said) and said.shape[1] > room):
         raise InputError(
             f"Document {x.id!r} has {'no text' if said is None else f'a text of {said.shape[1]} tokens'} for the "
             f"connector to read beside its pictures; give one of at most {room} (sequence.instruction)."

@@ -76,7 +76,7 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
     place = _place(its)
     sources = tuple(_source(text, place) for text in given.data)
     evaluation = tuple(sets.Files(Path(path), place=place) for path in given.eval)
-    packing = _packing(its, sources + evaluation, model.cfg.decoder.longest)
+    packing, words = _packing(its, sources + evaluation, model.cfg.decoder.longest)
     default = Config(
         model=model.cfg,
         data=sets.Mixed(sources, held_out=0, evaluation=evaluation),
@@ -89,8 +89,11 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
         steps=sum(stage.steps for stage in stages),
         resolution=its.resolution,
         packing=packing,
-        # All of a row may be answers.
-        sequence=dataclasses.replace(its.sequence, answer=packing.tokens) if its.sequence.answer else its.sequence,
+        sequence=dataclasses.replace(
+            its.sequence,
+            answer=packing.tokens if its.sequence.answer else 0,  # all of a row may be answers
+            instruction=ladder(words, 16) if words else 0,
+        ),
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         answer=64,
     )
@@ -162,21 +165,25 @@ def _source(text: str, place: Literal["as_written", "bare"]) -> sets.Files:
         raise InputError(f"The weight of {path} is {weight!r}; give a number, as {path}=0.5.") from error
 
 
-def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) -> Packing:
+def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) -> tuple[Packing, int]:
     """Rows with room for two of the longest documents among the first of every dataset, of at most so many tokens.
+
+    And the tokens of the longest text that the connector reads beside their pictures; 0 where it reads none.
 
     Raises:
       InputError: there is nothing to learn in any of those of a dataset.
     """
-    longest, lay = 0, start.layout_of(its)
+    longest, words, lay = 0, 0, start.layout_of(its)
     for source in sources:
         documents = sets.open_source(source)[1]
-        some = [lay(documents[n]) for n in range(min(LOOK, len(documents)))]
+        first = [documents[n] for n in range(min(LOOK, len(documents)))]
+        some = [lay(document) for document in first]
         if not any(piece.train for laid in some for piece in laid.pieces):
             raise InputError(
                 f"In none of the {len(some)} first documents of {source.path} is there anything to learn, as what an "
                 f"assistant says; give others."
             )
         longest = max(longest, *(laid.tokens for laid in some))
+        words = max(words, *(start.beside(its, document) for document in first))
     tokens = ladder(2 * longest, 64)
-    return Packing(rows=8, tokens=tokens if most is None else min(tokens, most))
+    return Packing(rows=8, tokens=tokens if most is None else min(tokens, most)), words

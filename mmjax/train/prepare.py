@@ -50,10 +50,13 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         be read.
     """
     its = start.processor(cfg) if cfg.base else None
-    if its and isinstance(cfg.data, sets.Mixed) and (cfg.data.tokenizer or cfg.data.convention != sets.GENERIC):
+    own = isinstance(cfg.data, sets.Mixed) and (
+        cfg.data.tokenizer or cfg.data.reader or cfg.data.convention != sets.GENERIC
+    )
+    if its and own:
         raise InputError(
-            f"The base {cfg.base} writes documents with its own tokenizer and template; leave data.tokenizer and "
-            f"data.convention out."
+            f"The base {cfg.base} writes documents with its own tokenizer and template; leave data.tokenizer, "
+            f"data.reader and data.convention out."
         )
     tokenizer, lay = _writer(cfg) if its is None else (its.chat, start.layout_of(its))
     _refuse(cfg, tokenizer, of)
@@ -97,7 +100,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
-        said=_said(cfg),
+        said=_said(cfg) if its is None else its.reader and its.reader.beside,
         parts=parts,
         of=of,
     )
@@ -113,7 +116,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
 
 
 def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
-    """What the connector reads beside pictures, from documents; no base's does (train.start.both)."""
+    """What the connector reads beside pictures, from documents, where there is no base that says so."""
     path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
     if cfg.model.asks != (path is not None):
         raise InputError(

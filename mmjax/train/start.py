@@ -69,15 +69,11 @@ def both(path: PathLike) -> tuple[Model, Processor]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             for name, data in {CONFIG: model.origin.config, **model.origin.files}.items():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
             its = processors.load(folder, model)
     if model.cfg.sees and its.resolution is None:
         raise InputError(f"{path} has no settings of pictures (preprocessor_config.json); add those of the model.")
-    if its.reader is not None:
-        raise InputError(
-            f"The connector in {path} reads the question beside each picture, and such a base is not trained further "
-            f"yet; give a model whose connector sees pictures alone."
-        )
     return processors.with_colours(model, its), its
 
 
@@ -106,10 +102,18 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
     """The processor's layout, in which what is learnt last ends as answers do.
 
     Many templates write no end behind an answer (LLaVA's); who learns from them alone never stops.
+
+    It raises InputError for a question that is longer than what connectors read beside pictures, if they read any
+    (`sequence.instruction`): before anything is trained.
     """
 
     def lay(document: Document, answer: int = 0, **how: Any) -> Layout:
-        laid = its.layout(document, answer, **how)
+        laid, room = its.layout(document, answer, **how), its.sequence.instruction
+        if room and its.reader is not None and document.images and (n := beside(its, document)) > room:
+            raise InputError(
+                f"Document {document.id!r} has {n} tokens for the connector to read beside its pictures, and "
+                f"sequence.instruction is {room}; set it to {n}, or ask less."
+            )
         last = list(itertools.takewhile(lambda piece: piece.train, reversed(laid.pieces)))
         if not last or not its.stops or any(set(piece.ids) & set(its.stops) for piece in last):
             return laid
@@ -117,6 +121,11 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
         return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)))
 
     return lay
+
+
+def beside(its: Processor, document: Document) -> int:
+    """How many tokens of a document the connector reads beside each of its pictures; 0 where it reads none."""
+    return 0 if its.reader is None else its.reader.beside(document, 1).shape[1]
 
 
 def start(part: stages.Part, shape: TrainState) -> TrainState:
