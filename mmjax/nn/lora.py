@@ -20,9 +20,10 @@ from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Constant, ParamSpec, Spec, Uniform
 
 PARTS = ("base", "a", "b", "scale")
-# What peft's lists of modules name: attention's products and the MLP's in a decoder's blocks; not those of layers of
-# cross-attention between them (decoder/cross).
+# What peft's lists of modules name: attention's products and the MLP's in a decoder's blocks; and, where text looks at
+# media, those of the layers of cross-attention between them, which bear the same names.
 TARGETS = ("decoder/blocks/attention/*", "decoder/blocks/mlp/*")
+CROSSED = (*TARGETS, "decoder/cross/*")
 
 
 @dataclass(frozen=True)

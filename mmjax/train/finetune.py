@@ -141,7 +141,9 @@ def _named(arguments: Sequence[str]) -> set[str]:
 
 def _targets(model: vlm.Config) -> tuple[str, ...]:
     """The kernels that are adapted if nothing else is said: all products in the blocks of the language model."""
-    return ("decoder/encoder/blocks/*", "decoder/answer/blocks/*") if model.decoder.answers else lora.TARGETS
+    if model.decoder.answers:
+        return ("decoder/encoder/blocks/*", "decoder/answer/blocks/*")
+    return lora.TARGETS if model.decoder.cross is None else lora.CROSSED
 
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:

@@ -11,6 +11,7 @@ from mmjax.convert import adapter
 from mmjax.convert import rules as tables
 from mmjax.convert.model import Model, Origin
 from mmjax.models import vlm
+from mmjax.nn import lora
 
 pytestmark = pytest.mark.slow
 
@@ -37,3 +38,19 @@ def test_names(name):
     table = adapter.renamed(model)
     ours = {adapter.in_memory(piece.key, table) for pieces in made.pieces.values() for piece in pieces}
     assert not sorted(ours - there)
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-11B-Vision", "HuggingFaceM4/idefics-9b"])
+def test_what_is_adapted_by_default(name):
+    """Where text looks at media by cross-attention too: every linear layer between the token table and the head."""
+    origin = Origin.of(PUBLISHED[name][0])
+    model = Model(vlm, origin.found.cfg, {}, origin)
+    made, table = tables.plan(vlm.spec(model.cfg), origin.found.rules), adapter.renamed(model)
+    kernels = lora.targets(vlm.spec(model.cfg), lora.Config(targets=lora.CROSSED))
+    ours = {adapter.in_memory(piece.key, table) for kernel in kernels for piece in made.pieces[kernel]}
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**PUBLISHED[name][0])
+        theirs = transformers.AutoModelForImageTextToText.from_config(config)
+    linear = [n for n, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)]
+    language = [n for n in linear if "layers." in n and not any(part in n for part in ("vision", "perceiver"))]
+    assert ours == {f"{n}.weight" for n in language}

@@ -322,6 +322,15 @@ def test_every_block_of_an_encoder_decoder_is_adapted_by_default():
     assert finetune._targets(cfg) == lora.TARGETS
 
 
+def test_layers_of_cross_attention_are_adapted_by_default():
+    for name in ("meta-llama/Llama-3.2-11B-Vision", "HuggingFaceM4/idefics-9b"):
+        cfg = Origin.of(PUBLISHED[name][0]).found.cfg
+        names = lora.targets(vlm.spec(cfg), lora.Config(targets=finetune._targets(cfg)))
+        crossed = [n.removeprefix("decoder/cross/") for n in names if n.startswith("decoder/cross/")]
+        products = ("q", "k", "v", "out", "mlp/gate", "mlp/up", "mlp/down")
+        assert (len(names), sorted(crossed)) == (14, sorted(f"{n}/kernel" for n in products))
+
+
 def test_no_model_and_no_data():
     with pytest.raises(InputError, match="Give --model DIR"):
         finetune.run([])
