@@ -27,7 +27,6 @@ from mmjax.models import decoder, vlm
 from mmjax.nn import rope, transformer
 from mmjax.sequence import interleave
 from mmjax.tokenizers.convention import Convention
-from mmjax.tokenizers.conventions import CONVENTIONS
 from mmjax.tokenizers.parts import Around, Symbol
 from mmjax.tokenizers.resolution import Fixed
 from mmjax.train.config import Config, Objective, Optimizer, Packing, Update
@@ -79,7 +78,7 @@ def config() -> Config:
     queries = ("queries", "norm", "layers", "cross")
     return Config(
         model=model(),
-        data=sets.Mixed((sets.Files(Path("chats.json")),), Path("tokenizer.model"), convention=MINIGPT4.name),
+        data=sets.Mixed((sets.Files(Path("chats.json")),), Path("tokenizer.model"), convention=MINIGPT4),
         out=Path("runs/minigpt4"),
         steps=20_000,
         resolution=Fixed(14, 224, 224),

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from mmjax.convert.processor import Processor
+from mmjax.core import config as configs
 from mmjax.core import processes
 from mmjax.core.errors import InputError
 from mmjax.data import sets
@@ -99,13 +98,7 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
     )
     if given.help:
         rest = [*rest, "--help"]
-    cfg = tyro.cli(
-        Config,
-        default=default,
-        args=rest,
-        prog="python -m mmjax.train finetune",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    cfg = configs.changed(default, rest, "python -m mmjax.train finetune")
     if "--optimizer.learning-rate" in _named(rest) and all(stage.learning_rate for stage in cfg.stages):
         raise InputError(
             f"Every stage has a learning rate of its own, and optimizer.learning-rate would be ignored; say it in the "

@@ -10,6 +10,7 @@ import tokenizer_files
 from PIL import Image as Pictures
 from tiny_llava import CONTROLS
 
+from mmjax.convert import huggingface
 from mmjax.core.errors import InputError
 from mmjax.sequence.buckets import ladder
 from mmjax.train import finetune, loop, prepare, start
@@ -80,7 +81,7 @@ def test_each_picture_has_its_own_question_beside_it(place, tmp_path):
             assert set(batch.instruction.document[row, at].tolist()) == {n}
             checked += 1
     assert checked > 2
-    params, asked = start.opened(place / "model").params, batch.instruction.tokens
+    params, asked = huggingface.load(place / "model").params, batch.instruction.tokens
 
     @jax.jit
     def loss(batch, tokens):
