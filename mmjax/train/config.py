@@ -68,8 +68,8 @@ class Update:
       up to that of all rows at once, in the memory of one part.
     compute: of products and activations. Parameters, their gradients, the optimizer's state, norms, softmax and logits
       are float32 in any case.
-    frozen: parameters that stay as they are, by path ("vision", "decoder/blocks/*/kernel"): they have no gradient and
-      no optimizer state.
+    frozen: parameters that stay as they are, by path ("vision", "decoder/blocks/*/kernel"; "!connector" is all but the
+      connector, see core.tree.choose): they have no gradient and no optimizer state.
     spike: above 0: an update whose gradient's norm is over so many times the running mean of norms is left out, as
       those are whose gradient or loss is not finite; what the batch held is written to skipped.jsonl.
     patience: updates left out one after the other, after which the run ends.

@@ -28,7 +28,8 @@ from mmjax.train.config import Config, Optimizer, Packing
 LOOK = 1024  # documents of a dataset that are measured for a row's default size
 
 DESCRIPTION = """STAGES are NAME:STEPS or NAME:STEPS:RATE, where NAME is a preset ({presets}), a pattern of parameters'
-paths as 'decoder/blocks/*/q/kernel', or several of them joined by '+'."""
+paths as 'decoder/blocks/*/q/kernel', or several of them joined by '+'. '!' in front of one takes it back from those
+before: 'everything+!vision', 'connector+!connector/down'."""
 
 
 def parser() -> argparse.ArgumentParser:
