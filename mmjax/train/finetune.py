@@ -2,8 +2,9 @@
 
     python -m mmjax.train finetune --model DIR --data train.jsonl --eval test.jsonl --stages connector:200
 
-The directory's processor writes the documents: tokenizer, chat template, pictures. Each stage trains some of the
-parameters for some steps, and the next one goes on with them. The same command again resumes a run that was stopped.
+DIR is a vision-language model's or a language model's alone, whose documents have no pictures. Its processor writes the
+documents: tokenizer, chat template, pictures. Each stage trains some of the parameters for some steps, and the next one
+goes on with them. The same command again resumes a run that was stopped.
 """
 
 import argparse

@@ -149,6 +149,14 @@ def test_what_has_to_do_with_pictures_is_refused(place, tmp_path, name, record, 
         begun()
 
 
+def test_a_model_that_writes_nothing(tmp_path):
+    tiny_llava.saved(
+        tmp_path / "x", {"model_type": "clip_vision_model", "patch_size": 8, "image_size": 16, **BLOCKS}, {}
+    )
+    with pytest.raises(InputError, match=r"holds a clip_vision_model, which writes no text and cannot be trained here"):
+        start.opened(tmp_path / "x")
+
+
 def test_one_of_encoder_and_connector_is_no_model(place):
     cfg = huggingface.opened(place / "llama").cfg
     with pytest.raises(InputError, match="go together; give both or neither"):
