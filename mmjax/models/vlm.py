@@ -143,7 +143,7 @@ def spec(cfg: Config) -> Spec:
 def costs(cfg: Config, sequence: interleave.Config = interleave.PLAIN) -> budget.Costs:
     """What budgets are counted with: attention and MLPs of encoder and decoder, and the head.
 
-    sequence: the descriptors of its batches, where text looks at media by cross-attention.
+    sequence: the descriptors of its batches, where text looks at media by cross-attention (left out: at all so far).
     """
 
     def blocks(b: transformer.Config) -> budget.Blocks:
