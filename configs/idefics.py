@@ -15,7 +15,7 @@ sequence.
 from pathlib import Path
 
 from mmjax.connectors import perceiver
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm

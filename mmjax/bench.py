@@ -21,7 +21,7 @@ import numpy as np
 from mmjax.core import config, processes
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, make_mesh
+from mmjax.core.meshes import Rules, make_mesh
 from mmjax.models import flops
 from mmjax.plan.chips import CHIPS
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from mmjax.core.sharding import MESH_AXES
+from mmjax.core.meshes import MESH_AXES
 from mmjax.plan.program import Program, TooLarge, with_flag
 from mmjax.train.config import Config
 

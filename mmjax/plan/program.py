@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.plan.chips import GIB, first_line
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Bucket, Values
@@ -116,7 +116,7 @@ def local_bytes(tree: Any) -> float:
 def batch_of(cfg: Config, bucket: Bucket) -> Batch:
     """The abstract batch of a bucket; ids do not matter to its shape."""
     vocab = Vocab(*range(9), size=cfg.model.decoder.vocab)
-    patch = cfg.resolution.patch
+    patch = cfg.patch
     return batches.abstract(bucket, Values(patch * patch * 3), vocab, cfg.sequence)
 
 

@@ -80,7 +80,7 @@ class Batch:
 
 
 def axes(batch: Batch) -> Batch:
-    """The logical axes of every field (core.sharding): rows, and the row's length where it is tokens, patches, frames.
+    """The logical axes of every field (core.meshes): rows, and the row's length where it is tokens, patches, frames.
 
     Every other dimension is whole, and so are the few numbers of each picture, which patches on all devices look up.
     """

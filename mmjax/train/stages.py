@@ -9,7 +9,7 @@ import optax
 
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.core.spec import Spec
 from mmjax.train import parameters, state
 from mmjax.train.config import Config, Features
@@ -39,6 +39,8 @@ def parts(cfg: Config) -> tuple[Part, ...]:
       InputError: their steps do not add up to those of the run, a pattern names no parameter, or nothing is left to
         train.
     """
+    if cfg.features.on and not cfg.model.sees:
+        raise InputError("features are kept of pictures, and this model reads text alone; keep none.")
     if cfg.lora is not None and not cfg.stages:
         raise InputError("The config has adapters (lora) and no stages, which say when they are trained; give one.")
     if not cfg.stages:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny import tiny_run
 
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.plan import advice
 from mmjax.plan.advice import Advice
 from mmjax.plan.program import Memory, Program, TooLarge, with_flag

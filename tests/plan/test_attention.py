@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.models.flops import Row
 from mmjax.nn import attention as model
 from mmjax.nn.kernels import gpu_blocks, tpu_blocks, xla

@@ -11,7 +11,7 @@ from tiny import tiny_run
 from mmjax import bench
 from mmjax.core import config
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.models import encoder_decoder
 from mmjax.nn import cross_attention, transformer
 from mmjax.plan import __main__ as command

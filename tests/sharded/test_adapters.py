@@ -1,4 +1,4 @@
-"""Blocks with adapters on meshes: outputs and gradients are those of one device."""
+"""Blocks with adapters on meshes: outputs and gradients are those of one device, and what is dropped is the same."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny import randomised
 
-from mmjax.core import sharding, tree
+from mmjax.core import meshes, tree
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.nn import lora, transformer
 
 pytestmark = pytest.mark.slow
@@ -19,6 +19,7 @@ SPEC = lora.spec({"blocks": transformer.spec(BLOCKS)}, lora.Config(3, 6.0, targe
 
 def run(params: dict, x: jax.Array, order: jax.Array) -> tuple[jax.Array, dict]:
     def loss(params: dict) -> jax.Array:
+        params = lora.dropping(params, 0.3, jax.random.key(2))
         y = transformer.apply(params, x, BLOCKS, order=order, lo=jnp.zeros_like(order), hi=order)
         return jnp.sin(y).sum()
 
@@ -35,7 +36,7 @@ def test_as_on_one_device(mesh):
         on = make_mesh(mesh)
         placed = jax.device_put(params, specs.shardings(SPEC, on, Rules()))
         rows = [
-            jax.device_put(a, sharding.named(on, ("batch", "length", None)[: a.ndim], Rules(), a.shape))
+            jax.device_put(a, meshes.named(on, ("batch", "length", None)[: a.ndim], Rules(), a.shape))
             for a in (x, order)
         ]
         with jax.set_mesh(on):
