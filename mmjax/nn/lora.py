@@ -19,7 +19,8 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Constant, ParamSpec, Spec, Uniform
 
-PARTS = ("base", "a", "b", "scale")
+MATRICES = ("base", "a", "b")
+PARTS = (*MATRICES, "scale")
 # What peft's lists of modules name: attention's products and the MLP's in a decoder's blocks; not those of layers of
 # cross-attention between them (decoder/cross).
 TARGETS = ("decoder/blocks/attention/*", "decoder/blocks/mlp/*")
