@@ -85,21 +85,26 @@ def test_the_largest_picture_stays_in_its_row():
     cfg = config.load("smolvlm")
     assert advice.largest(cfg) == Largest(17 * 64, 17 * 1024, 17)
     assert not [s for s in steps(cfg) if "packing.tokens" in s]
+    two = dataclasses.replace(cfg, packing=dataclasses.replace(cfg.packing, tokens=8192, shapes=((2 * 17 * 1024, 34),)))
+    assert [s for s in steps(two) if "packing.tokens" in s] == [
+        {"packing.tokens": "4096", "packing.shapes": "17408 17"}  # and no shorter: there is one picture left
+    ]
     assert advice.largest(config.load("pixtral")) == Largest(64 * 64 + 63, 64 * 64, 1)  # and ends of rows
     # Beside the sequence it takes no tokens of it.
     assert advice.largest(config.load("idefics")) == Largest(0, 256, 1)
 
 
 def test_an_answer_is_shortened_with_its_row():
-    cfg = config.load("blip2_flan_t5")
-    cfg = dataclasses.replace(cfg, objective=Objective(chunk=4096))
+    cfg = dataclasses.replace(config.load("blip2_flan_t5"), objective=Objective(chunk=4096))
     found = steps(cfg)
     assert [s for s in found if "packing.tokens" in s] == [
         {"packing.tokens": "512", "packing.shapes": "2048 8", "sequence.answer": "256"},
         {"packing.tokens": "256", "packing.shapes": "1024 4", "sequence.answer": "128"},
     ]
-    # Of 512 tokens that are learnt, no more logits exist at a time.
+    # No more logits exist at a time than tokens are learnt.
     assert {"objective.chunk": "256"} in found
+    few = dataclasses.replace(cfg, sequence=dataclasses.replace(cfg.sequence, answer=256))
+    assert not [s for s in steps(few) if "objective.chunk" in s]
 
 
 def test_what_stays_as_it_is_before_anything_trained_needs_no_remat():
