@@ -230,8 +230,18 @@ def systems():
     }
 
 
+@pytest.fixture
+def own_scopes():
+    """No program from a cache that was compiled with other scopes."""
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.parametrize("name", systems())
-def test_every_loop_of_a_program_is_known(name):
+def test_every_loop_of_a_program_is_known(name, own_scopes):
     """Compiled for CPUs, where attention is loops over tiles: without hints, each of them would count once."""
     cfg, see, places = systems()[name]
     row, vocab = Row((300, 300), (300, 300), answer=see.answer), Vocab(*range(9), size=64)
