@@ -15,7 +15,7 @@ asks it. The defaults are for 64 chips with 16 GB or more, a v5e-64 (`v5e:8x8`).
 from pathlib import Path
 
 from mmjax.connectors import perceiver
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm

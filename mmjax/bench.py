@@ -21,7 +21,7 @@ import numpy as np
 from mmjax.core import config, processes, tree
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, make_mesh
+from mmjax.core.meshes import Rules, make_mesh
 from mmjax.models import flops
 from mmjax.plan.chips import CHIPS
 
@@ -206,7 +206,7 @@ def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:
     asking = cluster.whole(np.zeros(programs.asking.mesh.size, np.int32), programs.asking)
     fed, ended, seen, unread, out = read(source, 0, threads=cfg.threads), 0.0, set(), None, []
 
-    def finish(number: int, held: tuple[np.ndarray, np.ndarray], told: dict[str, jax.Array], waiting: float) -> None:
+    def finish(number: int, held: Any, told: dict[str, jax.Array], waiting: float) -> None:
         nonlocal ended
         told, began, ended = jax.device_get(told), ended, time.monotonic()
         if told["violations"].any():
@@ -224,32 +224,25 @@ def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:
         now, told = programs.run(bucket, now, batch, asking, cfg.update.accumulate)
         if unread:
             finish(*unread, waiting)
-        unread = number, (batch.document, batch.grid), told
+        unread = number, batch.replace(patches=None, frames=None), told
     finish(*unread, 0.0)
     work = _work(cfg)
-    return [Step(*measured, work(*held, measured[-1])) for held, *measured in out]
+    return [Step(*measured, work(held, measured[-1])) for held, *measured in out]
 
 
-def _work(cfg: Any) -> Callable[[Any, Any, int], float]:
-    """A function of a batch's documents and grids: the model's FLOPs (models.flops) for what is in it.
+def _work(cfg: Any) -> Callable[[Any, int], float]:
+    """A function of a batch and its tokens: the model's FLOPs (models.flops) for what is in it.
 
     Of its rows a process has its own; all together have so many tokens, and as many FLOPs for each.
     """
-    window = (cfg.sequence.window * cfg.sequence.merge) ** 2
 
     @functools.cache
-    def of_row(documents: tuple[int, ...], pictures: tuple[int, ...]) -> float:
-        row = flops.Row(documents, pictures, window, cfg.sequence.answer)
+    def of_row(row: flops.Row) -> float:
         return flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen, cfg.lora).total
 
-    def of_batch(document: np.ndarray, grid: np.ndarray, tokens: int) -> float:
-        total = here = 0
-        for places, sizes in zip(document, grid.prod(-1), strict=True):
-            lengths = np.bincount(places[places >= 0])
-            if len(lengths):
-                here += int(lengths.sum())
-                total += of_row(tuple(lengths.tolist()), tuple(sizes[sizes > 0].tolist()))
-        return total * tokens / max(here, 1)
+    def of_batch(batch: Any, tokens: int) -> float:
+        rows = flops.rows_of(batch, cfg.model, cfg.sequence)
+        return sum(map(of_row, rows)) * tokens / max(sum(row.tokens for row in rows), 1)
 
     return of_batch
 

@@ -10,7 +10,7 @@ from tiny import tiny_run
 from mmjax import bench
 from mmjax.core import config, spec, tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.models import flops
 from mmjax.nn import lora
 from mmjax.train import cluster, presets, stages

@@ -140,8 +140,11 @@ def spec(cfg: Config) -> Spec:
     return out
 
 
-def costs(cfg: Config) -> budget.Costs:
-    """What budgets are counted with: self-attention and MLPs of encoder and decoder, and the head."""
+def costs(cfg: Config, sequence: interleave.Config = interleave.PLAIN) -> budget.Costs:
+    """What budgets are counted with: attention and MLPs of encoder and decoder, and the head.
+
+    sequence: the descriptors of its batches, where text looks at media by cross-attention.
+    """
 
     def blocks(b: transformer.Config) -> budget.Blocks:
         return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
@@ -150,7 +153,14 @@ def costs(cfg: Config) -> budget.Costs:
     layers = sum(stack.layers for stack in cfg.vision.stacks.values())
     encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
     tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
-    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, encoder, bytes=4, tokens=tokens)
+    out = budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, encoder, bytes=4, tokens=tokens)
+    if cfg.decoder.answers:
+        return dataclasses.replace(out, answer=blocks(cfg.decoder.answer))
+    if (c := cfg.decoder.cross) is None:
+        return out
+    between = len(cfg.decoder.crossed), c.width, c.heads * c.head, c.keys * c.head, c.hidden, c.gated
+    cross = {"cross": budget.Blocks(*between), "media": c.media, "blind": c.blind == "all"}
+    return dataclasses.replace(out, sequence=sequence, **cross)
 
 
 def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:

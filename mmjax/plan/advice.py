@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MESH_AXES
+from mmjax.core.meshes import MESH_AXES
 from mmjax.nn import transformer
 from mmjax.plan.program import Program, TooLarge, learnt, with_flag
 from mmjax.sequence.buckets import MULTIPLE

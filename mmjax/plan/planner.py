@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import make_mesh
+from mmjax.core.meshes import make_mesh
 from mmjax.plan import advice, chips, decode, program, report
 from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, TooLarge

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.plan.chips import GIB, first_line
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Bucket, Values
@@ -77,7 +77,7 @@ def buckets(cfg: Config) -> tuple[Bucket, ...]:
       InputError: it gives none, and its documents cannot be read here, or none can be made of them.
     """
     refuse_model(cfg)
-    found = fixed_buckets(cfg.packing)
+    found = fixed_buckets(cfg)
     if not found:
         try:
             found = prepare_data(cfg).training.plan.buckets

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mmjax.core import hlo
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.models import flops
 from mmjax.models.flops import Flops, Row
 from mmjax.plan import attention, chips, roofline

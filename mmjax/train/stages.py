@@ -9,7 +9,7 @@ import optax
 
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.core.spec import Spec
 from mmjax.train import parameters, state
 from mmjax.train.config import Config, Features

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_run
 
 from mmjax.core import config
-from mmjax.core.sharding import MESH_AXES, MeshConfig
+from mmjax.core.meshes import MESH_AXES, MeshConfig
 from mmjax.models import flops
 from mmjax.nn import lora, transformer
 from mmjax.plan import advice, program
@@ -141,7 +141,7 @@ def test_all_that_can_be_advised_is_a_setting_of_every_config(name):
             assert new != last
             refuse_model(new)
             refuse_rows(new, new.mesh.data * new.mesh.fsdp)
-            for bucket in fixed_buckets(new.packing):
+            for bucket in fixed_buckets(new):
                 program.batch_of(new, bucket)
                 media = flops.media_tokens(new.model, flops.full_row(bucket, new.sequence))
                 assert new.model.decoder.cross or media <= bucket.tokens

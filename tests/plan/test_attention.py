@@ -12,7 +12,7 @@ from mmjax.connectors import perceiver, qformer
 from mmjax.core import hlo, spec
 from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.models import encoder_decoder, vlm
 from mmjax.models.flops import Row
 from mmjax.nn import attention as model

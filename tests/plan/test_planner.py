@@ -12,7 +12,7 @@ from mmjax import bench
 from mmjax.core import config
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.models import encoder_decoder, vlm
 from mmjax.nn import cross_attention, lora, transformer
 from mmjax.plan import __main__ as command
