@@ -5,8 +5,8 @@
 
 OpenCLIP's ViT-H/14, a resampler that makes 64 tokens of each picture, and LLaMA-7B with a layer of gated
 cross-attention before each four of its blocks: text looks at the last picture so far, which takes three tokens in the
-sequence.
-`mmjax.convert.huggingface.load` reads HuggingFaceM4/idefics-9b as this model, and `python -m mmjax.generate` asks it.
+sequence. `mmjax.convert.huggingface.load` reads HuggingFaceM4/idefics-9b as this model, and `python -m mmjax.generate`
+asks it. The defaults are for 64 chips with 16 GB or more, a v5e-64 (`v5e:8x8`).
 
 `--model.decoder.vocab` must be what the tokenizer has: 32,000 of LLaMA's and two that were added, <image> and
 <fake_token_around_image>; the instructed model has <end_of_utterance> too.

@@ -13,11 +13,11 @@ import numpy as np
 
 from mmjax.connectors import module
 from mmjax.core import tree
-from mmjax.core.spec import map_specs
+from mmjax.core.spec import Spec, map_specs
 from mmjax.encoders import Encoder
 from mmjax.models import vlm
 from mmjax.models.language import Language
-from mmjax.nn import transformer
+from mmjax.nn import lora, transformer
 from mmjax.sequence import interleave, intervals
 from mmjax.sequence.batch import Batch, Bucket
 
@@ -92,7 +92,9 @@ class Flops:
     total: float = 0.0
 
 
-def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str] = ()) -> Flops:
+def of_row(
+    cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str] = (), adapters: lora.Config | None = None
+) -> Flops:
     """FLOPs of one row of a training step.
 
     Backwards, a matrix takes as many FLOPs for the gradient of what it read, where anything in its part of the model or
@@ -104,9 +106,11 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
       row: what is in it.
       see: who sees whom in the sequence (sequence.interleave); a prefix counts as causal.
       frozen: parameters that are not trained (train.config.Update).
+      adapters: beside kernels, of which tokens go through both thin matrices as well.
     """
-    names, sizes = tree.flatten(vlm.spec(cfg)), matrices(cfg)
-    still = tree.flatten(tree.choose(vlm.spec(cfg), frozen)[0]) if frozen else {}
+    spec = _spec(cfg, adapters)
+    names, sizes = tree.flatten(spec), matrices(cfg, adapters)
+    still = tree.flatten(tree.choose(spec, frozen)[0]) if frozen else {}
     media, patches, attention, parts = 0, 0, {}, []
     if cfg.sees:
         media, patches = media_tokens(cfg, row), sum(map(cfg.vision.tokens, row.pictures))
@@ -124,14 +128,24 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
     return Flops(forward, total)
 
 
-def matrices(cfg: vlm.Config) -> dict[str, int]:
+def matrices(cfg: vlm.Config, adapters: lora.Config | None = None) -> dict[str, int]:
     """The size of everything that tokens are multiplied with, by name: kernels, and the table of the head.
 
     Scales, biases and position tables are none.
     """
     head = f"decoder/{module(cfg.decoder).head(cfg.decoder)}"
-    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
-    return {n: size for n, size in sizes.items() if n == head or n.rsplit("/", 1)[-1] == "kernel"}
+    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), _spec(cfg, adapters)))
+    return {n: size for n, size in sizes.items() if n == head or _kernel(n).rsplit("/", 1)[-1] == "kernel"}
+
+
+def _spec(cfg: vlm.Config, adapters: lora.Config | None) -> Spec:
+    return vlm.spec(cfg) if adapters is None else lora.spec(vlm.spec(cfg), adapters)
+
+
+def _kernel(name: str) -> str:
+    """The name of a kernel without that of its part, where it is adapted and the part is a matrix."""
+    folder, _, part = name.rpartition("/")
+    return folder if part in lora.MATRICES and folder.endswith("/kernel") else name
 
 
 def media_tokens(cfg: vlm.Config, row: Row) -> int:
@@ -143,7 +157,7 @@ def media_tokens(cfg: vlm.Config, row: Row) -> int:
 
 def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> int | float:
     """How many tokens go through a matrix."""
-    part, *path = name.split("/")
+    part, *path = _kernel(name).split("/")
     if part == "vision" and path[0] == "embed":
         return _embedded(path[1], cfg, row)
     if part == "vision":

@@ -8,11 +8,11 @@ import pytest
 from tiny import tiny_model
 
 from mmjax.connectors import perceiver
-from mmjax.core import config, hlo, spec
+from mmjax.core import config, hlo, spec, tree
 from mmjax.encoders import vit
 from mmjax.models import encoder_decoder, flops, vlm
 from mmjax.models.flops import Row
-from mmjax.nn import cross_attention
+from mmjax.nn import cross_attention, lora
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave
 from mmjax.sequence.batch import Bucket, build
@@ -169,3 +169,24 @@ def test_llava_7b_by_hand():
     assert found.forward["vision"].attention == 5 * 23 * 4 * 1024 * 577**2
     parts = found.forward.values()
     assert found.total == 3 * sum(p.matrices + p.attention for p in parts)
+
+
+def test_adapters_are_two_thin_products_more():
+    """Their own program's, forwards; and of a frozen base no gradient of its kernels."""
+    cfg, adapters, row = tiny_model(vocab=64), lora.Config(4), Row((32,), (12, 12))
+    spec_of = lora.spec(vlm.spec(cfg), adapters)
+    plain, found = flops.of_row(cfg, row), flops.of_row(cfg, row, adapters=adapters)
+    # A and B of two layers: q, k, v, out; gate and up, down.
+    thin = 2.0 * 32 * 2 * 4 * ((16 + 32) + 2 * (16 + 16) + (32 + 16) + 2 * (16 + 24) + (24 + 16))
+    assert found.forward["decoder"].matrices == plain.forward["decoder"].matrices + thin
+    assert found.forward["vision"] == plain.forward["vision"]
+    batch = batches.abstract(BUCKET, cfg.vision.embed.values, Vocab(*range(9), size=cfg.decoder.vocab))
+    text = jax.jit(lambda p, b: loss_fn(p, b, cfg)[0]).lower(spec.abstract(spec_of), batch).compile().as_text()
+    more = hlo.count(hlo.parse(text)).flops - program(cfg, False)
+    assert more == pytest.approx(thin, rel=0.02)
+
+    every = tree.flatten(spec_of)
+    still = tree.cover(spec_of, [n for n in every if not n.endswith(("/kernel/a", "/kernel/b"))])
+    part, frozen = found.forward, flops.of_row(cfg, row, frozen=still, adapters=adapters)
+    forward = sum(p.matrices + p.attention for p in part.values())
+    assert frozen.total == forward + part["decoder"].matrices + thin + 2 * part["decoder"].attention
