@@ -14,7 +14,7 @@ import dataclasses
 from pathlib import Path
 
 from mmjax.connectors.published import CONNECTORS
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders.published import ENCODERS
 from mmjax.models import encoder_decoder, vlm

@@ -5,8 +5,8 @@
 
 OpenCLIP's ViT-H/14, a resampler that makes 64 tokens of each picture, and LLaMA-7B with a layer of gated
 cross-attention before each four of its blocks: text looks at the last picture so far, which takes three tokens in the
-sequence.
-`mmjax.convert.huggingface.load` reads HuggingFaceM4/idefics-9b as this model, and `python -m mmjax.generate` asks it.
+sequence. `mmjax.convert.huggingface.load` reads HuggingFaceM4/idefics-9b as this model, and `python -m mmjax.generate`
+asks it. The defaults are for 64 chips with 16 GB or more, a v5e-64 (`v5e:8x8`).
 
 `--model.decoder.vocab` must be what the tokenizer has: 32,000 of LLaMA's and two that were added, <image> and
 <fake_token_around_image>; the instructed model has <end_of_utterance> too.
@@ -15,7 +15,7 @@ sequence.
 from pathlib import Path
 
 from mmjax.connectors import perceiver
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm

@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 
 from mmjax.connectors import linear as connector
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders import tiled
 from mmjax.models import decoder, vlm

@@ -18,7 +18,7 @@ import dataclasses
 from pathlib import Path
 
 from mmjax.connectors import linear as connector
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders import vit
 from mmjax.encoders.published import ENCODERS

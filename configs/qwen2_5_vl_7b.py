@@ -13,7 +13,7 @@ that of the published weights, padded.
 import dataclasses
 from pathlib import Path
 
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.models import decoder, vlm
 from mmjax.models.published import TOWERS

@@ -15,7 +15,7 @@ import dataclasses
 from pathlib import Path
 
 from mmjax.connectors import pixel_shuffle
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.encoders import vit
 from mmjax.encoders.published import ENCODERS

@@ -1,4 +1,4 @@
-"""python -m mmjax.bench [CONFIG] [--steps N] [--json] [--field value …]
+"""python -m mmjax.bench [CONFIG] [--steps N] [--stage N] [--json] [--field value …]
 
 What a config's train step does on the hardware that is here: its time, useful tokens per second, MFU, memory, and what
 compiling takes. The step, the plan and the reading of data are those of `mmjax.train`, and so is the order of things: a
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.core import config, processes
+from mmjax.core import config, processes, tree
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, make_mesh
+from mmjax.core.meshes import Rules, make_mesh
 from mmjax.models import flops
 from mmjax.plan.chips import CHIPS
 
@@ -29,6 +29,7 @@ WHAT = """Measures the train step on the hardware that is here; nothing is writt
 
 CONFIG may be left out; it is quickstart then. The benchmark's own options:
   --steps N       steps that are timed (20); after them it ends
+  --stage N       of the run's N-th stage, where it has stages (1)
   --json          one JSON object, as the last line"""
 KINDS = {  # what JAX calls the chips of plan.chips; others of the same family have other peaks
     "TPU v4": "v4",
@@ -55,6 +56,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     try:
         mine, rest = parser.parse_known_args(list(arguments))
@@ -73,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     from mmjax.train import cluster  # not for those who only ask for --help
 
     with cluster.joined(cfg.cluster):
-        found = measure(cfg, mine.steps)
+        found = measure(cfg, mine.steps, mine.stage)
         if processes.index() == 0:
             print(said(found))
             if mine.json:
@@ -81,26 +83,27 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure(cfg: Any, steps: int) -> dict[str, Any]:
-    """Times that many steps of a run (train.config.Config) and returns everything that was found, ready for JSON.
+def measure(cfg: Any, steps: int, stage: int = 1) -> dict[str, Any]:
+    """Times that many steps of a run's stage (train.config.Config) and returns everything that was found, for JSON.
 
-    Of a run with stages, the first is timed.
+    Parameters start at random, those of a base too: a step takes as long with them.
 
     Raises:
       InputError: the run cannot be: as `mmjax.train` says.
     """
-    from mmjax.train import cluster, loop, parameters, stages, state
+    from mmjax.train import cluster, loop, stages, state
     from mmjax.train.prepare import prepare_data
 
-    cfg = _short(stages.first(cfg), WARM + steps)
-    mesh = make_mesh(cfg.mesh)
+    part = stages.numbered(cfg, stage)
+    part = dataclasses.replace(part, cfg=_short(part.cfg, WARM + steps))
+    cfg, mesh = part.cfg, make_mesh(cfg.mesh)
     source = prepare_data(cfg, *cluster.parts(mesh, Rules())).training
-    tx = state.optimizer(cfg.optimizer, cfg.steps)
-    shape = state.abstract(parameters.spec(cfg), tx, mesh, Rules(), cfg.update.frozen)
+    shape = stages.abstract(part, mesh)
     began = time.monotonic()
     programs = loop.compile_steps(cfg, source, shape, mesh)
     compiling = time.monotonic() - began
-    start = state.create_sharded(parameters.spec(cfg), tx, shape, jax.random.key(cfg.seed), cfg.update.frozen)
+    tx, key = stages.optimizer(cfg), jax.random.key(cfg.seed)
+    start = state.create_sharded(part.spec, tx, shape, key, cfg.update.frozen)
     timed = _timed(cfg, source, programs, start)
     if len(timed) < 2:
         raise InputError(
@@ -118,7 +121,8 @@ def measure(cfg: Any, steps: int) -> dict[str, Any]:
         "processes": jax.process_count(),
         "jax": jax.__version__,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "parameters": specs.count(parameters.spec(cfg)),
+        "parameters": specs.count(part.spec),
+        "trained": tree.count(state.trained(shape.params, cfg.update.frozen)),
         "compute": cfg.update.compute,
         "steps": len(timed),
         "step_seconds": _spread([s.seconds for s in timed]),
@@ -155,7 +159,8 @@ def said(found: dict[str, Any]) -> str:
     lines = {
         "hardware": f"{found['devices']} × {found['device']}, {found['processes']} process"
         f"{'es' * (found['processes'] > 1)}{mesh}; jax {found['jax']}",
-        "model": f"{found['parameters']:,} parameters, {found['compute']}; rows {shapes}",
+        "model": f"{found['parameters']:,} parameters, of them trained {found['trained']:,}, {found['compute']}; "
+        f"rows {shapes}",
         "step": f"{1e3 * spread['median']:.4g} ms, the median of {found['steps']}; half of them between "
         f"{1e3 * spread['quarter']:.4g} and {1e3 * spread['three_quarters']:.4g} ms, all between "
         f"{1e3 * spread['least']:.4g} and {1e3 * spread['most']:.4g}; the host waited for data {found['waiting']:.1%}",
@@ -201,7 +206,7 @@ def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:
     asking = cluster.whole(np.zeros(programs.asking.mesh.size, np.int32), programs.asking)
     fed, ended, seen, unread, out = read(source, 0, threads=cfg.threads), 0.0, set(), None, []
 
-    def finish(number: int, held: tuple[np.ndarray, np.ndarray], told: dict[str, jax.Array], waiting: float) -> None:
+    def finish(number: int, held: Any, told: dict[str, jax.Array], waiting: float) -> None:
         nonlocal ended
         told, began, ended = jax.device_get(told), ended, time.monotonic()
         if told["violations"].any():
@@ -219,32 +224,25 @@ def _timed(cfg: Any, source: Any, programs: Any, now: Any) -> list[Step]:
         now, told = programs.run(bucket, now, batch, asking, cfg.update.accumulate)
         if unread:
             finish(*unread, waiting)
-        unread = number, (batch.document, batch.grid), told
+        unread = number, batch.replace(patches=None, frames=None), told
     finish(*unread, 0.0)
     work = _work(cfg)
-    return [Step(*measured, work(*held, measured[-1])) for held, *measured in out]
+    return [Step(*measured, work(held, measured[-1])) for held, *measured in out]
 
 
-def _work(cfg: Any) -> Callable[[Any, Any, int], float]:
-    """A function of a batch's documents and grids: the model's FLOPs (models.flops) for what is in it.
+def _work(cfg: Any) -> Callable[[Any, int], float]:
+    """A function of a batch and its tokens: the model's FLOPs (models.flops) for what is in it.
 
     Of its rows a process has its own; all together have so many tokens, and as many FLOPs for each.
     """
-    window = (cfg.sequence.window * cfg.sequence.merge) ** 2
 
     @functools.cache
-    def of_row(documents: tuple[int, ...], pictures: tuple[int, ...]) -> float:
-        row = flops.Row(documents, pictures, window, cfg.sequence.answer)
-        return flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen).total
+    def of_row(row: flops.Row) -> float:
+        return flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen, cfg.lora).total
 
-    def of_batch(document: np.ndarray, grid: np.ndarray, tokens: int) -> float:
-        total = here = 0
-        for places, sizes in zip(document, grid.prod(-1), strict=True):
-            lengths = np.bincount(places[places >= 0])
-            if len(lengths):
-                here += int(lengths.sum())
-                total += of_row(tuple(lengths.tolist()), tuple(sizes[sizes > 0].tolist()))
-        return total * tokens / max(here, 1)
+    def of_batch(batch: Any, tokens: int) -> float:
+        rows = flops.rows_of(batch, cfg.model, cfg.sequence)
+        return sum(map(of_row, rows)) * tokens / max(sum(row.tokens for row in rows), 1)
 
     return of_batch
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh, named
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh, named
 
 P = jax.sharding.PartitionSpec
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)

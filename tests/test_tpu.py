@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 import numpy as np
 from mmjax.core import config
-from mmjax.core.sharding import MESH_AXES, Rules
+from mmjax.core.meshes import MESH_AXES, Rules
 from mmjax.models import vlm
 from mmjax.sequence import batch as batches
 from mmjax.train import loop, state
@@ -115,7 +115,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
-from mmjax.core.sharding import MESH_AXES
+from mmjax.core.meshes import MESH_AXES
 from mmjax.nn.attention import attend
 
 length, heads, size = 2**20, (8, 2), 128
@@ -195,7 +195,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 import numpy as np
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MESH_AXES, Rules, named
+from mmjax.core.meshes import MESH_AXES, Rules, named
 from mmjax.generate import engine, sample
 from mmjax.models import decoder
 from mmjax.nn import block, rope, transformer

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from mmjax.connectors import mlp as connector
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.core.spec import ParamSpec
 from mmjax.data import drawings
 from mmjax.encoders import vit

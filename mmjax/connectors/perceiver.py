@@ -199,7 +199,8 @@ def layer(
     q, k, v = project("q", h), project("k", seen), project("v", seen)
     if cfg.qk_norm:
         q, k = norm.apply(params["q_norm"], q, cfg.head_norm), norm.apply(params["k_norm"], k, cfg.head_norm)
-    out, _ = attend(q, k, v, order, lo, hi)
+    with jax.named_scope("look"):
+        out, _ = attend(q, k, v, order, lo, hi)
     y = sharding.dense(out, params["out"]["kernel"], ("batch", None, None))
     y = linear.plus(y, params["out"]["bias"]) if cfg.bias else y
     x = x + y if cfg.residual else y

@@ -301,6 +301,8 @@ def _attention(params: dict, x: jax.Array, of: jax.Array, cfg: Config, order, lo
         y = sharding.dense(x, params[name]["kernel"], ("batch", None, "heads", None))
         return linear.plus(y, params[name]["bias"])
 
-    out, _ = attend(project(x, "q"), project(of, "k"), project(of, "v"), order, lo, hi)
+    q, k, v = project(x, "q"), project(of, "k"), project(of, "v")
+    with jax.named_scope("attention" if of is x else "look"):
+        out, _ = attend(q, k, v, order, lo, hi)
     y = linear.plus(sharding.dense(out, params["out"]["kernel"], ("batch", None, None)), params["out"]["bias"])
     return norm.apply(params["norm"], x + y, cfg.norm)

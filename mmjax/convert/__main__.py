@@ -22,7 +22,7 @@ from mmjax.convert.files import CONFIG
 from mmjax.convert.huggingface import Model
 from mmjax.core import config, tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MESH_AXES
+from mmjax.core.meshes import MESH_AXES
 
 DTYPES = ("bfloat16", "float16", "float32")
 

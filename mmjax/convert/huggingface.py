@@ -31,7 +31,7 @@ from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 
 # Tensors that are no parameters (positions 0, 1, 2 …) are kept to be written again: so large each, and all together.
 # Those that are somebody's, but not this model's (`Found.rest`), are kept however large.

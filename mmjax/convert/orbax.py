@@ -27,13 +27,13 @@ from mmjax.convert.files import MAX_CONFIG, MAX_INDEX, new_directory, plain_name
 from mmjax.convert.found import Found
 from mmjax.convert.model import Model, Origin, origin_of
 from mmjax.core import manifest as manifests
-from mmjax.core import parts, processes, sharding, strict_json, tree
+from mmjax.core import meshes, parts, processes, strict_json, tree
 from mmjax.core import spec as specs
 from mmjax.core.archive import local_path
 from mmjax.core.checksum import checksums_numpy
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike, require_space
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.core.strict_json import shown
 
 FORMAT = 1
@@ -136,7 +136,7 @@ def write(
 
 def _cuts(of: specs.ParamSpec, rules: Rules, sizes: dict[str, int]) -> tuple[int, ...]:
     """Into how many parts a mesh of these sizes cuts the axes of a parameter."""
-    placed = sharding.partition(of.axes, rules, sizes, of.shape)
+    placed = meshes.partition(of.axes, rules, sizes, of.shape)
     names = [entry if isinstance(entry, tuple) else (entry,) for entry in placed]
     return tuple(math.prod(sizes[name] for name in some if name) for some in names)
 

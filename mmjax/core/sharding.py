@@ -1,164 +1,40 @@
-"""Where arrays lie on a mesh: logical axis names, the rules that map them to mesh axes, and the helpers.
+"""Operations that lay arrays out along logical axes, whatever mesh is in force (core.meshes).
 
-Model code names logical axes only ("batch", "length", "heads" …). `constrain`, `dense`, `take`, `take_rows` and `local`
-read the mesh that `jax.set_mesh` has set while a function is traced, and do the right thing with no mesh, with Auto
-axes (the compiler propagates shardings), with Explicit axes (shardings are part of the types) and inside a fully manual
-`shard_map` (arrays are already local).
+`constrain`, `dense`, `take`, `take_rows` and `local` read the mesh that `jax.set_mesh` has set while a function is
+traced, and do the right thing with no mesh, with Auto axes (the compiler propagates shardings), with Explicit axes
+(shardings are part of the types) and inside a fully manual `shard_map` (arrays are already local).
 
 What works token by token keeps rows split along their `length`. What mixes the tokens of a row makes it whole first:
 `unsplit`, or `whole_rows` for a function that does little else.
 """
 
-import contextlib
-import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mmjax.core.errors import InputError
-
-Axes = tuple[str | None, ...]
-# From the least traffic to the most, as jax.make_mesh wants it: the last axis gets the nearest neighbours. Gradients
-# are summed over `data` once a step, and a layer's parameters are gathered over `fsdp` ahead of use; but attention
-# waits for keys and values of its neighbours over `sequence`, and every product for activations summed over `tensor`.
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Which mesh axes carry each logical axis; a logical axis that is not named here is never split.
-
-    `batch` and `length`, a row's tokens or patches, are axes of activations; heads, mlp and vocab of parameters too.
-    `embed` is an axis of parameters alone: it is gathered for the moment of use (fully sharded data parallelism), while
-    activations keep their width whole.
-    """
-
-    batch: tuple[str, ...] = ("data", "fsdp")
-    length: tuple[str, ...] = ("sequence",)
-    heads: tuple[str, ...] = ("tensor",)
-    mlp: tuple[str, ...] = ("tensor",)
-    vocab: tuple[str, ...] = ("tensor",)
-    embed: tuple[str, ...] = ("fsdp",)
-
-    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
-        return getattr(self, logical, ()) if logical else ()
-
-
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("mmjax_rules", default=Rules())  # noqa: B039 (frozen)
-
-
-@contextlib.contextmanager
-def use_rules(rules: Rules) -> Iterator[None]:
-    """Traces what is inside with these rules. They are read while tracing: a compiled function keeps its own."""
-    token = _rules.set(rules)
-    try:
-        yield
-    finally:
-        _rules.reset(token)
-
-
-@contextlib.contextmanager
-def whole(logical: str) -> Iterator[None]:
-    """Traces what is inside with one logical axis split over nothing."""
-    with use_rules(replace(_rules.get(), **{logical: ()})):
-        yield
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """The mesh: how many devices along each axis. One of them may be -1: all devices that are left."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-    explicit: bool = False  # Explicit axes (shardings in types) instead of Auto ones (the compiler propagates)
-
-
-def make_mesh(cfg: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-    """A mesh of MESH_AXES over the given devices, or over all.
-
-    Raises:
-      InputError: the sizes do not multiply to the number of devices.
-    """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(cfg, name) for name in MESH_AXES]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
-        wanted = " × ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-        raise InputError(
-            f"The mesh {wanted} does not fit {len(devices)} device(s); set mesh.data, mesh.fsdp, "
-            f"mesh.sequence and mesh.tensor to sizes whose product is {len(devices)} (one of them may be -1)."
-        )
-    kinds = (AxisType.Explicit if cfg.explicit else AxisType.Auto,) * len(MESH_AXES)
-    try:
-        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=kinds, devices=devices)
-    except NotImplementedError:
-        # A torus of three axes (TPU v4, v5p) whose axes must be split to give these sizes.
-        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return jax.sharding.Mesh(placed, MESH_AXES, axis_types=kinds)
-
-
-def partition(axes: Axes, rules: Rules, sizes: dict[str, int], shape: tuple[int, ...] | None = None) -> P:
-    """The PartitionSpec of logical axes on a mesh with these axis sizes.
-
-    A mesh axis is used once, by the first dimension that names it. Where `shape` is given, a dimension that does not
-    divide evenly stays whole (two key heads on four tensor devices are repeated, not cut). So does one that would have
-    a single part: with Explicit axes, types are then the same as without the axis.
-    """
-    used, entries = set(), []
-    for i, logical in enumerate(axes):
-        mesh_axes = tuple(a for a in rules.mesh_axes(logical) if a in sizes and a not in used)
-        parts = int(np.prod([sizes[a] for a in mesh_axes]))
-        if parts == 1 or (shape is not None and shape[i] % parts):
-            mesh_axes = ()
-        used.update(mesh_axes)
-        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
-    return P(*entries)
-
-
-def named(mesh: jax.sharding.Mesh, axes: Axes, rules: Rules, shape: tuple[int, ...] | None = None) -> NamedSharding:
-    """The NamedSharding of logical axes on a concrete mesh."""
-    return NamedSharding(mesh, partition(axes, rules, dict(mesh.shape), shape))
-
-
-def _mode() -> AxisType | None:
-    """How the mesh in force wants to be spoken to; None where nothing may be said (no mesh, or all local)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = set(mesh.axis_types) if mesh.axis_names else set()
-    if AxisType.Manual in kinds or not kinds:
-        return None
-    return AxisType.Explicit if AxisType.Explicit in kinds else AxisType.Auto
-
-
-def _partition_here(axes: Axes, shape: tuple[int, ...]) -> P:
-    return partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape), shape)
+from mmjax.core.meshes import Axes, fitting, mode, partition_here, parts, whole
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Lays x out along logical axes; does nothing where there is no mesh."""
-    match _mode():
+    match mode():
         case AxisType.Auto:
-            return jax.lax.with_sharding_constraint(x, _partition_here(axes, x.shape))
+            return jax.lax.with_sharding_constraint(x, partition_here(axes, x.shape))
         case AxisType.Explicit:
-            return jax.sharding.reshard(x, _partition_here(axes, x.shape))
+            return jax.sharding.reshard(x, partition_here(axes, x.shape))
     return x
 
 
 def gradient_laid(w: jax.Array, axes: Axes) -> jax.Array:
     """w, with its gradient laid out along logical axes. With Explicit axes its type says so already."""
-    return _gradient_laid(w, axes) if _mode() is AxisType.Auto else w
+    return _gradient_laid(w, axes) if mode() is AxisType.Auto else w
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -169,14 +45,6 @@ def _gradient_laid(w: jax.Array, axes: Axes) -> jax.Array:
 @_gradient_laid.defjvp
 def _tangent_laid(axes: Axes, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return primals[0], constrain(tangents[0], axes)
-
-
-def fitting(axes: Axes, shape: tuple[int, ...]) -> Axes:
-    """The axes with None where the dimension is not split: what `local` may be given for an array of this shape."""
-    if _mode() is None:
-        return (None,) * len(axes)
-    spec = _partition_here(axes, shape)
-    return tuple(None if entry is None else axis for axis, entry in zip(axes, spec, strict=True))
 
 
 def _gathered(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -221,8 +89,8 @@ def _product(x: jax.Array, w: jax.Array, axes: Axes, dtype: Any = None) -> jax.A
     inner = x.ndim - 2
     shape = x.shape[:2] + w.shape[inner:]
     dims = ((tuple(range(2, x.ndim)), tuple(range(inner))), ((), ()))
-    if _mode() is AxisType.Explicit:
-        out = _partition_here(axes, shape)
+    if mode() is AxisType.Explicit:
+        out = partition_here(axes, shape)
         return jax.lax.dot_general(x, _gathered(w, x), dims, preferred_element_type=dtype, out_sharding=out)
     if axes[1]:
         return constrain(jax.lax.dot_general(x, w, dims, preferred_element_type=dtype), axes)
@@ -252,8 +120,8 @@ def take(table: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
     axes = fitting(axes, (*ids.shape, *table.shape[1:]))
 
     def read(table: jax.Array, ids: jax.Array) -> jax.Array:
-        if _mode() is AxisType.Explicit:
-            out = _partition_here(axes, (*ids.shape, *table.shape[1:]))
+        if mode() is AxisType.Explicit:
+            out = partition_here(axes, (*ids.shape, *table.shape[1:]))
             return table.at[ids].get(out_sharding=out)
         return constrain(table[ids], axes)
 
@@ -372,39 +240,16 @@ def local(f: Callable, args: Any, in_axes: Any, out_axes: Any) -> Any:
       in_axes: the same trees with `Axes` in the place of arrays, None where there is None.
       out_axes: the same of the results; a dimension may be named only where its size divides evenly (see `fitting`).
     """
-    if _mode() is None:
+    if mode() is None:
         return f(*args)
 
-    def spec(axes: Axes) -> P:
-        return partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape))
-
-    specs = jax.tree.map(spec, (in_axes, out_axes), is_leaf=_is_axes)
+    specs = jax.tree.map(partition_here, (in_axes, out_axes), is_leaf=_is_axes)
     args = jax.tree.map(lambda a, axes: constrain(a, axes), args, in_axes)
     return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1])(*args)
 
 
 def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
-
-
-def mesh_axes(axes: Axes) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes in force that each dimension of an array with these logical axes is split over."""
-    if _mode() is None:
-        return ((),) * len(axes)
-    spec = partition(axes, _rules.get(), dict(jax.sharding.get_abstract_mesh().shape))
-    return tuple(entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)
-
-
-def parts(logical: str) -> int:
-    """Over how many devices the mesh in force splits a logical axis; 1 where nothing may be said."""
-    if _mode() is None:
-        return 1
-    return parts_of(logical, jax.sharding.get_abstract_mesh(), _rules.get())
-
-
-def parts_of(logical: str, mesh: Any, rules: Rules) -> int:
-    """Over how many devices a mesh splits a logical axis."""
-    return int(np.prod([mesh.shape[a] for a in rules.mesh_axes(logical) if a in mesh.shape]))
 
 
 def _varies(x: jax.Array) -> frozenset[str]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.core import sharding
+from mmjax.core import meshes, sharding
 
 Spec = dict  # a nested dict whose leaves are ParamSpec
 
@@ -121,16 +121,16 @@ def init(spec: Spec, key: jax.Array) -> dict:
     return jax.tree_util.tree_map_with_path(one, spec, is_leaf=_is_leaf)
 
 
-def shardings(spec: Spec, mesh: jax.sharding.Mesh, rules: sharding.Rules) -> dict:
+def shardings(spec: Spec, mesh: jax.sharding.Mesh, rules: meshes.Rules) -> dict:
     """The NamedSharding of every parameter on a mesh."""
-    return map_specs(lambda p: sharding.named(mesh, p.axes, rules, p.shape), spec)
+    return map_specs(lambda p: meshes.named(mesh, p.axes, rules, p.shape), spec)
 
 
-def abstract(spec: Spec, mesh: jax.sharding.Mesh | None = None, rules: sharding.Rules | None = None) -> dict:
+def abstract(spec: Spec, mesh: jax.sharding.Mesh | None = None, rules: meshes.Rules | None = None) -> dict:
     """Shapes and dtypes without values, with shardings where a mesh is given: for `lower` and for restoring."""
 
     def one(p: ParamSpec) -> jax.ShapeDtypeStruct:
-        placed = None if mesh is None else sharding.named(mesh, p.axes, rules or sharding.Rules(), p.shape)
+        placed = None if mesh is None else meshes.named(mesh, p.axes, rules or meshes.Rules(), p.shape)
         return jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype), sharding=placed)
 
     return map_specs(one, spec)

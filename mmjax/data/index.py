@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def fills(self) -> Float[np.ndarray, "d"]:
-        """The share of every dimension (tokens, patches, images, frames) that is not padding."""
+        """The share of every dimension (layout.DIMENSIONS) that is not padding."""
         room = sum(np.multiply(b.row, b.rows * n) for b, n in zip(self.buckets, self.steps_of, strict=True))
         return np.sum(self.used, axis=0) / np.maximum(room, 1)
 
@@ -70,15 +70,19 @@ class Plan:
 
     def table(self) -> str:
         """What will be compiled and how full it is, a line per bucket: to be read before training starts."""
-        head = f"{'bucket (rows × tokens, patches, images, frames)':<50}{'steps':>8}" + "".join(
-            f"{name:>9}" for name in DIMENSIONS
-        )
+        # Answers have a column where they are apart.
+        shown = len(DIMENSIONS) - (not any(b.answers for b in self.buckets))
+        names = [f"{name:>{max(9, len(name) + 2)}}" for name in DIMENSIONS[:shown]]
+        title = f"bucket (rows × {', '.join(DIMENSIONS[:shown])})"
+        wide = max(50, len(title))
+        head = f"{title:<{wide}}{'steps':>8}" + "".join(names)
         lines = [head]
         for bucket, steps, used in zip(self.buckets, self.steps_of, self.used, strict=True):
-            size = f"{bucket.rows} × " + ", ".join(map(str, bucket.row))
+            size = f"{bucket.rows} × " + ", ".join(map(str, bucket.row[:shown]))
             room = np.multiply(bucket.row, bucket.rows * steps)
-            full = "".join(f"{u / r:>9.1%}" if r else f"{'-':>9}" for u, r in zip(used, room, strict=True))
-            lines.append(f"{size:<50}{steps:>8}{full}")
+            shares = [f"{u / r:.1%}" if r else "-" for u, r in zip(used, room, strict=True)]
+            full = "".join(f"{share:>{len(name)}}" for share, name in zip(shares, names, strict=False))
+            lines.append(f"{size:<{wide}}{steps:>8}{full}")
         lines.append(
             f"{len(self.buckets)} programs to compile; expected fill {self.fill:.1%} (tokens {self.fill_tokens:.1%}, "
             f"patches {self.fill_patches:.1%}), the rest is padding"
@@ -89,7 +93,7 @@ class Plan:
 LayoutOf = Callable[[Document], Layout]
 
 
-def measure(documents: Sequence[Document], numbers: Iterable[int], layout: LayoutOf) -> Int[np.ndarray, "n 4"]:
+def measure(documents: Sequence[Document], numbers: Iterable[int], layout: LayoutOf) -> Int[np.ndarray, "n 5"]:
     """What the documents with these numbers take up (see Layout.size)."""
     return np.array([layout(documents[n]).size for n in numbers], np.int64).reshape(-1, len(DIMENSIONS))
 
@@ -106,6 +110,7 @@ def training(
     patches: int = 0,
     fixed: tuple[Bucket, ...] = (),
     long: Literal["refuse", "split"] = "refuse",
+    answers: int = 0,
 ) -> Plan:
     """Plans `steps` training steps over the documents in order, window by window.
 
@@ -123,6 +128,7 @@ def training(
       patches: of the largest document that may come; 0: as many as the sample has from which shapes are chosen.
       fixed: the bucket shapes, where none are to be chosen.
       long: what happens to a document that is longer than a row (see sequence.split).
+      answers: tokens of a row's answers, where they are a second stream (sequence.answer).
 
     Raises:
       InputError: too few documents for so many steps; a document that does not fit a row.
@@ -135,11 +141,11 @@ def training(
         window = np.arange(start, min(start + WINDOW, len(documents)))
         new = measure(documents, window.tolist(), layout)
         if long == "split":
-            room = max((b.row for b in fixed), default=(tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT))
+            room = max((b.row for b in fixed), default=(tokens, patches or NO_LIMIT, NO_LIMIT, NO_LIMIT, answers))
             window, new = _split(documents, window, new, layout, room, parts)
         names = _names(documents, parts, window)
         if not shapes:
-            shapes = fixed or buckets.choose(new[:SAMPLE], k, tokens, rows, patches, names)
+            shapes = fixed or buckets.choose(new[:SAMPLE], k, tokens, rows, patches, names, answers)
             waiting: list[list[tuple[int, ...]]] = [[] for _ in shapes]
         buckets.refuse_too_large(new, shapes, names)
         numbers, sizes = np.append(numbers, window), np.concatenate([sizes, new])
@@ -172,15 +178,22 @@ def _shuffled(size: int, name: str) -> list[int]:
 
 
 def once(
-    documents: Sequence[Document], layout: LayoutOf, *, tokens: int, rows: int, shape: Bucket | None = None
+    documents: Sequence[Document],
+    layout: LayoutOf,
+    *,
+    tokens: int,
+    rows: int,
+    answers: int = 0,
+    shape: Bucket | None = None,
 ) -> Plan:
     """Plans every document exactly once in one bucket shape; the last batch may have empty rows. For evaluation.
 
-    shape: the bucket, where it is known already, in place of tokens and rows; InputError if a document does not fit it.
+    shape: the bucket, where it is known already, in place of tokens, rows and answers; InputError if a document does
+    not fit it.
     """
     sizes = measure(documents, range(len(documents)), layout)
     names = _names(documents, (), range(len(sizes)))
-    shapes = (shape,) if shape else buckets.choose(sizes, 1, tokens, rows, names=names)
+    shapes = (shape,) if shape else buckets.choose(sizes, 1, tokens, rows, names=names, answers=answers)
     buckets.refuse_too_large(sizes, shapes, names)
     packed = [tuple(row) for _, row in pack_shapes(sizes, [s.row for s in shapes])[0]]
     each = shapes[0].rows

@@ -300,9 +300,8 @@ def _laid(
     """The one place where a document is laid out here."""
     if tokenizer.vocab.image is None and fuse == "sequence":  # a family whose text looks at pictures from beside
         fuse, sequence = "cross", dataclasses.replace(sequence, cross="last_image")
-    laid = layout(
-        document, tokenizer, policy, media_tokens, clips=Sampled(policy), sounds=Frames(_rate(document)), fuse=fuse
-    )
+    how = {"clips": Sampled(policy), "sounds": Frames(_rate(document)), "fuse": fuse, "parted": sequence.answer > 0}
+    laid = layout(document, tokenizer, policy, media_tokens, **how)
     return laid, interleave.interleave(laid, tokenizer.vocab, sequence)
 
 

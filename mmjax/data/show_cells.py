@@ -57,6 +57,7 @@ def printable(text: str) -> str:
 
 def kinds(example: Example, tokenizer: Tokenizer) -> np.ndarray:
     """i8[n]: of every token its place in KINDS."""
+    example = _whole(example)
     learnt = np.append(False, example.weight[:-1] > 0)[: len(example.tokens)]
     control = np.isin(example.tokens, list(_symbols(tokenizer)))
     out = np.where(control, KINDS.index("control"), KINDS.index("text")) + learnt
@@ -66,10 +67,21 @@ def kinds(example: Example, tokenizer: Tokenizer) -> np.ndarray:
     return out.astype(np.int8)
 
 
+def _whole(example: Example) -> Example:
+    """The tokens of a document in two streams one after the other: of the second what it says, not what it reads."""
+    if (said := example.answer) is None:
+        return example
+    weight = np.append(np.concatenate([example.weight, said.weight])[1:], 0.0)  # of the token before
+    ends = {"modality": np.full(len(said.target), TEXT, np.int8), "slot": np.full(len(said.target), -1, np.int32)}
+    more = {name: np.concatenate([getattr(example, name), end]) for name, end in ends.items()}
+    tokens = np.concatenate([example.tokens, said.target])
+    return dataclasses.replace(example, tokens=tokens, weight=weight, answer=None, **more)
+
+
 def cells(laid: Layout, example: Example, tokenizer: Tokenizer) -> Iterator[Cell]:
     """The document's cells in order."""
     names = _symbols(tokenizer)
-    kind = kinds(example, tokenizer)
+    kind, example = kinds(example, tokenizer), _whole(example)
     words = [KINDS.index(k) for k in KINDS[:4]]
     at = number = 0
     for piece in laid.pieces:

@@ -13,7 +13,7 @@ from mmjax.data.index import LayoutOf, Plan, Step
 from mmjax.data.source import Holes, Source
 from mmjax.sequence.batch import Batch, Bucket
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import DIMENSIONS
+from mmjax.sequence.layout import DIMENSIONS, described
 from mmjax.tokenizers.vocab import Vocab
 
 
@@ -55,8 +55,8 @@ def stream(
         if large:
             what = ", ".join(f"{sizes[name]} {name}" for name in large)
             raise InputError(
-                f"Document {document.id!r} takes {what}, more than a row of {bucket.row}; raise the row's sizes, split "
-                f"it (sequence.split) or lower the resolution."
+                f"Document {document.id!r} takes {what}, more than a row of {described(bucket.row)}; raise the "
+                f"row's sizes, split it (sequence.split) or lower the resolution."
             )
         # Grain packs arrays: these have the lengths and nothing in them.
         return {name: np.zeros(sizes[name], bool) for name in room} | {"document": document}

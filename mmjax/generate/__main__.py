@@ -137,7 +137,7 @@ def _session(given: argparse.Namespace) -> Any:
     import jax
 
     from mmjax.convert import huggingface, processor
-    from mmjax.core.sharding import MeshConfig, make_mesh
+    from mmjax.core.meshes import MeshConfig, make_mesh
     from mmjax.generate.session import Session
 
     store = _store(given)  # whose bounds may be wrong

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mmjax.connectors import module
-from mmjax.core import sharding
+from mmjax.core import meshes, sharding
 from mmjax.core.errors import InputError
 from mmjax.generate import sample
 from mmjax.generate.sample import Switches, Values
@@ -195,7 +195,7 @@ def prefill(params: dict, batch: Batch, cfg: Config, state: State, *, media: Med
       state: B rows as well.
       media: the batch's media tokens, where they are known (models.vlm.media).
     """
-    with sharding.whole("length"):
+    with meshes.whole("length"):
         batch, at = _placed(batch), state.cache.at
         media = None if media is None else _by_rows(media)
         hidden, cache = _run(params, batch, cfg, state.cache, media)
@@ -236,7 +236,7 @@ def begin(params: dict, batch: Batch, cfg: Config, places: int, *, media: Media 
       params, batch, cfg, media: as of `prefill`. Rows with no tokens say nothing.
       places: of the second stream: so many tokens, those of batch.answer among them, may be read and said.
     """
-    with sharding.whole("length"):
+    with meshes.whole("length"):
         batch = _placed(batch)
         media = None if media is None else _by_rows(media)
         inner, of = _inner(params, cfg), language(cfg)
@@ -279,7 +279,7 @@ def _by_rows(media: Media) -> Media:
 
 def media(params: dict, batch: Batch, cfg: vlm.Config) -> Media:
     """The media tokens of a batch, which is laid out as parameters are (models.vlm.media)."""
-    with sharding.whole("length"):
+    with meshes.whole("length"):
         return vlm.media(params, _placed(batch), cfg)
 
 
@@ -292,7 +292,7 @@ def read(params: dict, state: State, token: Int[Array, "b"], cfg: Config) -> Sta
     batch = text_batch(jnp.where(state.done, 0, token)[:, None], label, state.lo[:, None], position)
     if state.media_lo is not None:
         batch = batch.replace(media_lo=state.media_lo[:, None], media_hi=state.media_hi[:, None])
-    with sharding.whole("length"):
+    with meshes.whole("length"):
         hidden, cache = _run(params, batch, cfg, state.cache, None)
         word = jnp.where(state.done, -1, token)[:, None]
         more = 1 - state.done.astype(jnp.int32)

@@ -6,6 +6,7 @@ which the second is a batch's `answer` (sequence.batch): its labels are its own,
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -110,9 +111,10 @@ def apply(
     encoded = encode(params, x, cfg, order=order, lo=lo, hi=hi)
     own, see = params["answer"], {"order": answer.order, "lo": answer.lo, "hi": answer.hi}
     look = Look(encoded, sharding.unsplit(order), answer.media_lo, answer.media_hi)
-    y = embed(params, answer.tokens, cfg)
-    y = transformer.apply(own["blocks"], y, cfg.answer, relative=own.get("relative"), look=look, **see)
-    return norm.apply(own["norm"], y, cfg.answer.norm_config)
+    with jax.named_scope("answer"):
+        y = embed(params, answer.tokens, cfg)
+        y = transformer.apply(own["blocks"], y, cfg.answer, relative=own.get("relative"), look=look, **see)
+        return norm.apply(own["norm"], y, cfg.answer.norm_config)
 
 
 def empty_cache(

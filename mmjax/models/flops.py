@@ -7,17 +7,19 @@ scores beyond the intervals. A table that is looked up costs nothing; the head i
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from mmjax.connectors import module
 from mmjax.core import tree
-from mmjax.core.spec import map_specs
+from mmjax.core.spec import Spec, map_specs
 from mmjax.encoders import Encoder
 from mmjax.models import vlm
 from mmjax.models.language import Language
-from mmjax.nn import transformer
-from mmjax.sequence import interleave
-from mmjax.sequence.batch import Bucket
+from mmjax.nn import lora, transformer
+from mmjax.sequence import interleave, intervals
+from mmjax.sequence.batch import Batch, Bucket
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Row:
     """What stands in a row: tokens of each document, patches of each picture; windows of so many patches.
 
     answer: tokens of the second stream of an encoder–decoder, shared evenly by the documents.
+    shown: at how many of the pictures a token looks by cross-attention, on average.
     """
 
     documents: tuple[int, ...]
     pictures: tuple[int, ...]
     window: int = 0
     answer: int = 0
+    shown: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -44,7 +48,8 @@ class Row:
 def full_row(bucket: Bucket, sequence: interleave.Config = interleave.PLAIN, document: int = 0) -> Row:
     """A row without padding: documents of `document` tokens (0: one as long as the row), pictures of one size.
 
-    The last document takes what is left.
+    The last document takes what is left. Documents have equally many pictures. Where text looks at more than the last
+    one so far, these stand together, before the text.
     """
     size = document or bucket.tokens
     documents = [size] * (bucket.tokens // size)
@@ -52,7 +57,23 @@ def full_row(bucket: Bucket, sequence: interleave.Config = interleave.PLAIN, doc
         documents.append(rest)
     each, more = divmod(bucket.patches, max(bucket.images, 1))
     pictures = tuple(each + (i < more) for i in range(bucket.images) if each + (i < more))
-    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2, sequence.answer)
+    shown = len(pictures) / len(documents) if sequence.cross in ("all_images", "last_images") else 1.0
+    return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2, bucket.answers, shown)
+
+
+def rows_of(batch: Batch, cfg: vlm.Config, sequence: interleave.Config) -> list[Row]:
+    """What stands in each row of a batch of NumPy arrays; rows without documents are left out."""
+    out = []
+    for r, documents in enumerate(batch.document):
+        lengths = np.bincount(documents[documents >= 0]).tolist()
+        sizes = batch.grid[r].prod(-1)
+        said = 0 if batch.answer is None else int((batch.answer.document[r] >= 0).sum())
+        row = Row(tuple(lengths), tuple(sizes[sizes > 0].tolist()), (sequence.window * sequence.merge) ** 2, said)
+        if row.pictures and row.tokens and cfg.decoder.cross is not None:
+            looks = intervals.looked_at(batch.media_lo[r], batch.media_hi[r], cfg.decoder.cross.blind == "all")
+            row = replace(row, shown=int(looks.sum()) * len(row.pictures) / media_tokens(cfg, row) / row.tokens)
+        out += [row] if lengths else []
+    return out
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,9 @@ class Flops:
     total: float = 0.0
 
 
-def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str] = ()) -> Flops:
+def of_row(
+    cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str] = (), adapters: lora.Config | None = None
+) -> Flops:
     """FLOPs of one row of a training step.
 
     Backwards, a matrix takes as many FLOPs for the gradient of what it read, where anything in its part of the model or
@@ -83,9 +106,11 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
       row: what is in it.
       see: who sees whom in the sequence (sequence.interleave); a prefix counts as causal.
       frozen: parameters that are not trained (train.config.Update).
+      adapters: beside kernels, of which tokens go through both thin matrices as well.
     """
-    names, sizes = tree.flatten(vlm.spec(cfg)), matrices(cfg)
-    still = tree.flatten(tree.choose(vlm.spec(cfg), frozen)[0]) if frozen else {}
+    spec = _spec(cfg, adapters)
+    names, sizes = tree.flatten(spec), matrices(cfg, adapters)
+    still = tree.flatten(tree.choose(spec, frozen)[0]) if frozen else {}
     media, patches, attention, parts = 0, 0, {}, []
     if cfg.sees:
         media, patches = media_tokens(cfg, row), sum(map(cfg.vision.tokens, row.pictures))
@@ -103,14 +128,24 @@ def of_row(cfg: vlm.Config, row: Row, see: str = "causal", frozen: Sequence[str]
     return Flops(forward, total)
 
 
-def matrices(cfg: vlm.Config) -> dict[str, int]:
+def matrices(cfg: vlm.Config, adapters: lora.Config | None = None) -> dict[str, int]:
     """The size of everything that tokens are multiplied with, by name: kernels, and the table of the head.
 
     Scales, biases and position tables are none.
     """
     head = f"decoder/{module(cfg.decoder).head(cfg.decoder)}"
-    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), vlm.spec(cfg)))
-    return {n: size for n, size in sizes.items() if n == head or n.rsplit("/", 1)[-1] == "kernel"}
+    sizes = tree.flatten(map_specs(lambda p: math.prod(p.shape), _spec(cfg, adapters)))
+    return {n: size for n, size in sizes.items() if n == head or _kernel(n).rsplit("/", 1)[-1] == "kernel"}
+
+
+def _spec(cfg: vlm.Config, adapters: lora.Config | None) -> Spec:
+    return vlm.spec(cfg) if adapters is None else lora.spec(vlm.spec(cfg), adapters)
+
+
+def _kernel(name: str) -> str:
+    """The name of a kernel without that of its part, where it is adapted and the part is a matrix."""
+    folder, _, part = name.rpartition("/")
+    return folder if part in lora.MATRICES and folder.endswith("/kernel") else name
 
 
 def media_tokens(cfg: vlm.Config, row: Row) -> int:
@@ -122,7 +157,7 @@ def media_tokens(cfg: vlm.Config, row: Row) -> int:
 
 def _sees(name: str, cfg: vlm.Config, row: Row, patches: int, media: int) -> int | float:
     """How many tokens go through a matrix."""
-    part, *path = name.split("/")
+    part, *path = _kernel(name).split("/")
     if part == "vision" and path[0] == "embed":
         return _embedded(path[1], cfg, row)
     if part == "vision":
@@ -171,6 +206,7 @@ def _decoder(cfg: Language, row: Row, see: str, media: int) -> float:
         pairs += len(row.pictures) * each * (each - 1) / 2
         near += len(row.pictures) * each * (each - 1) / 2
     out = _pairs(blocks, (blocks.layers - len(blocks.windowed)) * pairs + len(blocks.windowed) * near)
-    if cfg.cross is not None and row.pictures:  # one picture for each token
-        out += 4.0 * cfg.cross.heads * cfg.cross.head * len(cfg.crossed) * row.tokens * media / len(row.pictures)
+    if cfg.cross is not None and row.pictures:
+        seen = row.tokens * row.shown * media / len(row.pictures)
+        out += 4.0 * cfg.cross.heads * cfg.cross.head * len(cfg.crossed) * seen
     return out

@@ -168,19 +168,29 @@ def spec(cfg: Config) -> Spec:
     return out
 
 
-def costs(cfg: Config) -> budget.Costs:
-    """What budgets are counted with: self-attention and MLPs of encoder and decoder, and the head."""
+def costs(cfg: Config, sequence: interleave.Config = interleave.PLAIN) -> budget.Costs:
+    """What budgets are counted with: attention and MLPs of encoder and decoder, and the head.
+
+    sequence: the descriptors of its batches, where text looks at media by cross-attention (left out: at all so far).
+    """
 
     def blocks(b: transformer.Config) -> budget.Blocks:
         return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
 
-    if not cfg.sees:
-        return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, bytes=4)
-    # Transformers that follow each other are of one width and as good as one.
-    layers = sum(stack.layers for stack in cfg.vision.stacks.values())
-    encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
-    tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
-    return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, encoder, bytes=4, tokens=tokens)
+    out = budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, bytes=4)
+    if cfg.sees:
+        # Transformers that follow each other are of one width and as good as one.
+        layers = sum(stack.layers for stack in cfg.vision.stacks.values())
+        encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
+        tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
+        out = dataclasses.replace(out, encoder=encoder, tokens=tokens)
+    if cfg.decoder.answers:
+        return dataclasses.replace(out, answer=blocks(cfg.decoder.answer))
+    if (c := cfg.decoder.cross) is None:
+        return out
+    between = len(cfg.decoder.crossed), c.width, c.heads * c.head, c.keys * c.head, c.hidden, c.gated
+    cross = {"cross": budget.Blocks(*between), "media": c.media, "blind": c.blind == "all"}
+    return dataclasses.replace(out, sequence=sequence, **cross)
 
 
 def see(params: dict, batch: Batch, cfg: Config) -> vit.Features:
@@ -313,6 +323,8 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     """The vectors of all tokens, media in their places, and what the decoder is told of them."""
     if batch.frames is not None:
         raise InputError("This model has no encoder for sound; leave audio out of the documents.")
+    if not cfg.sees and (known is not None or batch.patches.shape[1]):
+        raise InputError("This model reads text alone; make batches without pictures.")
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
     if (rope := cfg.decoder.blocks.rope) is not None and rope.needs_length:
         see["length"] = positions.lengths(batch.document, batch.position)
@@ -320,8 +332,6 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         x = module(cfg.decoder).embed(params["decoder"], batch.tokens, cfg.decoder)
     if cfg.decoder.cross is not None:
         see |= {"media_lo": batch.media_lo, "media_hi": batch.media_hi}
-    if not cfg.sees and (known is not None or batch.patches.shape[1]):
-        raise InputError("This model reads text alone; make batches without pictures.")
     if known is None and batch.patches.shape[1] == 0:
         return _marked(params, x, batch, cfg), see  # rows of text alone, or whose media were read before
     found = media(params, batch, cfg) if known is None else known

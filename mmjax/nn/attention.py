@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mmjax.core import sharding
+from mmjax.core import meshes, sharding
 from mmjax.core.errors import InputError
 from mmjax.nn import ring
 from mmjax.nn.kernels import backend, xla
@@ -218,7 +218,7 @@ def _prepare(
     kv, keys = k.shape[1:3]
     if heads % kv:
         raise InputError(f"{heads} query heads cannot share {kv} key heads evenly; the second must divide the first.")
-    split = sharding.parts("heads")
+    split = meshes.parts("heads")
     if kv % split and heads % split == 0:
         # Each device needs whole key heads of its own: repeat them as often as that takes.
         times = split // math.gcd(kv, split)
@@ -227,11 +227,9 @@ def _prepare(
             k, v = (sharding.constrain(x, ("batch", "heads", "length", None)) for x in (k, v))
             k, v = jnp.repeat(k, times, axis=1), jnp.repeat(v, times, axis=1)
             kv *= times
-    axes = Split(
-        *sharding.fitting(("batch", "heads", "length"), (b, kv, length)), *sharding.fitting(("length",), (keys,))
-    )
+    axes = Split(*meshes.fitting(("batch", "heads", "length"), (b, kv, length)), *meshes.fitting(("length",), (keys,)))
     if goes_round(b, length, keys, kv, (size + v.shape[3]) * k.dtype.itemsize):
-        over = sharding.mesh_axes((axes.rows, axes.heads, axes.keys))[2]
+        over = meshes.mesh_axes((axes.rows, axes.heads, axes.keys))[2]
         axes = replace(axes, ring=over, dealt=_context.get() == "dealt")
     static = Static(size**-0.5 if scale is None else float(scale), softcap, None if bias is None else bias.function)
     q = q.reshape(b, length, kv, heads // kv, size).transpose(0, 2, 3, 1, 4)
@@ -244,10 +242,10 @@ def _prepare(
 
 def goes_round(rows: int, length: int, keys: int, heads: int, size: int) -> bool:
     """Whether keys and values go round: rows of so many queries and keys, `size` bytes of a key head and its values."""
-    (by_row, by_head, split), held = sharding.fitting(("batch", "heads", "length"), (rows, heads, length)), size
+    (by_row, by_head, split), held = meshes.fitting(("batch", "heads", "length"), (rows, heads, length)), size
     for axis, count in ((by_row, rows), (by_head, heads)):
-        held *= count // (sharding.parts(axis) if axis else 1)
-    if split is None or keys % sharding.parts("length"):
+        held *= count // (meshes.parts(axis) if axis else 1)
+    if split is None or keys % meshes.parts("length"):
         return False
     how = _context.get()
     return how in ("ring", "dealt") or (how == "auto" and held * keys > GATHERED)

@@ -175,7 +175,7 @@ def _layer(params: dict, x: jax.Array, cfg: Config, look: Callable | None, lo: j
         q = norm.apply(params["q_norm"], q, cfg.head_norm) if cfg.qk_norm else q
         if cfg.blind == "all":
             lo, hi = jnp.where(blind, hi + 1, lo), jnp.where(blind, lo - 1, hi)
-        with jax.named_scope("attention"):
+        with jax.named_scope("look"):
             out = look(q, lo, hi)
         y = sharding.dense(out, params["out"]["kernel"], ("batch", "length", None))
         x = x + linear.times(y, jnp.tanh(params["attention_gate"]))

@@ -21,7 +21,8 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.core.spec import ZEROS, Constant, ParamSpec, Spec, Uniform
 
-PARTS = ("base", "a", "b", "scale")
+MATRICES = ("base", "a", "b")
+PARTS = (*MATRICES, "scale")
 # What peft's lists of modules name: attention's products and the MLP's in a decoder's blocks; and, where text looks at
 # media, those of the layers of cross-attention between them, which bear the same names.
 TARGETS = ("decoder/blocks/attention/*", "decoder/blocks/mlp/*")

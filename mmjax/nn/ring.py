@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmjax.core import sharding
+from mmjax.core import meshes, sharding
 from mmjax.nn.kernels import backend, cotangents
 from mmjax.nn.kernels.inputs import Inputs, Static
 
@@ -113,10 +113,10 @@ def undeal(tree: Any, axis: int = 1) -> Any:
 
 def _exchanged(how: Callable, x: jax.Array, axis: int) -> jax.Array:
     axes = (None,) * (axis - 1) + ("batch", "length") + (None,) * (x.ndim - axis - 1)
-    axes = sharding.fitting(axes, x.shape)
+    axes = meshes.fitting(axes, x.shape)
     if axes[axis] is None:
         return x
-    over = sharding.mesh_axes(axes)[axis]
+    over = meshes.mesh_axes(axes)[axis]
     return sharding.local(
         lambda part: how(Ring(over, x.shape[axis] // part.shape[axis]), part, axis), (x,), (axes,), axes
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from mmjax.core import sharding
+from mmjax.core import meshes, sharding
 from mmjax.core.errors import InputError
 from mmjax.core.spec import Spec, gradients_laid, stack
 from mmjax.nn import block, ring
@@ -119,7 +119,7 @@ def apply_with_taps(
     if list(taps) != sorted(set(taps)) or not all(0 <= i < cfg.layers for i in taps):
         raise InputError(f"Taps {taps} must rise and name blocks from 0 to {cfg.layers - 1}.")
     count = x.shape[1]
-    room = -count % sharding.parts("length")
+    room = -count % meshes.parts("length")
     if room:
         # Rows that devices cannot share evenly get empty places at the end, which nothing sees.
         x, lo, position, length, added = _with_room((x, lo, position, length, added), room, 0)
@@ -170,7 +170,7 @@ def apply_cached(
     if stacked == isinstance(cache.k, tuple):
         raise InputError("Stacked blocks need a stacked cache, and a tuple of blocks a tuple of caches.")
     # A few tokens more are no rows that devices could share along their length.
-    with sharding.whole("length"):
+    with meshes.whole("length"):
         bias = None if cfg.relative is None else biases.bias(relative, cfg.relative, own, order)
         sees = _sees(cfg, order, (lo, hi), window, _turns(cfg, position, length), bias, look)
         x = sharding.constrain(x, PLACE)

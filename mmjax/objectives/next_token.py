@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mmjax.core import sharding
+from mmjax.core import meshes, sharding
 
 
 class Loss(NamedTuple):
@@ -54,8 +54,8 @@ def loss(
         scores = head(hidden)
         return _log_partition(scores), _of_target(scores, target), scores.max(-1)
 
-    rows, split = sharding.fitting(("batch", "length"), target.shape)
-    length = target.shape[1] // (sharding.parts("length") if split else 1)
+    rows, split = meshes.fitting(("batch", "length"), target.shape)
+    length = target.shape[1] // (meshes.parts("length") if split else 1)
     if length <= chunk:
         log_partition, picked, best = part(bound, hidden, target)
     else:
@@ -82,7 +82,7 @@ def loss(
             head = functools.partial(logits, sharding.vary(params, (hidden, target)))
             return join(*each(head, cut(hidden, target)))
 
-        if params is not None and sharding.parts("vocab") == 1:
+        if params is not None and meshes.parts("vocab") == 1:
             of_head = jax.tree.map(lambda p: (None,) * p.ndim, params)
             out = sharding.local(apart, (params, hidden, target), (of_head, (*whole, None), whole), (whole,) * 3)
         else:

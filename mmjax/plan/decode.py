@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mmjax.core import hlo, sharding
+from mmjax.core import hlo, meshes
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.models import decoder, flops
 from mmjax.nn import block
 from mmjax.nn import cache as caches
@@ -62,7 +62,7 @@ def abstract(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> tu
 
     def lies(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = {4: caches.AXES, 2: ("batch", None), 0: ()}[len(x.shape)]
-        return placed(x, sharding.named(mesh, axes, rules, x.shape))
+        return placed(x, meshes.named(mesh, axes, rules, x.shape))
 
     return jax.tree.map(placed, shapes, specs.shardings(spec, mesh, rules)), jax.tree.map(lies, cache)
 
@@ -80,13 +80,13 @@ def compiled(cfg: Config, rows: int, places: int, mesh: jax.sharding.Mesh) -> Pr
             f"multiple of {parts}."
         )
     params, cache = abstract(cfg, rows, places, mesh)
-    lies = sharding.named(mesh, ("batch", None), Rules(), (rows, 1))
+    lies = meshes.named(mesh, ("batch", None), Rules(), (rows, 1))
     given = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=lies)
 
     def make() -> jax.stages.Compiled:
         results = (lies, jax.tree.map(lambda x: x.sharding, cache))
         run = jax.jit(functools.partial(write, cfg=of), donate_argnums=1, out_shardings=results)
-        with jax.set_mesh(mesh), sharding.use_rules(Rules()):
+        with jax.set_mesh(mesh), meshes.use_rules(Rules()):
             return run.lower(params, cache, given, given).compile()
 
     return attempted(make, Bucket(rows, 1, 0, 0))

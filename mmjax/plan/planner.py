@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import make_mesh
+from mmjax.core.meshes import make_mesh
 from mmjax.plan import advice, chips, decode, program, report
 from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, TooLarge
@@ -59,31 +59,33 @@ def plan(
     document: int = 0,
     memory: float = 0.0,
     say: Callable[[str], None] = lambda line: None,
+    stage: int = 1,
 ) -> tuple[dict[str, Any], str]:
     """The plan as numbers and in words.
 
     Args:
-      cfg: the run; of its stages, the first.
+      cfg: the run.
       topology: the chips (plan.chips.topology).
       every: all buckets; else the largest.
       document: tokens of each document in a row; 0: a row is one document.
       memory: GiB of a chip that the step may use; 0: all that the compiler allows.
       say: is told what is being compiled.
+      stage: which of the run's, counted from 1.
 
     Raises:
       InputError: for everything the user can mend.
     """
     of, limit = chosen(topology, memory)
-    cfg = stages.first(cfg)
+    part = stages.numbered(cfg, stage)
     found = program.buckets(cfg)
     devices = chips.devices(of)
     mesh = make_mesh(cfg.mesh, devices)
-    state = program.state_bytes(program.abstract(cfg, mesh)[0])
+    state = program.state_bytes(part, mesh)
 
     def attempt(cfg: Config, bucket=None) -> Program | TooLarge:
         # No advice changes what buckets documents ask for, which takes reading them.
         bucket = bucket or (program.buckets(cfg) if cfg.packing.shapes else found)[-1]
-        made = program.compiled(cfg, bucket, make_mesh(cfg.mesh, devices))
+        made = program.compiled(stages.numbered(cfg, stage), bucket, make_mesh(cfg.mesh, devices))
         if isinstance(made, Program) and made.memory.total > limit:
             return TooLarge(float(made.memory.total), limit)
         return made
@@ -93,13 +95,15 @@ def plan(
         say(f"compiling {bucket.rows} rows × {bucket.tokens} tokens, {bucket.patches} patches for {topology}")
         made = attempt(cfg, bucket)
         if isinstance(made, Program):
-            of_bucket = report.figures(cfg, made, of, mesh, document)
+            of_bucket = report.figures(part.cfg, made, of, mesh, document)
             numbers.append(report.of_figures(of_bucket, mesh.size))
             text.append(report.words(of_bucket, of, mesh.size, limit))
             continue
         # What the largest bucket needs is enough for the others.
         held = state.parameters + state.optimizer
-        tip = advice.find(cfg, advice.axes(mesh), held, limit, attempt, say) if bucket == found[-1] else None
+        tip = None
+        if bucket == found[-1]:
+            tip = advice.find(cfg, advice.axes(mesh), held, limit, attempt, say, advice.reached(part))
         numbers.append(report.refused(bucket, made, tip))
         text.append(report.refusal(bucket, made, tip, limit))
     return report.as_json(cfg, of, mesh, state, limit, numbers), "\n\n".join(text)

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.plan.chips import GIB, first_line
 from mmjax.sequence import batch as batches
 from mmjax.sequence.batch import Batch, Bucket, Values
 from mmjax.tokenizers.vocab import Vocab
-from mmjax.train import parameters, state
+from mmjax.train import stages, state
 from mmjax.train.config import Config
 from mmjax.train.prepare import fixed_buckets, prepare_data, refuse_model, refuse_rows
-from mmjax.train.state import TrainState
+from mmjax.train.stages import Part
 from mmjax.train.step import compile_step
 
 
@@ -67,6 +67,7 @@ class State:
     parameters: float
     optimizer: float
     count: int  # of parameters
+    trained: int  # of them, with adapters
 
 
 def buckets(cfg: Config) -> tuple[Bucket, ...]:
@@ -95,22 +96,22 @@ def _absent(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, OSError) or _absent(error.__cause__ or error.__context__))
 
 
-def abstract(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
-    """The abstract state on a mesh, and the optimizer that it is of."""
-    tx = state.optimizer(cfg.optimizer, cfg.steps)
-    return state.abstract(parameters.spec(cfg), tx, mesh, Rules(), cfg.update.frozen), tx
-
-
-def state_bytes(shape: TrainState) -> State:
-    """What each chip holds of a state between steps."""
-
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shape.params))
-    return State(local_bytes(shape.params), local_bytes(shape.optimizer), count)
+def state_bytes(part: Part, mesh: jax.sharding.Mesh) -> State:
+    """What each chip holds of a stage's state between steps."""
+    shape = stages.abstract(part, mesh)
+    moving = state.trained(shape.params, part.cfg.update.frozen)
+    count, trained = (sum(math.prod(x.shape) for x in jax.tree.leaves(of)) for of in (shape.params, moving))
+    return State(local_bytes(shape.params), local_bytes(shape.optimizer), count, trained)
 
 
 def local_bytes(tree: Any) -> float:
     """Bytes on each chip of abstract arrays, as they lie."""
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def learnt(cfg: Config) -> int:
+    """Tokens of a row that may be learnt: all, or those of an encoder–decoder's second stream."""
+    return cfg.sequence.answer or cfg.packing.tokens
 
 
 def batch_of(cfg: Config, bucket: Bucket) -> Batch:
@@ -120,15 +121,16 @@ def batch_of(cfg: Config, bucket: Bucket) -> Batch:
     return batches.abstract(bucket, Values(patch * patch * 3), vocab, cfg.sequence)
 
 
-def compiled(cfg: Config, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | TooLarge:
-    """Compiles the train step of a bucket.
+def compiled(part: Part, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | TooLarge:
+    """Compiles the train step of a stage and a bucket.
 
     Raises:
       InputError: the config does not fit the mesh; whatever else the compiler refuses.
     """
+    cfg = part.cfg
     refuse_model(cfg)
     refuse_rows(cfg, parts_of("batch", mesh, Rules()))
-    shape, tx = abstract(cfg, mesh)
+    shape, tx = stages.abstract(part, mesh), stages.optimizer(cfg)
     return attempted(
         lambda: compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update),
         bucket,

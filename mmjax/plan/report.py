@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mmjax.core import hlo
-from mmjax.core.sharding import Rules, parts_of
+from mmjax.core.meshes import Rules, parts_of
 from mmjax.models import flops
 from mmjax.models.flops import Flops, Row
 from mmjax.plan import attention, chips, roofline
@@ -39,11 +39,11 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     """Counts a compiled step; `document`: tokens of each document (0: a row is one)."""
     bucket = program.bucket
     row = flops.full_row(bucket, cfg.sequence, document)
-    model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen)
+    model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen, cfg.lora)
     media = flops.media_tokens(cfg.model, row)
     rows = max(bucket.rows // parts_of("batch", mesh, Rules()) // cfg.update.accumulate, 1)
     heads, length = (parts_of(axis, mesh, Rules()) for axis in ("heads", "length"))
-    hints = attention.hints(cfg.model, row, cfg.sequence.see, media, rows, heads, cfg.update.compute, length)
+    hints = attention.hints(cfg.model, row, cfg.sequence, media, rows, heads, cfg.update.compute, length)
     counted = hlo.count(hlo.parse(program.text), hints)
     time = roofline.estimate(counted, topology, chips.coordinates(topology, list(mesh.devices.flat)))
     best = model.total * bucket.rows / mesh.size / topology.chip.flops
@@ -112,6 +112,7 @@ def as_json(
         "mesh": axes(mesh),
         "memory_limit": limit,
         "parameters": state.count,
+        "trained": state.trained,
         "parameter_bytes": state.parameters,
         "optimizer_bytes": state.optimizer,
         "buckets": found,
@@ -159,7 +160,7 @@ def head(topology: Topology, mesh: jax.sharding.Mesh, state: State, limit: float
     return (
         f"{topology.text}: {mesh.size} × {topology.chip.name}, mesh {sizes}\n"
         f"each chip holds {_gib(state.parameters)} of {state.count:,} parameters and {_gib(state.optimizer)} of the "
-        f"optimizer's state; it has {_gib(limit)}"
+        f"optimizer's state of {state.trained:,} that are trained; it has {_gib(limit)}"
         + (", one core's half of a v4's 32 GiB: its compiler alone knows no more" if half else "")
     )
 

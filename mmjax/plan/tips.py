@@ -4,6 +4,7 @@ import jax
 
 from mmjax.core.hlo import Count
 from mmjax.plan.attention import part_of
+from mmjax.plan.program import learnt
 from mmjax.train.config import Config
 
 MUCH = 0.1  # of all bytes that a chip sends
@@ -16,7 +17,7 @@ def tips(cfg: Config, counted: Count, mesh: jax.sharding.Mesh) -> list[str]:
     out = []
     loss = sum(n for w, n in sent if part_of(w.scope) == "loss")
     # Where no two devices share the vocabulary, the loss gathers the head once for all of a row.
-    turns = mesh.shape["tensor"] > 1 and cfg.objective.chunk < cfg.packing.tokens // mesh.shape["sequence"]
+    turns = mesh.shape["tensor"] > 1 and cfg.objective.chunk < learnt(cfg) // mesh.shape["sequence"]
     if turns and loss > MUCH * whole:
         out.append(
             f"{loss / 1e9:,.1f} GB of what is sent are the head, gathered and its gradient summed once for every "

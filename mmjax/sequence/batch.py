@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from mmjax.core.errors import InputError
-from mmjax.sequence.interleave import PLAIN, Config, Example
-from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY, TEXT
+from mmjax.sequence.interleave import PLAIN, Config, Example, refuse_instruction
+from mmjax.sequence.layout import AUDIO, DIMENSIONS, EMPTY, TEXT, Size, described
 from mmjax.tokenizers.patches import Deferred
 from mmjax.tokenizers.vocab import Vocab
 
@@ -26,11 +26,12 @@ class Bucket:
     patches: int
     images: int
     frames: int = 0  # of sound
+    answers: int = 0  # tokens of the second stream of an encoder–decoder
 
     @property
-    def row(self) -> tuple[int, int, int, int]:
+    def row(self) -> Size:
         """What one row holds, in the order of Layout.size."""
-        return self.tokens, self.patches, self.images, self.frames
+        return self.tokens, self.patches, self.images, self.frames, self.answers
 
 
 Field = Any  # an array on host or device; under tree.map whatever takes its place (a shape, a sharding)
@@ -79,7 +80,7 @@ class Batch:
 
 
 def axes(batch: Batch) -> Batch:
-    """The logical axes of every field (core.sharding): rows, and the row's length where it is tokens, patches, frames.
+    """The logical axes of every field (core.meshes): rows, and the row's length where it is tokens, patches, frames.
 
     Every other dimension is whole, and so are the few numbers of each picture, which patches on all devices look up.
     """
@@ -109,7 +110,15 @@ def empty(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAI
       values: numbers in a patch (C), and in a frame of sound (S) where the bucket has room for sound.
       vocab: for padding.
       cfg: which descriptors there are.
+
+    Raises:
+      InputError: the model reads a second stream and the bucket has no room for it, or the other way round.
     """
+    if bool(cfg.answer) != bool(bucket.answers):
+        raise InputError(
+            f"A bucket has room for {bucket.answers} tokens of answers in a row, but sequence.answer is {cfg.answer}; "
+            f"give both or neither."
+        )
     values = values if isinstance(values, Values) else Values(values)
     b, length, p, f = bucket.rows, bucket.tokens, bucket.patches, bucket.frames
 
@@ -147,7 +156,7 @@ def empty(bucket: Bucket, values: int | Values, vocab: Vocab, cfg: Config = PLAI
         mix_slot=full((length, 3), -1) if cfg.mixes else None,
         mix_share=full((length, 4), 0, np.float32) if cfg.mixes else None,
         instruction=_texts(full, bucket.images * cfg.instruction) if cfg.instruction else None,
-        answer=_answers(full, cfg.answer, vocab) if cfg.answer else None,
+        answer=_answers(full, bucket.answers, vocab) if cfg.answer else None,
     )
 
 
@@ -211,10 +220,7 @@ def build(
         media = sounds = 0
         for d, (x, given) in enumerate(documents):
             if (at + x.size > bucket.row).any():
-                wants, taken, room = (
-                    ", ".join(f"{n} {name}" for n, name in zip(sizes, DIMENSIONS, strict=True))
-                    for sizes in (x.size, at, bucket.row)
-                )
+                wants, taken, room = map(described, (x.size, at, bucket.row))
                 raise InputError(
                     f"Document {x.id!r} ({wants}) does not fit its row: {taken} of {room} are taken; use a larger "
                     f"bucket or a lower resolution."
@@ -243,7 +249,7 @@ def _cut(pictures: Sequence[np.ndarray | Deferred], out: np.ndarray, raster: np.
 
 def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[int, int]) -> None:
     """Writes the descriptors of a row's next document, moved on by what is there already."""
-    (token, patch, image, frame), (tokens, patches, images, frames) = at, x.size
+    (token, patch, image, frame, answer), (tokens, patches, images, frames, _) = at, x.size
     media, sounds = made
     t, p, f = slice(token, token + tokens), slice(patch, patch + patches), slice(frame, frame + frames)
     batch.tokens[r, t], batch.modality[r, t], batch.document[r, t] = x.tokens, x.modality, d
@@ -258,7 +264,7 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
         batch.mix_share[r, t] = x.mix_share
     batch.target[r, t], batch.weight[r, t] = x.target, x.weight
     if batch.answer is not None:
-        _answer(batch.answer, r, d, x, token)
+        _answer(batch.answer, r, d, x, answer, token)
     if patches:
         batch.patch_order[r, p] = np.arange(patch, patch + patches)
         batch.patch_lo[r, p], batch.patch_hi[r, p] = x.patch_lo + patch, x.patch_hi + patch
@@ -275,15 +281,9 @@ def _place(batch: Batch, r: int, d: int, x: Example, at: list[int], made: tuple[
         batch.frame_lo[r, f], batch.frame_hi[r, f] = x.frame_lo + frame, x.frame_hi + frame
 
 
-def _answer(stream: Batch, r: int, d: int, x: Example, first: int) -> None:
-    """Writes a document's answer behind those before it; it looks at the document's tokens, from label `first` on."""
-    at, room, n = int(stream.order[r].max(initial=-1)) + 1, stream.tokens.shape[1], len(x.answer.tokens)
-    if at + n > room:
-        raise InputError(
-            f"Document {x.id!r} has an answer of {n} tokens, and its row has room for {room}, of which {at} are taken; "
-            f"set sequence.answer higher."
-        )
-    t, order = slice(at, at + n), np.arange(at, at + n)
+def _answer(stream: Batch, r: int, d: int, x: Example, at: int, first: int) -> None:
+    """Writes a document's answer from place `at` on; it looks at the document's tokens, from label `first` on."""
+    t, order = slice(at, at + len(x.answer.tokens)), np.arange(at, at + len(x.answer.tokens))
     stream.tokens[r, t], stream.modality[r, t], stream.document[r, t] = x.answer.tokens, TEXT, d
     stream.order[r, t], stream.lo[r, t], stream.hi[r, t] = order, at, order
     stream.media_lo[r, t], stream.media_hi[r, t] = first, first + len(x.tokens) - 1
@@ -294,11 +294,7 @@ def _answer(stream: Batch, r: int, d: int, x: Example, first: int) -> None:
 def _instruct(stream: Batch, r: int, x: Example, first: int, pictures: int) -> None:
     """Writes what is read beside a document's pictures, the row's from `first` on, each into a place of its own."""
     room, said = stream.tokens.shape[1] // pictures, x.instruction
-    if said is None or (len(said) and said.shape[1] > room):
-        raise InputError(
-            f"Document {x.id!r} has {'no text' if said is None else f'a text of {said.shape[1]} tokens'} for the "
-            f"connector to read beside its pictures; give one of at most {room} (sequence.instruction)."
-        )
+    refuse_instruction(x.id, said, room)
     for n, ids in enumerate(said):
         ids, before = ids[ids >= 0], stream.order[r].max(initial=-1) + 1
         at = slice((first + n) * room, (first + n) * room + len(ids))

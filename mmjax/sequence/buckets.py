@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.batch import Bucket
-from mmjax.sequence.layout import DIMENSIONS
+from mmjax.sequence.layout import described
 from mmjax.sequence.pack import Row, pack_shapes
 
 MULTIPLE = 8  # patches per row are rounded up to this
@@ -27,32 +27,35 @@ def choose(
     rows: int,
     patches: int = 0,
     names: Callable[[int], str] = _numbered,
+    answers: int = 0,
 ) -> tuple[Bucket, ...]:
     """At most k bucket shapes for documents of these sizes (see Layout.size).
 
     All rows are `tokens` long; shapes differ in their patches. The largest holds every document of the sample and one
     of so many `patches`, the others lie evenly below it, and of all such ladders the one is taken in which a sample
     packs best (harmonic mean of the shares of tokens and patches that are not padding). Images and frames are as many
-    as the fullest row needed.
+    as the fullest row needed. All have room for so many tokens of `answers`.
 
     Raises:
-      InputError: a document that is longer than a row.
+      InputError: a document that is longer than a row, or whose answer is.
     """
-    refuse_too_long(sizes, tokens, names)
+    refuse_too_long(sizes, tokens, names, answers)
     sample = sizes[:: -(-len(sizes) // SAMPLE)]
     most = max(patches, int(sizes[:, 1].max()))
     if most == 0:
-        return _shapes(sizes, [1], tokens, rows)
-    even = tokens * sizes[:, 1].sum() / sizes[:, 0].sum()
+        return _shapes(sizes, [1], tokens, rows, answers)
+    full = sizes[:, 0].sum() / tokens  # rows, if none had padding
+    full = max(full, sizes[:, 4].sum() / answers) if answers else full
+    even = sizes[:, 1].sum() / full
     best, best_fill = None, -1.0
     for n in range(1, k + 1):
         for ladder in sorted(_ladders(even, most, n)):
-            room = [(tokens, p, *_unlimited(sample)) for p in ladder]
+            room = [(tokens, p, *_unlimited(sample), answers) for p in ladder]
             packed, _ = pack_shapes(sample, room, keep=len(sample) // 8)
             fill = harmonic(*fills(sample, packed, room)[:2])
             if fill > best_fill + 1e-3:  # one more program to compile should be worth something
                 best, best_fill = ladder, fill
-    return _shapes(sizes, best, tokens, rows)
+    return _shapes(sizes, best, tokens, rows, answers)
 
 
 def _ladders(even: float, most: int, n: int) -> set[tuple[int, ...]]:
@@ -71,20 +74,20 @@ def _round(patches: float | int) -> int:
 
 
 def _unlimited(sizes: np.ndarray) -> list[int]:
-    """Room for all documents at once, in the dimensions that are only limited."""
-    return sizes[:, 2:].sum(0).tolist()
+    """Room for the images and frames of all documents at once."""
+    return sizes[:, 2:4].sum(0).tolist()
 
 
-def _shapes(sizes: np.ndarray, ladder: Sequence[int], tokens: int, rows: int) -> tuple[Bucket, ...]:
+def _shapes(sizes: np.ndarray, ladder: Sequence[int], tokens: int, rows: int, answers: int) -> tuple[Bucket, ...]:
     """The buckets of a ladder, with room for as many images and frames as the fullest row of the sample takes."""
-    room = [(tokens, p, *_unlimited(sizes)) for p in ladder]
+    room = [(tokens, p, *_unlimited(sizes), answers) for p in ladder]
     packed, _ = pack_shapes(sizes, room)
     out = []
     for k, p in enumerate(ladder):
-        used = [sizes[row, 2:].sum(0) for shape, row in packed if shape == k]
+        used = [sizes[row, 2:4].sum(0) for shape, row in packed if shape == k]
         if used or p == ladder[-1]:
-            most = np.max([*used, sizes[:, 2:].max(0)], axis=0)
-            out.append(Bucket(rows, tokens, p, max(1, int(most[0])), *map(int, most[1:])))
+            images, frames = map(int, np.max([*used, sizes[:, 2:4].max(0)], axis=0))
+            out.append(Bucket(rows, tokens, p, max(1, images), frames, answers))
     return tuple(out)
 
 
@@ -101,8 +104,8 @@ def harmonic(*shares: float) -> float:
     return len(some) / sum(1 / s for s in some) if some else 0.0
 
 
-def refuse_too_long(sizes: np.ndarray, tokens: int, names: Callable[[int], str] = _numbered) -> None:
-    """Raises InputError where a document has more tokens than a row."""
+def refuse_too_long(sizes: np.ndarray, tokens: int, names: Callable[[int], str] = _numbered, answers: int = 0) -> None:
+    """Raises InputError where a document has more tokens than a row, or its answer more than a row's `answers`."""
     if len(sizes) == 0:
         raise InputError("There is no document to make buckets for; the dataset is empty.")
     if sizes[:, 0].max() > tokens:
@@ -111,11 +114,17 @@ def refuse_too_long(sizes: np.ndarray, tokens: int, names: Callable[[int], str] 
             f"Document {names(worst)} takes {sizes[worst, 0]} tokens ({sizes[worst, 1]} of them patches), more than a "
             f"row of {tokens}; raise the row's tokens or lower the resolution."
         )
+    if sizes[:, 4].max() > answers:
+        worst = int(sizes[:, 4].argmax())
+        raise InputError(
+            f"Document {names(worst)} has an answer of {sizes[worst, 4]} tokens, and a row has room for {answers}; set "
+            f"sequence.answer higher."
+        )
 
 
 def fits(sizes: Int[np.ndarray, "n d"], buckets: Sequence[Bucket]) -> np.ndarray:
     """Which documents fit at least one of the buckets: bool[n]."""
-    rows = np.array([b.row[: sizes.shape[1]] for b in buckets])
+    rows = np.array([b.row for b in buckets])
     return (sizes[:, None, :] <= rows[None]).all(-1).any(1)
 
 
@@ -126,10 +135,10 @@ def refuse_too_large(
     found = fits(sizes, buckets)
     if not found.all():
         worst = int((~found).argmax())
-        what = ", ".join(f"{n} {name}" for n, name in zip(sizes[worst], DIMENSIONS, strict=False))
         raise InputError(
-            f"Document {names(worst)} ({what}) fits none of the buckets {[b.row for b in buckets]}; choose larger ones "
-            f"(packing.tokens, packing.patches) or lower the resolution."
+            f"Document {names(worst)} ({described(sizes[worst])}) fits none of the buckets "
+            f"{[b.row for b in buckets]}; choose larger ones (packing.tokens, packing.patches, sequence.answer) or "
+            f"lower the resolution."
         )
 
 

@@ -3,10 +3,11 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from mmjax.core.errors import InputError
+from mmjax.sequence import interleave, intervals
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import NAMES, Layout, patches_of
 
@@ -25,10 +26,14 @@ class Blocks:
     hidden: int
     gated: bool = True
 
-    def products(self, tokens: int) -> int:
-        """FLOPs of the matrix products with parameters: two per parameter and token."""
-        attention = self.width * (2 * self.queries + 2 * self.keys)
-        return 2 * tokens * self.layers * (attention + (3 if self.gated else 2) * self.width * self.hidden)
+    def products(self, tokens: int, others: tuple[int, int] | None = None) -> int:
+        """FLOPs of the matrix products with parameters: two per parameter and token.
+
+        others: how many tokens it looks at, and how wide they are, where keys and values are not made of its own.
+        """
+        count, width = others or (tokens, self.width)
+        own = self.width * (2 * self.queries + (3 if self.gated else 2) * self.hidden)
+        return 2 * self.layers * (tokens * own + count * width * 2 * self.keys)
 
     def attention(self, pairs: int) -> int:
         """FLOPs of scores and weighted sums over so many pairs of a query and a key it sees."""
@@ -40,6 +45,9 @@ class Costs:
     """A model's: its decoder, the vocabulary its head spans, its encoder, and bytes per cached number.
 
     tokens: that the encoder has of every picture, where that is fixed; 0: as many as patches.
+    cross: the layers through which text looks at media (Flamingo), which are `media` wide; at which, `sequence` says.
+    blind: whether tokens that see none look at all of them (nn.cross_attention.Config.blind).
+    answer: of an encoder–decoder, the blocks that answer; those that read are then in `decoder`'s place.
     """
 
     decoder: Blocks
@@ -47,21 +55,47 @@ class Costs:
     encoder: Blocks | None = None
     bytes: int = 2
     tokens: int = 0
+    cross: Blocks | None = None
+    media: int = 0
+    sequence: interleave.Config = interleave.PLAIN
+    blind: bool = False
+    answer: Blocks | None = None
 
     def prefill(self, layout: Layout) -> int:
-        """FLOPs from pixels to the first logits: encoder over each picture, decoder over a causal sequence."""
-        n = layout.tokens
-        total = self.decoder.products(n) + self.decoder.attention(n * (n + 1) // 2)
+        """FLOPs from pixels to the first logits: encoder over each picture, decoder over a causal sequence.
+
+        Of an encoder–decoder, both over all that they read: of the answer, what the layout has of it.
+        """
+        n, t = layout.tokens, layout.answers
+        total = self.decoder.products(n) + self.decoder.attention(n * n if self.answer else n * (n + 1) // 2)
         total += 2 * self.decoder.width * self.vocab
+        if self.answer is not None:
+            look = replace(self.answer, hidden=0)
+            total += self.answer.products(t) + self.answer.attention(t * (t + 1) // 2)
+            total += look.products(t, (n, self.decoder.width)) + look.attention(t * n)
+        if self.cross is not None:
+            pairs = intervals.looked_at(*interleave.looks(layout, self.sequence), self.blind)
+            total += self.cross.products(n, (_media(layout), self.media)) + self.cross.attention(int(pairs.sum()))
         if self.encoder is not None:
             # A video's frames do not see each other.
             views = [(v[0], self.tokens or v[1] * v[2]) for p in layout.pieces for v in p.views]
             total += sum(self.encoder.products(f * n) + self.encoder.attention(f * n * n) for f, n in views)
         return total
 
-    def cache(self, tokens: int) -> int:
-        """Bytes of keys and values of so many tokens."""
-        return 2 * self.decoder.layers * self.decoder.keys * self.bytes * tokens
+    def cache(self, layout: Layout, more: int = 0) -> int:
+        """Bytes of keys and values of a document and so many tokens more, and of all that these look at."""
+        said = self.decoder if self.answer is None else self.answer
+        kept = [(said, (layout.answers if self.answer else layout.tokens) + more)]
+        if self.answer is not None:
+            kept.append((self.answer, layout.tokens))
+        if self.cross is not None:
+            kept.append((self.cross, _media(layout)))
+        return sum(2 * blocks.layers * blocks.keys * self.bytes * n for blocks, n in kept)
+
+
+def _media(layout: Layout) -> int:
+    """Media tokens of all that is seen."""
+    return sum(piece.features for piece in layout.pieces if piece.views)
 
 
 @dataclass(frozen=True)
@@ -95,7 +129,7 @@ def report(layout: Layout, headroom: int = 0, costs: Costs | None = None, did: S
         dict(tokens),
         headroom,
         0 if costs is None else costs.prefill(layout),
-        0 if costs is None else costs.cache(layout.tokens + headroom),
+        0 if costs is None else costs.cache(layout, headroom),
         tuple(did),
     )
 
@@ -108,7 +142,7 @@ class Budget:
     headroom: places kept for the answer.
     flops, cache: at most, to the first logits and in bytes; 0: no limit.
     over: what is tried in this order: lower the resolution (as little as is enough), take fewer frames of each video,
-      leave out the last pictures, refuse. What was tried stays, the next is tried on top.
+      leave out the last pictures, refuse. What was tried and changed anything stays, the next is tried on top.
     """
 
     tokens: int = 0
@@ -191,10 +225,10 @@ def fit(
             candidates = [{name: options[name].lowered(share)} for share in shares]
             words = [f"{measure} lowered to {share:.0%}" for share in shares]
         best = _first(candidates, lambda c: budget.holds(tried(**c)[1]))
-        if candidates:
+        if candidates and tried(**candidates[best])[0].size != found.size:
             options |= candidates[best]
             did.append(words[best].format(**options))
-        found, said = tried()
+            found, said = tried()
     if not budget.holds(said):
         raise InputError(_refusal(document, said, budget))
     return found, said

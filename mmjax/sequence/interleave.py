@@ -7,7 +7,7 @@ import numpy as np
 
 from mmjax.core.errors import InputError
 from mmjax.sequence import intervals, positions, windows
-from mmjax.sequence.layout import AUDIO, EMPTY, TEXT, VIDEO, Layout, Piece, patches_of
+from mmjax.sequence.layout import AUDIO, EMPTY, TEXT, VIDEO, Layout, Piece, Size, patches_of
 from mmjax.tokenizers.vocab import Vocab
 
 PIXEL, HIDDEN = 1, 2  # what `patch_kind` says of a patch: its media token stands in the sequence, or it does not
@@ -30,7 +30,8 @@ class Config:
     frames: whether patches see all frames of their video.
     mixes: whether a place may hold a mix of media tokens (LLaVA-OneVision).
     answer: above 0, what is learnt or said is a second stream, that an encoder–decoder's decoder reads, with room for
-      so many tokens in a row: all from the first that is learnt on, behind the id `start`. The first stream ends there.
+      so many tokens in a row (of the buckets that a run makes: Bucket.answers has it): all from the first that is
+      learnt on, behind the id `start`. The first stream ends there.
     instruction: above 0, the connector reads a text beside each picture, of at most so many tokens (InstructBLIP).
     """
 
@@ -94,9 +95,10 @@ class Example:
     answer: Answer | None = None
 
     @property
-    def size(self) -> tuple[int, int, int, int]:
+    def size(self) -> Size:
         """As Layout.size."""
-        return len(self.tokens), len(self.patch_lo), len(self.grid), len(self.frame_lo)
+        answers = 0 if self.answer is None else len(self.answer.tokens)
+        return len(self.tokens), len(self.patch_lo), len(self.grid), len(self.frame_lo), answers
 
 
 def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
@@ -106,9 +108,10 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     targets.
 
     Raises:
-      InputError: an id outside the vocabulary; a medium whose tokens are not what M-RoPE counts.
+      InputError: what `refuse` does; an id outside the vocabulary; a medium whose tokens are not what M-RoPE counts.
     """
-    n = layout.tokens
+    refuse(layout, cfg)
+    n = sum(piece.length for piece in layout.pieces)
     tokens, modality = np.empty(n, np.int32), np.full(n, EMPTY, np.int8)
     slot, train = np.full(n, -1, np.int32), np.zeros(n, bool)
     at = 0
@@ -116,7 +119,7 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     if cfg.mixes:
         mix = {"mix_slot": np.full((n, 3), -1, np.int32), "mix_share": np.eye(1, 4, dtype=np.float32).repeat(n, 0)}
     made = {AUDIO: 0, None: 0}  # media tokens so far, of sound and of everything seen
-    begins, spans, counts = [], [], []  # of everything seen: where text may look at it, its places, its media tokens
+    spans = []  # places of everything seen
     for piece in layout.pieces:
         span = slice(at, at + piece.length)
         modality[span] = piece.modality
@@ -133,26 +136,16 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
             tokens[span] = np.where(within >= 0, stands, _newline(piece, vocab))
             tokens[span][written], modality[span][written] = piece.ids, TEXT
             slot[span] = np.where(within >= 0, within + made[table], -1)
-            _mixed(piece, at, made[table], mix, layout.id, cfg)
+            _mixed(piece, at, made[table], mix)
             made[table] += piece.features
-            if table is None:
-                begins.append(max(at - 1, 0))  # its marker sees it already
-                spans += _unbroken(at, written)
-                counts.append(_shown(piece, layout.id, cfg))
+            spans += _unbroken(at, written) if table is None else []
         at += piece.length
     _refuse_ids(layout.id, tokens, vocab)
     if cfg.see == "bidirectional_images":
         lo, hi = intervals.bidirectional_images(n, spans)
     else:
         lo, hi = intervals.prefix(n, layout.prefix) if cfg.see == "prefix" else intervals.causal(n)
-    media = {"media_lo": None, "media_hi": None}
-    if cfg.cross != "none":
-        if cfg.cross == "last_images":
-            found = intervals.last_images(n, begins, counts, made[None] - sum(counts))
-        else:
-            look = intervals.last_image if cfg.cross == "last_image" else intervals.all_images
-            found = look(n, begins, counts)
-        media = dict(zip(media, found, strict=True))
+    media_lo, media_hi = (None, None) if cfg.cross == "none" else looks(layout, cfg)
     next_is = np.append(train[1:], False) & (np.append(modality[1:], EMPTY) == TEXT)
     pieces = tuple(p for p in layout.pieces if p.length)
     if cfg.position == "mrope":
@@ -176,7 +169,8 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
         weight=next_is.astype(np.float32),
         media=made[None],
         sounds=made[AUDIO],
-        **media,
+        media_lo=media_lo,
+        media_hi=media_hi,
         **_patches(layout, cfg),
         frame_lo=frame_lo,
         frame_hi=frame_hi,
@@ -185,10 +179,61 @@ def interleave(layout: Layout, vocab: Vocab, cfg: Config = PLAIN) -> Example:
     return _parted(whole, layout.prefix, train, cfg) if cfg.answer else whole
 
 
+def looks(layout: Layout, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last of a document's media tokens that each of its tokens looks at by cross-attention."""
+    begins, counts = [], []  # of everything seen: where text may look at it, and its media tokens
+    at = made = 0
+    for piece in layout.pieces:
+        if piece.modality not in (TEXT, AUDIO):
+            begins.append(max(at - 1, 0))  # its marker sees it already
+            counts.append(_shown(piece, cfg))
+            made += piece.features
+        at += piece.length
+    if cfg.cross == "last_images":
+        return intervals.last_images(at, begins, counts, made - sum(counts))
+    return (intervals.last_image if cfg.cross == "last_image" else intervals.all_images)(at, begins, counts)
+
+
+def refuse(layout: Layout, cfg: Config) -> None:
+    """Raises InputError for a document that no batch of these descriptors can hold, as its layout tells."""
+    if bool(cfg.answer) != bool(layout.answers):
+        raise InputError(
+            f"Document {layout.id!r} has a layout of {'one stream' if cfg.answer else 'two streams'}, but "
+            f"sequence.answer is {cfg.answer}; lay it out with parted={bool(cfg.answer)}."
+        )
+    at = 0
+    for piece in layout.pieces:
+        at += piece.length
+        if cfg.answer and piece.modality != TEXT and at > layout.tokens:
+            raise InputError(
+                f"Document {layout.id!r} shows a picture behind the first token that is learnt; show it before."
+            )
+        if piece.mixes is not None and not cfg.mixes:
+            raise InputError(
+                f"Document {layout.id!r}: {piece.policy} mixes media tokens; set sequence.mixes to true for it."
+            )
+        if not cfg.canvas or not piece.views:
+            continue
+        count, rest = _windows(piece, cfg)
+        if rest or count > cfg.canvas or len(piece.views) != 1 or piece.grid[0] != 1:
+            raise InputError(
+                f"Document {layout.id!r} has a picture of {piece.grid} patches, which are not one view of up to "
+                f"{cfg.canvas} whole windows of {cfg.window} × {cfg.window}; use the model's own policy "
+                f"(tokenizers.canvas.Canvas)."
+            )
+
+
+def refuse_instruction(id: str, said: np.ndarray | None, room: int) -> None:
+    """Raises InputError where what the connector reads beside a document's pictures is not there, or too long."""
+    if said is None or (len(said) and said.shape[1] > room):
+        raise InputError(
+            f"Document {id!r} has {'no text' if said is None else f'a text of {said.shape[1]} tokens'} for the "
+            f"connector to read beside its pictures; give one of at most {room} (sequence.instruction)."
+        )
+
+
 def _parted(x: Example, n: int, train: np.ndarray, cfg: Config) -> Example:
     """A document as two streams: its first n tokens, all of which see each other, and the others behind a first id."""
-    if x.slot[n:].max(initial=-1) >= 0:
-        raise InputError(f"Document {x.id!r} shows a picture behind the first token that is learnt; show it before.")
     said, learnt = x.tokens[n:], train[n:].astype(np.float32)
     answer = Answer(
         np.append(np.int32(cfg.start), said[:-1])[: max(len(said), 1)].astype(np.int32),
@@ -208,28 +253,23 @@ def unlearnt(x: Example) -> Example:
     return replace(x, weight=np.zeros_like(x.weight), answer=answer)
 
 
-def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray], id: str, cfg: Config) -> None:
+def _mixed(piece: Piece, at: int, before: int, mix: dict[str, np.ndarray]) -> None:
     """Enters what a medium's places from `at` on are mixed with; `before`: media tokens of the media before it."""
     if piece.mixes is None:
         return
-    if not cfg.mixes:
-        raise InputError(f"Document {id!r}: {piece.policy} mixes media tokens; set sequence.mixes to true for it.")
     places = [n for n, found in enumerate(piece.mixes) if found is not None]
     mix["mix_slot"][[at + n for n in places]] = [[before + i for i in piece.mixes[n].others] for n in places]
     mix["mix_share"][[at + n for n in places]] = [piece.mixes[n].shares for n in places]
 
 
-def _shown(piece: Piece, id: str, cfg: Config) -> int:
+def _shown(piece: Piece, cfg: Config) -> int:
     """How many of a medium's media tokens text may look at; the rest are padding."""
-    if not cfg.canvas:
-        return piece.features
-    windows_of, rest = divmod(sum(map(patches_of, piece.views)), cfg.window**2)
-    if rest or windows_of > cfg.canvas or len(piece.views) != 1 or piece.grid[0] != 1:
-        raise InputError(
-            f"Document {id!r} has a picture of {piece.grid} patches, which are not one view of up to {cfg.canvas} "
-            f"whole windows of {cfg.window} × {cfg.window}; use the model's own policy (tokenizers.canvas.Canvas)."
-        )
-    return piece.features // cfg.canvas * windows_of
+    return piece.features // cfg.canvas * _windows(piece, cfg)[0] if cfg.canvas else piece.features
+
+
+def _windows(piece: Piece, cfg: Config) -> tuple[int, int]:
+    """How many windows a medium's patches are, and how many patches are left over."""
+    return divmod(sum(map(patches_of, piece.views)), cfg.window**2)
 
 
 def _no(token: int | None) -> int:

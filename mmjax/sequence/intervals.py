@@ -130,6 +130,11 @@ def last_image(length: int, at: Sequence[int], media: Sequence[int]) -> Interval
     return lo, hi
 
 
+def looked_at(lo: np.ndarray, hi: np.ndarray, between: bool = False) -> np.ndarray:
+    """How many media tokens each token looks at; `between`: one that sees none looks at all between hi and lo."""
+    return np.where(lo <= hi, hi - lo + 1, np.maximum(lo - hi - 1, 0) if between else 0)
+
+
 def all_images(length: int, at: Sequence[int], media: Sequence[int]) -> Intervals:
     """Cross-attention of text to the media tokens of all pictures so far (Idefics); arguments as of `last_image`.
 

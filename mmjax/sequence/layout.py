@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -19,8 +19,8 @@ from mmjax.tokenizers.vocab import Vocab
 EMPTY, TEXT, IMAGE, AUDIO, VIDEO = range(5)  # what `modality` says of a token
 NAMES = ("empty", "text", "image", "audio", "video")
 Grid = tuple[int, int, int]  # frames, rows, columns of patches
-Size = tuple[int, int, int, int]  # tokens, patches, images, frames of sound
-DIMENSIONS = ("tokens", "patches", "images", "frames")
+Size = tuple[int, int, int, int, int]  # tokens, patches, images, frames of sound, tokens of answers
+DIMENSIONS = ("tokens", "patches", "images", "frames", "answer tokens")
 
 
 @runtime_checkable
@@ -121,10 +121,11 @@ class Layout:
     patches: int
     images: int
     frames: int = 0  # of sound
+    answers: int = 0  # tokens of the second stream of an encoder–decoder, which are none of `tokens`; 0: there is none
 
     @property
     def size(self) -> Size:
-        return self.tokens, self.patches, self.images, self.frames
+        return self.tokens, self.patches, self.images, self.frames, self.answers
 
     @property
     def prefix(self) -> int:
@@ -137,10 +138,10 @@ class Layout:
         return n
 
     @classmethod
-    def of(cls, id: str, pieces: tuple[Piece, ...]) -> "Layout":
-        """Pieces, counted."""
+    def of(cls, id: str, pieces: tuple[Piece, ...], parted: bool = False) -> "Layout":
+        """Pieces, counted; `parted`: as for `layout`."""
         views = [view for p in pieces for view in p.views]
-        return cls(
+        out = cls(
             id,
             pieces,
             sum(p.length for p in pieces),
@@ -148,6 +149,16 @@ class Layout:
             len(views),
             sum(p.grid[0] for p in pieces if p.modality == AUDIO),
         )
+        if not parted:
+            return out
+        # An answer has a first token even where nothing is said.
+        return replace(out, tokens=out.prefix, answers=max(out.tokens - out.prefix, 1))
+
+
+def described(size: Iterable) -> str:
+    """A size in words; sound and answers only where there are any."""
+    named = zip(DIMENSIONS, size, strict=False)
+    return ", ".join(f"{n} {name}" for name, n in named if n or name in DIMENSIONS[:3])
 
 
 def patches_of(grid: Grid) -> int:
@@ -168,6 +179,7 @@ def layout(
     fuse: Literal["sequence", "cross"] = "sequence",
     skip: Collection[int] = (),
     ask: bool = False,
+    parted: bool = False,
 ) -> Layout:
     """The layout of a document in the tokenizer's convention (tokenizers.chat), the generic one if it has none.
 
@@ -190,6 +202,8 @@ def layout(
         always do. "cross": their markers stand alone, and text looks at them by cross-attention (Flamingo).
       skip: numbers of spans to leave out.
       ask: whether what opens an answer is written at the end, without empty places.
+      parted: whether all from the first token on that is learnt or left to fill is counted apart, as a second stream
+        that an encoder–decoder's decoder reads (sequence.answer).
 
     Raises:
       InputError: text that cannot be encoded, a medium the policy refuses or that there is no policy for.
@@ -230,7 +244,7 @@ def layout(
     out = [_piece(run, pieces) for run in writer.runs()]
     if answer:
         out.append(replace(_text([tokenizer.vocab.pad] * answer), fill=True))
-    return Layout.of(document.id, tuple(p for p in out if p.length or p.features))
+    return Layout.of(document.id, tuple(p for p in out if p.length or p.features), parted)
 
 
 def _text(ids: list[int], train: bool = False, span: int = -1) -> Piece:

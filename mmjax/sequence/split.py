@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from mmjax.core.errors import InputError
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import DIMENSIONS, Layout, Size
+from mmjax.sequence.layout import Layout, Size, described
 
 
 def split(document: Document, layout: Callable[[Document], Layout], room: Size) -> list[Document]:
@@ -36,8 +36,7 @@ def split(document: Document, layout: Callable[[Document], Layout], room: Size) 
     while start < len(spans):
         length = _most(lambda n, start=start: fits(spans[start : start + n]), len(spans) - start, length)
         if not length:
-            size = layout(Document(document.id, spans[start : start + 1])).size
-            what = ", ".join(f"{n} {name}" for n, name in zip(size, DIMENSIONS, strict=True))
+            what = described(layout(Document(document.id, spans[start : start + 1])).size)
             raise InputError(
                 f"Document {document.id!r}, span {start} alone takes {what}, more than a row of {room}; raise the "
                 f"row's sizes or lower the resolution."

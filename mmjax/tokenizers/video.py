@@ -64,15 +64,23 @@ class Pooled:
 
     LLaVA-OneVision (Li et al. 2024, section 3.2; transformers 5.23, models/llava_onevision). All pictures are shown, or
     `number` of them, or `fps` a second.
+
+    share: of these, where fewer are wanted.
     """
 
     resolution: Policy
     number: int | None = None
     fps: float | None = None
+    share: float = 1.0
 
     def __post_init__(self):
         if (self.number is not None and self.number < 1) or (self.fps is not None and not self.fps > 0):
             raise InputError(f"{self} shows nothing; give a number or fps above 0, or neither.")
+        _check_share(self)
+
+    def lowered(self, share: float) -> "Pooled":
+        """The same with about this share of its pictures."""
+        return replace(self, share=self.share * share)
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
         """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
@@ -85,7 +93,7 @@ class Pooled:
         n = n if self.number is None else self.number
         if n > frames:
             raise InputError(f"a video of {frames} frames does not give the {n} that are to be shown; leave it out.")
-        return tuple(place * frames // n for place in range(n))
+        return _some(tuple(place * frames // n for place in range(n)), self.share)
 
     def times(self, frames: int, fps: float) -> tuple[float, ...]:
         """When they are, in seconds."""
@@ -114,12 +122,15 @@ class Stills:
 
     All are shown, or `number` of them, or `fps` a second, at an even distance: the first from the middle of its share
     of the clip, or `shift` pictures from the start. Encoders with class tokens see frames so.
+
+    share: of these, where fewer are wanted.
     """
 
     resolution: Policy
     number: int | None = None
     fps: float | None = None
     shift: float | None = None
+    share: float = 1.0
     apart: ClassVar[bool] = True  # every frame is a view
 
     def __post_init__(self):
@@ -127,6 +138,11 @@ class Stills:
             raise InputError(f"{self} shows nothing; give a number or fps above 0, or neither.")
         if self.shift is not None and not self.shift >= 0:
             raise InputError(f"{self} begins before its clip; give a shift of at least 0.")
+        _check_share(self)
+
+    def lowered(self, share: float) -> "Stills":
+        """The same with about this share of its pictures."""
+        return replace(self, share=self.share * share)
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
         """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
@@ -141,12 +157,13 @@ class Stills:
         if not 0 < n <= frames:
             raise InputError(f"a video of {frames} frames does not give the {n} that are to be shown; leave it out.")
         if n == frames and self.number is None and self.fps is None:
-            return tuple(range(frames))
+            return _some(tuple(range(frames)), self.share)
         step = frames / n
         first = step / 2 if self.shift is None else self.shift
         if first >= frames:
             raise InputError(f"a video of {frames} frames ends before the first that is to be shown; leave it out.")
-        return tuple(int(np.float32(first + place * step)) for place in range(math.ceil((frames - first) / step)))
+        places = range(math.ceil((frames - first) / step))
+        return _some(tuple(int(np.float32(first + place * step)) for place in places), self.share)
 
     def times(self, frames: int, fps: float) -> tuple[float, ...]:
         """When they are, in seconds."""
@@ -168,18 +185,25 @@ class Trimmed:
     and `most` all pictures are shown.
 
     trim: seconds left out at both ends where more than `most` × `fps` seconds are left between them.
+    share: of these pictures, where fewer are wanted.
     """
 
     resolution: Policy
     fps: float | None = None
     most: int | None = None
     trim: float = 1.0
+    share: float = 1.0
 
     def __post_init__(self):
         if (self.fps is None) != (self.most is None):
             raise InputError(f"{self} does not say which frames are shown; give both fps and most, or neither.")
         if self.fps is not None and (not self.fps > 0 or self.most < 1 or self.trim < 0):
             raise InputError(f"{self} shows nothing; give fps above 0, most of at least 1 and trim of at least 0.")
+        _check_share(self)
+
+    def lowered(self, share: float) -> "Trimmed":
+        """The same with about this share of its pictures."""
+        return replace(self, share=self.share * share)
 
     def clip(self, frames: int, height: int, width: int, fps: float) -> tuple[Grid, float]:
         """(frames, rows, columns) of patches, and the numbers of the time position from one frame to the next."""
@@ -189,14 +213,14 @@ class Trimmed:
         """Which pictures of the clip are shown."""
         _check(frames, fps)
         if self.fps is None:
-            return tuple(range(frames))
+            return _some(tuple(range(frames)), self.share)
         seconds, last = frames / fps, frames - 1
         n = max(1, min(round(self.fps * seconds), self.most))
         first, end = 0, last
         if seconds - 2 * self.trim > self.most * self.fps and self.trim > 0:
             first, end = int(self.trim * fps), min(int(frames - self.trim * fps), last)
         first, end = (first, end) if first < end else (0, last)
-        return tuple(np.unique(np.linspace(first, end, n, dtype=int)).tolist())
+        return _some(tuple(np.unique(np.linspace(first, end, n, dtype=int)).tolist()), self.share)
 
     def times(self, frames: int, fps: float) -> tuple[float, ...]:
         """When they are, in seconds."""
@@ -333,3 +357,14 @@ class Grouped:
 def _check(frames: int, fps: float) -> None:
     if frames < 1 or not fps > 0:
         raise InputError(f"a video of {frames} frames at {fps:g} a second cannot be shown; leave it out.")
+
+
+def _check_share(policy: Pooled | Stills | Trimmed) -> None:
+    if not 0 < policy.share <= 1:
+        raise InputError(f"{policy} shows nothing, or more than there is; give a share above 0, of at most 1.")
+
+
+def _some(pictures: tuple[int, ...], share: float) -> tuple[int, ...]:
+    """About this share of the pictures, at an even distance, at least one."""
+    n = max(1, int(len(pictures) * share))
+    return tuple(pictures[place * len(pictures) // n] for place in range(n))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from mmjax.convert.huggingface import Model
 from mmjax.convert.processor import Processor
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.generate.session import Session
 from mmjax.models import vlm
 from mmjax.sequence.document import Document, Text

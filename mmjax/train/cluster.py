@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from mmjax.core import processes, sharding
+from mmjax.core import meshes, processes
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def parts(mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], int]:
     """
     axes = rules.mesh_axes("batch")
     count = int(np.prod([mesh.shape[a] for a in axes if a in mesh.shape]))
-    placed = sharding.named(mesh, ("batch",), rules, (count,))
+    placed = meshes.named(mesh, ("batch",), rules, (count,))
     held = placed.addressable_devices_indices_map((count,)).values()
     if count == 1:
         return (0,), 1

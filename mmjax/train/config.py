@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import drawings, sets
 from mmjax.models import vlm
 from mmjax.nn.lora import Config as Lora

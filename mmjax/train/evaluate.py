@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from mmjax.core import processes, sharding
-from mmjax.core.sharding import Rules
+from mmjax.core import meshes, processes, sharding
+from mmjax.core.meshes import Rules
 from mmjax.data.drawings import Question
 from mmjax.data.source import Source
 from mmjax.models import decoder, vlm
@@ -65,9 +65,9 @@ class Questions:
         self.answer = cfg.answer
         self.starts = [self._starts(step) for step in range(len(self.source))]
         self.abstract, self.placed = _abstract(self.source, mesh, rules)
-        self.start_placed = sharding.named(mesh, ("batch", None), rules, self.starts[0].shape)
+        self.start_placed = meshes.named(mesh, ("batch", None), rules, self.starts[0].shape)
         start = jax.ShapeDtypeStruct(self.starts[0].shape, np.int32, sharding=self.start_placed)
-        with jax.set_mesh(mesh), sharding.use_rules(rules):
+        with jax.set_mesh(mesh), meshes.use_rules(rules):
             run = jax.jit(
                 lambda p, b, s: greedy(cast(p, cfg.update.compute), b, s, cfg.model, cfg.answer),
                 out_shardings=NamedSharding(mesh, P()),
@@ -131,7 +131,7 @@ class HeldOut:
             return
         self.abstract, self.placed = _abstract(next(iter(self.sources.values())), mesh, rules)
         plain = Objective(chunk=cfg.objective.chunk)
-        with jax.set_mesh(mesh), sharding.use_rules(rules):
+        with jax.set_mesh(mesh), meshes.use_rules(rules):
             run = jax.jit(
                 lambda p, b: loss_fn(cast(p, cfg.update.compute), b, cfg.model, plain)[1],
                 out_shardings=NamedSharding(mesh, P()),

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mmjax.core import sharding, tree
+from mmjax.core import meshes, tree
 from mmjax.core.errors import InputError
+from mmjax.core.meshes import Rules
 from mmjax.core.packed import Arrays
-from mmjax.core.sharding import Rules
 from mmjax.core.store import Store
 from mmjax.data.source import Named, Source
 from mmjax.generate import features
@@ -173,7 +173,7 @@ def compile_towers(cfg: Config, source: Source, params: dict, mesh: Mesh) -> Tow
         )
         placed.append(batch_shardings(part, mesh, rules))
         at = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), part, placed[-1])
-        with jax.set_mesh(mesh), sharding.use_rules(rules):
+        with jax.set_mesh(mesh), meshes.use_rules(rules):
             steps.append(jax.jit(run).lower(_tower(params, kind), at).compile())
             shapes.append(jax.eval_shape(run, _tower(params, kind), whole))
     return Towers(cfg, kind, steps, shapes, placed)

@@ -180,7 +180,7 @@ def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) ->
                 f"In none of the {len(some)} first documents of {source.path} is there anything to learn, as what an "
                 f"assistant says; give others."
             )
-        longest = max(longest, *(laid.tokens for laid in some))
+        longest = max(longest, *(laid.tokens + laid.answers for laid in some))
         words = max(words, *(start.beside(its, document) for document in first))
     tokens = ladder(2 * longest, 64)
     return Packing(rows=8, tokens=tokens if most is None else min(tokens, most)), words

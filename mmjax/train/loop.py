@@ -17,7 +17,7 @@ from mmjax.core import spec as specs
 from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory, require_space
-from mmjax.core.sharding import Rules, make_mesh
+from mmjax.core.meshes import Rules, make_mesh
 from mmjax.core.tree import nbytes
 from mmjax.data.source import Source, read
 from mmjax.sequence import batch as batches

@@ -11,6 +11,7 @@ from mmjax.data import drawings, index, sets
 from mmjax.data.memory import Memory
 from mmjax.data.source import Holes, Source
 from mmjax.models import vlm
+from mmjax.sequence import interleave
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
@@ -63,19 +64,21 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     plain = lay
     if cfg.budget != Budget():
         clips = None if its is None else its.clips
-        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model))
+        lay = Limited(lay, cfg.budget, cfg.resolution, clips, costs=vlm.costs(cfg.model, cfg.sequence))
     packing = cfg.packing
     # More documents than any packing could use: they cost nothing until they are read.
-    most = cfg.steps * packing.rows * packing.tokens
+    most = cfg.steps * packing.rows * (packing.tokens + cfg.sequence.answer)
     if isinstance(cfg.data, drawings.Config):
         documents, held_out, fingerprints = drawings.Training(cfg.data, most, cfg.seed), {}, {}
     else:
         opened = sets.open_sources(cfg.data, cfg.seed, most)
         documents, held_out, fingerprints = opened.training, opened.held_out, opened.fingerprints
     epochs = 0 if isinstance(cfg.data, drawings.Config) else cfg.data.epochs
+    said = _said(cfg) if its is None else its.reader and its.reader.beside
+    fitting = _fitting(cfg, lay, said)
     plan = index.training(
         documents,
-        lay,
+        fitting,
         steps=None if epochs else cfg.steps,
         k=packing.buckets,
         tokens=packing.tokens,
@@ -84,6 +87,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         patches=packing.patches,
         fixed=fixed_buckets(cfg),
         long=packing.long,
+        answers=cfg.sequence.answer,
     )
     if epochs and len(plan.steps) != cfg.steps:
         give = "give --stages whose steps add up to" if cfg.stages else "set steps to"
@@ -100,7 +104,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
-        said=_said(cfg) if its is None else its.reader and its.reader.beside,
+        said=said,
         parts=parts,
         of=of,
     )
@@ -108,7 +112,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     if isinstance(cfg.data, drawings.Config):
         evaluation = _questions(cfg, plain, made, tokenizer)
     else:
-        evaluation = _held_out(cfg, held_out, lay, made)
+        evaluation = _held_out(cfg, held_out, fitting, functools.partial(made, layout=lay))
     if its is not None and isinstance(evaluation, HeldOut):
         evaluation = Answers(evaluation, {name: asked(of) for name, of in held_out.items()}, its)
     writing = tokenizer.fingerprint if its is None else its.fingerprint
@@ -134,11 +138,24 @@ def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
     return its.beside
 
 
+def _fitting(cfg: Config, lay: Callable[[Document], Layout], said: Callable | None) -> Callable[[Document], Layout]:
+    """The layout of documents that a batch can hold: others are refused when they are measured, not when they come."""
+
+    def laid(document: Document) -> Layout:
+        out = lay(document)
+        interleave.refuse(out, cfg.sequence)
+        if said is not None and out.images:
+            interleave.refuse_instruction(document.id, said(document, out.images), cfg.sequence.instruction)
+        return out
+
+    return laid
+
+
 def fixed_buckets(cfg: Config) -> tuple[Bucket, ...]:
     """The buckets that `packing.shapes` gives; none where they are to be chosen. For text alone there is one."""
-    packing = cfg.packing
-    shapes = packing.shapes if cfg.model.sees else ((0, 0),)
-    return tuple(Bucket(packing.rows, packing.tokens, *shape) for shape in shapes)
+    rows, tokens = cfg.packing.rows, cfg.packing.tokens
+    shapes = cfg.packing.shapes if cfg.model.sees else ((0, 0),)
+    return tuple(Bucket(rows, tokens, *shape, answers=cfg.sequence.answer) for shape in shapes)
 
 
 def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
@@ -150,6 +167,7 @@ def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
         resolution=cfg.resolution,
         media_tokens=cfg.model.connector.tokens if cfg.model.sees else patches_of,
         fuse="sequence" if cfg.model.decoder.cross is None else "cross",
+        parted=cfg.sequence.answer > 0,
     )
     return tokenizer, lay
 
@@ -239,17 +257,18 @@ def _held_out(
 ) -> HeldOut:
     """The documents held out of every source, all in one shape, so that one program judges them."""
     if cfg.packing.long == "split":
-        room = (cfg.packing.tokens, cfg.packing.patches or index.NO_LIMIT, index.NO_LIMIT, index.NO_LIMIT)
+        unlimited = index.NO_LIMIT, index.NO_LIMIT
+        room = (cfg.packing.tokens, cfg.packing.patches or index.NO_LIMIT, *unlimited, cfg.sequence.answer)
         held_out = {name: [part for d in of for part in split(d, lay, room)] for name, of in held_out.items()}
     every = [document for name in held_out for document in held_out[name]]
     if not every:
         return HeldOut({})
-    room = {"tokens": cfg.packing.tokens, "rows": cfg.packing.rows}
+    room = {"tokens": cfg.packing.tokens, "rows": cfg.packing.rows, "answers": cfg.sequence.answer}
     shape = index.once(every, lay, **room).buckets[0] if cfg.model.sees else fixed_buckets(cfg)[0]
     plans = {name: index.once(documents, lay, shape=shape, **room) for name, documents in held_out.items()}
     return HeldOut(
         {
-            name: made(documents, lay, plans[name], holes=Holes(cfg.packing.holes))
+            name: made(documents, plan=plans[name], holes=Holes(cfg.packing.holes))
             for name, documents in held_out.items()
         }
     )

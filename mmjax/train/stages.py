@@ -9,7 +9,7 @@ import optax
 
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.core.spec import Spec
 from mmjax.train import parameters, state
 from mmjax.train.config import Config, Features
@@ -72,15 +72,16 @@ def parts(cfg: Config) -> tuple[Part, ...]:
     return tuple(out)
 
 
-def first(cfg: Config) -> Config:
-    """The run as if its first stage were all of it, which is what is planned (mmjax.plan) and timed (mmjax.bench).
+def numbered(cfg: Config, number: int = 1) -> Part:
+    """A stage by its number, from 1 on: what is planned (mmjax.plan) or timed (mmjax.bench). A run without has one.
 
     Raises:
-      InputError: there are adapters, whose work is not counted; or as of `parts`.
+      InputError: there are not so many; or as of `parts`.
     """
-    if cfg.lora is not None:
-        raise InputError("What a step with adapters takes is not counted yet; leave lora and its stages out.")
-    return parts(cfg)[0].cfg
+    found = parts(cfg)
+    if not 1 <= number <= len(found):
+        raise InputError(f"--stage is {number}, and the run has {len(found)}; give one of 1 to {len(found)}.")
+    return found[number - 1]
 
 
 def at(parts: Sequence[Part], step: int) -> int:

@@ -95,7 +95,7 @@ def processor(cfg: Config) -> Processor:
     model, its = both(cfg.base)
     if _numbers(model.cfg) != _numbers(cfg.model):
         raise InputError(f"The model in {cfg.base} is not the config's; leave model as it is in the directory.")
-    return dataclasses.replace(its, resolution=cfg.resolution, sequence=cfg.sequence)
+    return dataclasses.replace(its.at(cfg.resolution), sequence=cfg.sequence)
 
 
 def layout_of(its: Processor) -> Callable[..., Layout]:
@@ -118,7 +118,7 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
         if not last or not its.stops or any(set(piece.ids) & set(its.stops) for piece in last):
             return laid
         end = its.vocab.end if its.vocab.end in its.stops else its.stops[0]
-        return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)))
+        return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)), laid.answers > 0)
 
     return lay
 

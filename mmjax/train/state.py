@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.core.spec import Spec
 from mmjax.train.config import Optimizer
 

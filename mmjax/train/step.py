@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmjax.connectors import module
-from mmjax.core import sharding, tree
-from mmjax.core.sharding import Rules
+from mmjax.core import meshes, tree
+from mmjax.core.meshes import Rules
 from mmjax.generate import features
 from mmjax.models import vlm
 from mmjax.models.tower import Media
@@ -185,7 +185,7 @@ def batch_shardings(batch: Batch, mesh: Mesh, rules: Rules, parts: int = 1) -> B
     """Where every field lies on a mesh; with `parts` > 1 (see `cut`) an axis more is in front, and is whole."""
     front = () if parts == 1 else (None,)
     of = batches.axes(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(front) :], x.dtype), batch))
-    return jax.tree.map(lambda x, axes: sharding.named(mesh, front + axes, rules, x.shape), batch, of)
+    return jax.tree.map(lambda x, axes: meshes.named(mesh, front + axes, rules, x.shape), batch, of)
 
 
 def cut(batch: Any, parts: int) -> Any:
@@ -220,7 +220,7 @@ def known_shardings(known: Media, mesh: Mesh, rules: Rules, parts: int = 1) -> M
     """As batch_shardings, of features by rows."""
     front = () if parts == 1 else (None,)
     axes = {len(front) + 3: ("batch", "length", None), len(front) + 4: ("batch", None, "length", None)}
-    return jax.tree.map(lambda x: sharding.named(mesh, front + axes[x.ndim], rules, x.shape), known)
+    return jax.tree.map(lambda x: meshes.named(mesh, front + axes[x.ndim], rules, x.shape), known)
 
 
 def compile_step(
@@ -265,7 +265,7 @@ def compile_step(
         fed.append(placed(known, known_shardings(known, mesh, rules, parts)))
     # Metrics are whole everywhere, so that every process can read them.
     results = (shardings(state), NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh), sharding.use_rules(rules):
+    with jax.set_mesh(mesh), meshes.use_rules(rules):
         return jax.jit(step, donate_argnums=0, out_shardings=results).lower(state, *fed).compile()
 
 

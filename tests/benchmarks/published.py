@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from mmjax.core import spec
-from mmjax.core.sharding import MESH_AXES, Rules, named
+from mmjax.core.meshes import MESH_AXES, Rules, named
 
 CHIP = 15.75 * 2**30  # of a v5e's 16 GiB, what a program may use
 

@@ -22,7 +22,7 @@ FLAT = 64  # from so many chips on
 def measured(chips: int) -> dict:
     """Of each chip, in bytes: all that the step takes, and what it sends by kind of collective."""
     from mmjax.core import config  # after the environment is set
-    from mmjax.core.sharding import MeshConfig
+    from mmjax.core.meshes import MeshConfig
     from mmjax.plan import planner
 
     cfg = config.load("llava_7b")

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.data import index
 from mmjax.data.source import Source
 from mmjax.models import vlm

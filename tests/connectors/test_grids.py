@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import randomised
 
 from mmjax.connectors import abstractor, grids, linear, merger, mlp, pixel_shuffle, pool, restore, wico
-from mmjax.core import sharding, spec
+from mmjax.core import meshes, spec
 from mmjax.core.errors import InputError
 from mmjax.sequence import windows
 
@@ -174,7 +174,7 @@ def close(got, want):
 @pytest.mark.parametrize("name", CASES)
 def test_meshes(name, kind):
     of, call, (params, x, see), out, gradient = reference(name)
-    mesh, rules = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3), sharding.Rules()
+    mesh, rules = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3), meshes.Rules()
     with jax.set_mesh(mesh):
         params = jax.device_put(params, spec.shardings(of, mesh, rules))
         x, see = jax.device_put((x, see), jax.NamedSharding(mesh, P(("data", "fsdp"))))

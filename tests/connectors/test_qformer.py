@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from tiny import randomised
 
 from mmjax.connectors import qformer, qformer_heads
-from mmjax.core import sharding
+from mmjax.core import meshes
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.core.spec import shardings
 from mmjax.sequence import intervals
 
@@ -230,7 +230,7 @@ def test_meshes_agree(kind):
             f = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
             got, found = jax.jit(jax.value_and_grad(f))(params(), row)
         else:
-            placed = jax.device_put(params(), shardings(qformer.spec(CFG), mesh, sharding.Rules()))
+            placed = jax.device_put(params(), shardings(qformer.spec(CFG), mesh, meshes.Rules()))
             data = jax.device_put(row, jax.sharding.NamedSharding(mesh, P(("data", "fsdp"))))
             got, found = jax.jit(jax.value_and_grad(loss))(placed, data)
             text = data["text"]

@@ -27,7 +27,7 @@ from mmjax.convert.huggingface import FAMILIES, Model, Origin, load, save
 from mmjax.convert.rules import Rule
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.core.spec import ParamSpec
 
 

@@ -20,7 +20,7 @@ from mmjax.core import manifest as manifests
 from mmjax.core import parts, tree
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from mmjax.convert.rules import Arrays, Rule
 from mmjax.core import spec as specs
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.core.spec import ParamSpec
 
 D, H, E, L = 8, 4, 2, 3

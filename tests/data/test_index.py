@@ -24,7 +24,7 @@ class Documents(list):
         rng = np.random.default_rng(seed)
         pictures = rng.choice([0, 1, 3], n)
         patches = pictures * rng.integers(3, 9, n)
-        self.sizes = np.stack([patches + rng.integers(4, 16, n), patches, pictures, 0 * patches], 1)
+        self.sizes = np.stack([patches + rng.integers(4, 16, n), patches, pictures, 0 * patches, 0 * patches], 1)
         super().__init__(Document(str(i), (Text("a"),)) for i in range(n))
 
     def layout(self, document):
@@ -49,7 +49,7 @@ def used(plan):
 
 def check_rows_and_fill(plan, documents):
     """Every row fits its bucket; the fills are what a recount gives."""
-    room = filled = np.zeros(4)
+    room = filled = np.zeros(5)
     for step in plan.steps:
         bucket = plan.buckets[step.bucket]
         assert len(step.rows) <= bucket.rows == ROWS
@@ -92,7 +92,7 @@ def test_exactly_as_many_steps_as_asked_for(steps):
 def test_a_bucket_that_no_step_uses_is_left_out():
     """Every other document is a large picture, which shares no row with the long texts between."""
     documents = Documents(230)
-    documents.sizes[::2], documents.sizes[1::2] = (50, 0, 0, 0), (50, 40, 1, 0)
+    documents.sizes[::2], documents.sizes[1::2] = (50, 0, 0, 0, 0), (50, 40, 1, 0, 0)
     plans = [training(documents, 1, seed=seed) for seed in range(6)]
     assert all(len(plan.buckets) == 1 and plan.steps[0].bucket == 0 for plan in plans)
     assert len({plan.buckets for plan in plans}) == 2
@@ -135,7 +135,7 @@ def test_windows_that_wait_for_each_other_fill_better(monkeypatch):
 def test_the_largest_document_may_come_later():
     """The shapes are chosen from a sample, but they hold what the config says may come."""
     documents = Documents(200)
-    documents.sizes[150] = (60, 58, 3, 0)
+    documents.sizes[150] = (60, 58, 3, 0, 0)
     with pytest.raises(InputError, match=r"number 150 .*58 patches.*fits none"):
         training(documents, 10**6)
     plan = index.training(documents, documents.layout, steps=20, k=2, tokens=TOKENS, rows=ROWS, seed=0, patches=58)
@@ -209,14 +209,14 @@ def test_too_few_documents():
 @pytest.mark.parametrize("plan", [training, lambda documents, steps: once(documents)])
 def test_document_longer_than_a_row(plan):
     documents = Documents(100)
-    documents.sizes[30] = (TOKENS + 1, 5, 1, 0)
+    documents.sizes[30] = (TOKENS + 1, 5, 1, 0, 0)
     with pytest.raises(InputError, match=r"number 30 \('.*'\) takes 65 tokens"):
         plan(documents, 3)
 
 
 def test_document_of_a_later_window_that_fits_nowhere_is_named():
     documents = Documents(200)
-    documents.sizes[3 * WINDOW + 5] = (TOKENS + 1, 5, 1, 0)
+    documents.sizes[3 * WINDOW + 5] = (TOKENS + 1, 5, 1, 0, 0)
     with pytest.raises(InputError, match=f"number {3 * WINDOW + 5} "):
         training(documents, 10**6)
 
@@ -323,4 +323,4 @@ def test_fill_of_text_alone_is_that_of_its_tokens():
 def test_measure():
     documents = Documents(9)
     np.testing.assert_array_equal(index.measure(documents, range(2, 6), documents.layout), documents.sizes[2:6])
-    assert index.measure(documents, range(0), documents.layout).shape == (0, 4)
+    assert index.measure(documents, range(0), documents.layout).shape == (0, 5)

@@ -42,6 +42,17 @@ def laid_out(document, words, policy=POLICY, cfg=interleave.PLAIN, **kwargs):
     return document, laid, interleave.interleave(laid, words.vocab, cfg), words
 
 
+def test_answers_that_are_apart_are_told_too(words):
+    """An encoder–decoder's: behind what its encoder reads stands what its decoder says."""
+    document = Document("two", (Text("What?"), picture(), ANSWER))
+    one, two = (
+        laid_out(document, words, cfg=cfg, parted=cfg.answer > 0)
+        for cfg in (interleave.PLAIN, interleave.Config(answer=9))
+    )
+    assert list(show_cells.cells(*two[1:])) == list(show_cells.cells(*one[1:]))
+    assert "3 learnt text 6 control 1 learnt control" in ESCAPE.sub("", show.terminal(*two))
+
+
 def test_every_token_is_told(words):
     given = laid_out(Document("two", (Text("What?"), picture(), ANSWER)), words)
     cells = list(show_cells.cells(*given[1:]))

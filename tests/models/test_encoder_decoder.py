@@ -27,12 +27,11 @@ SEQUENCE = interleave.Config(position="sequential", answer=6, start=2)
 def document(name, question, answer, seed):
     ids = [int(i) for i in np.random.default_rng(seed).integers(3, 31, question + answer)]
     pieces = Piece(TEXT, question, tuple(ids[:question])), Piece(TEXT, answer, tuple(ids[question:]), train=True)
-    return interleave.interleave(Layout.of(name, tuple(p for p in pieces if p.length)), VOCAB, SEQUENCE), []
+    return interleave.interleave(Layout.of(name, tuple(p for p in pieces if p.length), True), VOCAB, SEQUENCE), []
 
 
 def batch(*rows, answer=6):
-    cfg = dataclasses.replace(SEQUENCE, answer=answer)
-    return jax.tree.map(jnp.asarray, build(rows, Bucket(len(rows), 16, 1, 1), 3, VOCAB, cfg))
+    return jax.tree.map(jnp.asarray, build(rows, Bucket(len(rows), 16, 1, 1, answers=answer), 3, VOCAB, SEQUENCE))
 
 
 def run(params, given):
@@ -65,7 +64,7 @@ def test_two_streams_by_hand():
         wrong = both.replace(answer=answer.replace(**{name: getattr(answer, name).at[0, place].set(value)}))
         with pytest.raises(InputError, match=says):
             check(jax.tree.map(np.asarray, wrong), VOCAB)
-    with pytest.raises(InputError, match=r"'a' has an answer of 2 tokens, and its row has room for 1"):
+    with pytest.raises(InputError, match=r"'a' \(3 tokens, .* 2 answer tokens\) does not fit its row: .* 1 answer "):
         batch([(x, [])], answer=1)
 
 

@@ -3,20 +3,25 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from tiny import tiny_model
 
-from mmjax.core import config, hlo, spec
+from mmjax.connectors import perceiver
+from mmjax.core import config, hlo, spec, tree
 from mmjax.encoders import vit
-from mmjax.models import flops, vlm
+from mmjax.models import encoder_decoder, flops, vlm
 from mmjax.models.flops import Row
+from mmjax.nn import cross_attention, lora
 from mmjax.sequence import batch as batches
 from mmjax.sequence import interleave
-from mmjax.sequence.batch import Bucket
+from mmjax.sequence.batch import Bucket, build
+from mmjax.sequence.layout import IMAGE, TEXT, Layout, Piece
 from mmjax.tokenizers.vocab import Vocab
 from mmjax.train.step import loss_fn
 
 BUCKET = Bucket(1, 32, 24, 2)
+VOCAB = Vocab(*range(9), size=64)
 
 
 def program(cfg: vlm.Config, grad: bool) -> float:
@@ -94,6 +99,61 @@ def test_a_language_model_alone_is_the_decoder_of_another():
     assert alone.total == flops.of_row(cfg, row, frozen=("vision", "connector")).total
 
 
+def looking(**changes):
+    """Layers before every other block, through which text looks at four media tokens of each picture."""
+    plain = tiny_model(vocab=64)
+    cross = cross_attention.Config(16, 16, 4, 8, 20, every=2, **changes)
+    connector = perceiver.Config(16, 16, 4, 1, 2, 8, 24)
+    return dataclasses.replace(plain, connector=connector, decoder=dataclasses.replace(plain.decoder, cross=cross))
+
+
+def test_text_that_looks_at_all_pictures_looks_at_more():
+    """Of full rows: those of its document, which stand before it; of batches, as often as its tokens look."""
+    cfg = looking()
+    full = {
+        cross: flops.full_row(Bucket(1, 32, 24, 4), interleave.Config(cross=cross), 16)
+        for cross in ("last_image", "last_images", "all_images")
+    }
+    assert [row.shown for row in full.values()] == [1.0, 2.0, 2.0]
+    one, _, all_of_two = (flops.of_row(cfg, row).forward["decoder"] for row in full.values())
+    assert one.matrices == all_of_two.matrices
+    assert all_of_two.attention - one.attention == 4 * 4 * 8 * 32 * 4
+
+
+def piece(length, grid=None, train=False):
+    if grid is None:
+        return Piece(TEXT, length, (9,) * length, train=train)
+    return Piece(IMAGE, length, (), grid, media=4)
+
+
+@pytest.mark.parametrize(
+    ("sees", "blind", "looks"),
+    [("last_image", "mlp", 10 * 4), ("all_images", "mlp", 4 * 4 + 6 * 8), ("last_images", "all", 10 * 4 + 8)],
+)
+def test_a_batch_is_counted_as_it_is(sees, blind, looks):
+    """Two documents in a row, and none in the other; the first has its pictures apart from each other."""
+    cfg, sequence = looking(blind=blind), interleave.Config(cross=sees)
+    one = Layout.of("a", (piece(2), piece(0, (1, 2, 2)), piece(4), piece(0, (1, 2, 3)), piece(5)))
+    two = Layout.of("b", (piece(7),))
+    row = [(interleave.interleave(x, VOCAB, sequence), x) for x in (one, two)]
+    rows = [[], [(x, [np.zeros((p.grid[1] * p.grid[2], 48), np.uint8) for p in of.pieces if p.grid]) for x, of in row]]
+    batch = build(rows, Bucket(2, 24, 12, 3), 48, VOCAB, sequence)
+    (found,) = flops.rows_of(batch, cfg, sequence)
+    assert (found.documents, found.pictures) == ((11, 7), (4, 6))
+    assert found.shown * 18 * 4 == pytest.approx(looks)
+
+
+def test_answers_of_a_batch_are_counted_without_padding():
+    blocks = dataclasses.replace(tiny_model(vocab=64).decoder.blocks, rope=None)
+    own = encoder_decoder.Config(64, blocks, dataclasses.replace(blocks, look=16))
+    cfg, sequence = dataclasses.replace(tiny_model(vocab=64), decoder=own), interleave.Config(answer=16)
+    laid = Layout.of("a", (piece(5), piece(3, train=True)), parted=True)
+    batch = build(
+        [[(interleave.interleave(laid, VOCAB, sequence), [])]], Bucket(1, 8, 1, 1, 0, 16), 48, VOCAB, sequence
+    )
+    assert flops.rows_of(batch, cfg, sequence) == [Row((5,), (), 0, 3)]
+
+
 def test_norms_and_tables_are_no_matrices():
     cfg = tiny_model(vocab=64)
     sizes = flops.matrices(cfg)
@@ -117,3 +177,24 @@ def test_llava_7b_by_hand():
     assert found.forward["vision"].attention == 5 * 23 * 4 * 1024 * 577**2
     parts = found.forward.values()
     assert found.total == 3 * sum(p.matrices + p.attention for p in parts)
+
+
+def test_adapters_are_two_thin_products_more():
+    """Their own program's, forwards; and of a frozen base no gradient of its kernels."""
+    cfg, adapters, row = tiny_model(vocab=64), lora.Config(4), Row((32,), (12, 12))
+    spec_of = lora.spec(vlm.spec(cfg), adapters)
+    plain, found = flops.of_row(cfg, row), flops.of_row(cfg, row, adapters=adapters)
+    # A and B of two layers: q, k, v, out; gate and up, down.
+    thin = 2.0 * 32 * 2 * 4 * ((16 + 32) + 2 * (16 + 16) + (32 + 16) + 2 * (16 + 24) + (24 + 16))
+    assert found.forward["decoder"].matrices == plain.forward["decoder"].matrices + thin
+    assert found.forward["vision"] == plain.forward["vision"]
+    batch = batches.abstract(BUCKET, cfg.vision.embed.values, Vocab(*range(9), size=cfg.decoder.vocab))
+    text = jax.jit(lambda p, b: loss_fn(p, b, cfg)[0]).lower(spec.abstract(spec_of), batch).compile().as_text()
+    more = hlo.count(hlo.parse(text)).flops - program(cfg, False)
+    assert more == pytest.approx(thin, rel=0.02)
+
+    every = tree.flatten(spec_of)
+    still = tree.cover(spec_of, [n for n in every if not n.endswith(("/kernel/a", "/kernel/b"))])
+    part, frozen = found.forward, flops.of_row(cfg, row, frozen=still, adapters=adapters)
+    forward = sum(p.matrices + p.attention for p in part.values())
+    assert frozen.total == forward + part["decoder"].matrices + thin + 2 * part["decoder"].attention

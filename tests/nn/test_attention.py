@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from interval_cases import both_ways, close, draw, equals_a_dense_mask, masks, stack
 
-from mmjax.core import sharding
+from mmjax.core import meshes
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.nn import attention
 from mmjax.nn.kernels import xla
 from mmjax.sequence import intervals
@@ -303,13 +303,13 @@ def test_under_vmap_and_remat(rng):
 
 
 def test_parts_of_the_mesh_in_force():
-    assert sharding.parts("batch") == 1
+    assert meshes.parts("batch") == 1
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
-        assert (sharding.parts("batch"), sharding.parts("heads"), sharding.parts("nothing")) == (4, 2, 1)
+        assert (meshes.parts("batch"), meshes.parts("heads"), meshes.parts("nothing")) == (4, 2, 1)
     with jax.set_mesh(make_mesh(MeshConfig(2, 1, 2, 2))):
-        assert sharding.parts("length") == 2
-        with sharding.whole("length"):
-            assert (sharding.parts("length"), sharding.parts("heads")) == (1, 2)
+        assert meshes.parts("length") == 2
+        with meshes.whole("length"):
+            assert (meshes.parts("length"), meshes.parts("heads")) == (1, 2)
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from interval_cases import both_ways, close, draw, equals_a_dense_mask, masks, stack
 
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.nn import attention
 from mmjax.nn.kernels import backend, gpu, gpu_tiles
 from mmjax.nn.kernels.gpu_blocks import Blocks, Plan, Shape

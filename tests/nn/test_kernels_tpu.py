@@ -10,7 +10,7 @@ import pytest
 from interval_cases import both_ways, close, draw, equals_a_dense_mask, masks
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.nn import attention
 from mmjax.nn.kernels import backend, tpu
 from mmjax.nn.kernels.inputs import Inputs, Static

@@ -8,7 +8,7 @@ import pytest
 from tiny import randomised
 
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh, named
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh, named
 from mmjax.nn import rope, transformer
 from mmjax.sequence import intervals
 

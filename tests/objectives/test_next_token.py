@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.core import hlo, sharding
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core import hlo, meshes, sharding
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.objectives import next_token
 
 
@@ -87,7 +87,7 @@ def test_chunks_and_meshes_change_nothing(setting, sizes, explicit):
     arrays, expected = setting
     mesh, rules = make_mesh(MeshConfig(*sizes, explicit=explicit)), Rules()
     axes = (("batch", "length", None), ("vocab", "embed"), ("batch", "length"), ("batch", "length"))
-    placed = [jax.device_put(x, sharding.named(mesh, a, rules, x.shape)) for x, a in zip(arrays, axes, strict=True)]
+    placed = [jax.device_put(x, meshes.named(mesh, a, rules, x.shape)) for x, a in zip(arrays, axes, strict=True)]
     with jax.set_mesh(mesh):
         got = jax.jit(functools.partial(both_ways, chunk=5))(*placed)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, expected)
@@ -100,8 +100,7 @@ def test_a_head_that_is_given_travels_once_for_all_chunks(given, times):
     shapes = ((8, 12, 16), jnp.float32), ((24, 16), jnp.float32), ((8, 12), jnp.int32), ((8, 12), jnp.float32)
     axes = (("batch", "length", None), ("vocab", "embed"), ("batch", "length"), ("batch", "length"))
     args = [
-        jax.ShapeDtypeStruct(*x, sharding=sharding.named(mesh, a, rules, x[0]))
-        for x, a in zip(shapes, axes, strict=True)
+        jax.ShapeDtypeStruct(*x, sharding=meshes.named(mesh, a, rules, x[0])) for x, a in zip(shapes, axes, strict=True)
     ]
     with jax.set_mesh(mesh):
         program = jax.jit(functools.partial(both_ways, chunk=3, given=given)).lower(*args).compile()

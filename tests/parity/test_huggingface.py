@@ -19,7 +19,7 @@ from mmjax.convert import files, rules
 from mmjax.convert.huggingface import Origin, load, save
 from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 
 TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 PICTURE = {"image_size": 16, "patch_size": 8}

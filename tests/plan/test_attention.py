@@ -8,15 +8,23 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
+from mmjax.connectors import perceiver, qformer
+from mmjax.core import hlo, spec
 from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
+from mmjax.models import encoder_decoder, vlm
 from mmjax.models.flops import Row
 from mmjax.nn import attention as model
+from mmjax.nn import cross_attention, relative
 from mmjax.nn.kernels import gpu_blocks, tpu_blocks, xla
 from mmjax.nn.kernels.inputs import Inputs
-from mmjax.plan import attention
-from mmjax.sequence import behind, intervals
+from mmjax.plan import attention, sees
+from mmjax.sequence import batch as batches
+from mmjax.sequence import behind, interleave, intervals
+from mmjax.sequence.batch import Bucket
+from mmjax.tokenizers.vocab import Vocab
+from mmjax.train.step import loss_fn
 
 
 def bounds(order, lo, hi) -> float:
@@ -35,7 +43,7 @@ def test_a_packed_sequence(documents):
     lo, hi = zip(*(intervals.causal(n) for n in documents), strict=True)
     first = np.repeat(np.cumsum((0, *documents[:-1])), documents)
     theirs = bounds(np.arange(row.tokens), np.concatenate(lo) + first, np.concatenate(hi) + first)
-    assert attention.turns(attention.sequence(row, "causal", 0)) == pytest.approx(theirs)
+    assert sees.turns(sees.sequence(row, "causal", 0)) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -48,18 +56,18 @@ def test_pictures_with_their_class_tokens_behind_all_patches(prefix):
         labels, first, last = behind.labels(*(jnp.asarray(a, jnp.int32) for a in (image[None], order[None], grid)), 1)
         order, lo = np.asarray(labels[0]), np.append(lo + image, first[0])
         hi = np.append(hi + image + 1, last[0])
-    seen = attention.patches(Row((), pictures), prefix)
+    seen = sees.patches(Row((), pictures), prefix)
     np.testing.assert_array_equal(seen.order, order)
     np.testing.assert_array_equal(seen.lo, lo)
     np.testing.assert_array_equal(seen.hi, hi)
-    assert attention.turns(seen) == pytest.approx(bounds(order, lo, hi))
+    assert sees.turns(seen) == pytest.approx(bounds(order, lo, hi))
 
 
 @pytest.mark.parametrize(("heads", "kv", "size"), [(32, 32, 128), (28, 4, 128), (16, 16, 64)])
 def test_the_kernels_tiles_are_those_that_they_compute(heads, kv, size):
     """Their own ranges: which tiles are touched, and which blocks lie between the first and the last."""
     row = Row((1500, 300, 1200), ())
-    seen = attention.sequence(row, "causal", 0)
+    seen = sees.sequence(row, "causal", 0)
     n = row.tokens
     q, k = jnp.zeros((1, kv, heads // kv, n, size), jnp.bfloat16), jnp.zeros((1, kv, n, size), jnp.bfloat16)
     label = (jnp.asarray(a, jnp.int32)[None] for a in (seen.order, seen.lo, seen.hi))
@@ -68,7 +76,7 @@ def test_the_kernels_tiles_are_those_that_they_compute(heads, kv, size):
     of = {name: np.asarray(a[0]) for name, a in of.items()}
     parts = (of["first"][:, None] <= of["high"]) & (of["low"] <= of["last"][:, None])
     reach = tpu_blocks.span(touch)
-    computed, fetched = attention.shares(seen, g.blocks)
+    computed, fetched = sees.shares(seen, g.blocks)
     assert computed == pytest.approx(float(parts.mean()))
     assert fetched == pytest.approx(float((reach["end"] - reach["begin"]).sum() / touch.size))
 
@@ -77,11 +85,13 @@ def test_loops_are_told_apart_by_their_scope():
     cfg = tiny_model(vocab=64)
     vision = dataclasses.replace(cfg.vision, blocks=dataclasses.replace(cfg.vision.blocks, windowed=(0,)))
     row = Row((2048,), (1024, 1024), window=64)
-    told = attention.hints(dataclasses.replace(cfg, vision=vision), row, "causal", 2048).turns
+    told = attention.hints(dataclasses.replace(cfg, vision=vision), row, interleave.PLAIN, 2048).turns
 
     # The GPU's forward kernel: three rows, 4 heads of 8, two products of every tile that a causal row reaches.
     line = 'custom_call_target="__gpu$xla.gpu.triton", op_name="jvp(decoder)/attention", name = "forward_kernel"'
-    kernel = attention.hints(cfg, row, "causal", 2048, 3).kernel(Op("k", Shape(), "", "", (), line, False), None, 5.0)
+    kernel = attention.hints(cfg, row, interleave.PLAIN, 2048, 3).kernel(
+        Op("k", Shape(), "", "", (), line, False), None, 5.0
+    )
     tile = gpu_blocks.Plan.of(attention._inputs(cfg.decoder.blocks, 2048, 2048, 1, "bfloat16")).forward
     reached = sum(-(-(i + 1) * tile.queries // tile.keys) for i in range(2048 // tile.queries))
     assert kernel == Kernel(2.0 * 2 * (3 * 4 * 8) * reached * tile.queries * tile.keys, 5.0)
@@ -105,7 +115,7 @@ def test_devices_that_split_a_row_share_its_pairs(monkeypatch):
     cfg, row = tiny_model(vocab=64), Row((16384,), ())
 
     def found(length: int) -> tuple[float, float]:
-        told = attention.hints(cfg, row, "causal", 0, length=length)
+        told = attention.hints(cfg, row, interleave.PLAIN, 0, length=length)
         return told.turns(op("decoder")), told.kernel(op("decoder", "by_key"), None, 0.0).flops
 
     turns, flops = found(1)
@@ -119,7 +129,7 @@ def test_devices_that_split_a_row_share_its_pairs(monkeypatch):
 
 
 def test_rows_that_do_not_divide_are_filled_up():
-    *_, last = attention.split(attention.sequence(Row((30,), ()), "causal", 0), 4, True)
+    *_, last = sees.split(sees.sequence(Row((30,), ()), "causal", 0), 4, True)
     assert [len(step.order) for step in last] == [8] * 4
     assert sorted(np.concatenate([step.order for step in last])) == [-1, -1, *range(30)]
     assert {len(step.lo) for step in last} == {8}
@@ -155,7 +165,111 @@ def test_parts_are_whole_words_of_a_scope():
 
 def test_a_sliding_window_reaches_no_further():
     row = Row((700, 324), ())
-    seen = attention.sequence(row, "causal", 0, 128)
+    seen = sees.sequence(row, "causal", 0, 128)
     at, start = np.arange(1024), np.repeat([0, 700], [700, 324])
     assert (seen.lo == np.maximum(start, at - 127)).all()
-    assert attention.turns(seen) < attention.turns(attention.sequence(row, "causal", 0))
+    assert sees.turns(seen) < sees.turns(sees.sequence(row, "causal", 0))
+
+
+def listed(seen: sees.Seen) -> list[list[int]]:
+    return [seen.order.tolist(), seen.lo.tolist(), seen.hi.tolist()]
+
+
+def test_text_looks_at_the_pictures_of_its_document_so_far():
+    """Three pictures of two tokens each, before tokens 0, 2 and 4 of six."""
+    row = Row((6,), (9, 9, 9))
+    assert listed(sees.media(row, "last_image", 6)) == [[*range(6)], [0, 0, 2, 2, 4, 4], [1, 1, 3, 3, 5, 5]]
+    assert listed(sees.media(row, "all_images", 6)) == [[*range(6)], [0] * 6, [1, 1, 3, 3, 5, 5]]
+    row = Row((3, 3), (9, 9, 9))  # what stands before the second document's first picture sees none
+    assert listed(sees.media(row, "last_image", 6)) == [[*range(6)], [0, 0, 2, 0, 4, 4], [1, 1, 3, -1, 5, 5]]
+    assert listed(sees.media(row, "all_images", 6)) == [[*range(6)], [0, 0, 0, 0, 4, 4], [1, 1, 3, -1, 5, 5]]
+
+
+def test_two_streams():
+    row = Row((3, 4), (), answer=5)
+    assert listed(sees.whole(row.documents)) == [[*range(7)], [0] * 3 + [3] * 4, [2] * 3 + [6] * 4]
+    assert sees.answers(row) == (3, 2)
+    assert listed(sees.questions(row)) == [[*range(7)], [0] * 3 + [3] * 2, [2] * 3 + [6] * 2]
+
+
+def test_latents_look_at_their_own_picture():
+    """Label by label what the resampler itself is given."""
+    pictures, many = (5, 3), 2
+    image, grid = jnp.asarray([np.repeat([0, 1], pictures)], jnp.int32), jnp.asarray([[[1, 1, n] for n in pictures]])
+    order, lo, hi = behind.labels(image, jnp.arange(8, dtype=jnp.int32)[None], grid.astype(jnp.int32), many)
+    assert listed(sees.latents(pictures, many, many)) == [a[0].tolist() for a in (order, lo, hi)]
+
+
+def systems():
+    """name → (model, descriptors, where its attention stands): each with loops in all places that it has."""
+    plain = tiny_model(vocab=64)
+    blocks = dataclasses.replace(plain.decoder.blocks, rope=None, kv_heads=4, relative=relative.Config(4, both=True))
+    answer = dataclasses.replace(blocks, look=16, relative=relative.Config(4))
+    reads = qformer.Config(16, 16, 2, 2, 2, 24, outputs=16, text=True, vocab=40)
+    two = encoder_decoder.Config(64, blocks, answer)
+    cross = cross_attention.Config(16, 16, 2, 8, 24, every=1)
+    resampler = perceiver.Config(16, 16, 150, 1, 2, 8, 24)
+    flamingo = dataclasses.replace(plain.decoder, cross=cross)
+    beside = dataclasses.replace(plain, connector=resampler, decoder=flamingo)
+    streams = dataclasses.replace(plain, connector=reads, decoder=two)
+    vision, decoder, look = attention.Place("vision"), attention.Place("decoder"), "look"
+    return {
+        "resampler, cross-attention": (
+            beside,
+            interleave.Config(cross="last_image"),
+            {vision, attention.Place("connector", "", look), decoder, attention.Place("decoder", "", look)},
+        ),
+        "two streams, Q-Former": (
+            streams,
+            interleave.Config(position="sequential", answer=300, instruction=140),
+            {
+                *(vision, decoder, attention.Place("decoder", "answer"), attention.Place("decoder", "answer", look)),
+                *(attention.Place("connector"), attention.Place("connector", "", look)),
+            },
+        ),
+    }
+
+
+@pytest.fixture
+def own_scopes():
+    """No program from a cache that was compiled with other scopes."""
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("name", systems())
+def test_every_loop_of_a_program_is_known(name, own_scopes):
+    """Compiled for CPUs, where attention is loops over tiles: without hints, each of them would count once."""
+    cfg, see, places = systems()[name]
+    row, vocab = Row((300, 300), (300, 300), answer=see.answer), Vocab(*range(9), size=64)
+    batch = batches.abstract(Bucket(1, 600, 600, 2), cfg.vision.embed.values, vocab, see)
+
+    def loss(params, batch):
+        return loss_fn(params, batch, cfg)[0]
+
+    lowered = jax.jit(loss).lower(spec.abstract(vlm.spec(cfg)), batch)
+    module = hlo.parse(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    assert {attention.Place.of(u.scope) for u in hlo.count(module).unknown} == places
+    media = 2 * cfg.connector.per_picture
+    assert not hlo.count(module, attention.hints(cfg, row, see, media)).unknown
+
+
+def test_kernels_compute_what_is_seen_in_every_place():
+    """Of four documents of 512 tokens with a picture each, a quarter of all pairs of two documents or pictures."""
+    cfg, see, _ = systems()["two streams, Q-Former"]
+    cfg = dataclasses.replace(cfg, connector=dataclasses.replace(cfg.connector, queries=256))
+    row, stated = Row((512,) * 4, (1024,) * 4, answer=2048), Kernel(1e6, 0.0)
+    told = attention.hints(cfg, row, dataclasses.replace(see, instruction=256), 1024).kernel
+
+    def share(scope: str) -> float:
+        return told(Op("k", Shape(), "", "", (), f'op_name="{scope}"', False), stated, 0.0).flops / 2e6
+
+    for scope in ("connector/attention", "connector/look", "decoder/attention", "decoder/answer/look"):
+        assert share(f"jvp({scope.replace('/', ')/', 1)}") == 1 / 4
+    assert 1 / 8 < share("jvp(decoder)/answer/attention") < 1 / 4  # causal
+    crossed, see, _ = systems()["resampler, cross-attention"]
+    told = attention.hints(crossed, row, see, 4096).kernel
+    assert share("jvp(decoder)/look") == 1 / 4

@@ -105,7 +105,7 @@ CHECK = """
 import sys, json, os
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 from mmjax.core import config
-from mmjax.core.sharding import Rules, make_mesh
+from mmjax.core.meshes import Rules, make_mesh
 from mmjax.models import vlm
 from mmjax.plan import chips, program
 from mmjax.train import state

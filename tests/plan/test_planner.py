@@ -10,17 +10,19 @@ from tiny import tiny_run
 
 from mmjax import bench
 from mmjax.core import config
+from mmjax.core import spec as specs
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
-from mmjax.models import encoder_decoder
-from mmjax.nn import cross_attention, transformer
+from mmjax.core.meshes import MeshConfig, make_mesh
+from mmjax.models import encoder_decoder, vlm
+from mmjax.nn import cross_attention, lora, transformer
 from mmjax.plan import __main__ as command
 from mmjax.plan import chips, planner, program, report
 from mmjax.plan.chips import GIB
 from mmjax.plan.program import State, TooLarge
 from mmjax.sequence.batch import Bucket
 from mmjax.tokenizers.resolution import Native
-from mmjax.train.config import Packing
+from mmjax.train import presets, stages
+from mmjax.train.config import Optimizer, Packing
 
 SHAPES = Packing(rows=8, tokens=128, shapes=((64, 2),))
 
@@ -78,7 +80,7 @@ def test_what_else_a_compiler_refuses_is_said_in_a_sentence(monkeypatch):
             raise error
 
         monkeypatch.setattr(program, "compile_step", refuses)
-        return program.compiled(cfg, bucket, mesh)
+        return program.compiled(stages.numbered(cfg), bucket, mesh)
 
     with pytest.raises(InputError, match=r"The compiler refuses the step of 8 rows × 128 tokens: INTERNAL: bad$"):
         compiled(jax.errors.JaxRuntimeError("INTERNAL: bad\nstack"))
@@ -93,7 +95,7 @@ def test_what_else_a_compiler_refuses_is_said_in_a_sentence(monkeypatch):
 
 def test_a_v4_has_the_half_of_its_memory():
     def head(kind: str, limit: float) -> str:
-        return report.head(chips.topology(kind), make_mesh(MeshConfig()), State(1.0, 1.0, 1), limit)
+        return report.head(chips.topology(kind), make_mesh(MeshConfig()), State(1.0, 1.0, 1, 1), limit)
 
     whole = chips.CHIPS["v4"].memory
     assert "one core's half of a v4's 32 GiB" in head("v4:2x2x2", whole)
@@ -128,7 +130,7 @@ def test_documents_are_read_once(no_chips, monkeypatch):
         return type("Data", (), {"training": type("Source", (), {"plan": plan})})
 
     monkeypatch.setattr(program, "prepare_data", prepared)
-    monkeypatch.setattr(program, "compiled", lambda cfg, bucket, mesh: tried.append(bucket) or TooLarge(2.0, 1.0))
+    monkeypatch.setattr(program, "compiled", lambda part, bucket, mesh: tried.append(bucket) or TooLarge(2.0, 1.0))
     found, text = planner.plan(run(Packing(rows=8, tokens=128)), "v5e:2x2")
     assert found["buckets"][0]["fits"] is False
     assert "DOES NOT FIT" in text
@@ -148,6 +150,27 @@ def test_tokens_that_look_elsewhere_are_not_planned(no_chips):
         cfg = dataclasses.replace(plain, model=dataclasses.replace(plain.model, decoder=language))
         with pytest.raises(InputError, match="leave --decode out"):
             planner.decoding(cfg, "v5e:2x2", 4, 96)
+
+
+def test_adapters_are_planned_stage_by_stage(no_chips, monkeypatch):
+    """The base has no optimizer's state, and no products for its own gradient."""
+    monkeypatch.setattr(chips, "coordinates", lambda topology, devices: [(i, 0) for i in range(len(devices))])
+    made = presets.stages(["connector:3", "lora+connector:2"])
+    cfg = run(lora=lora.Config(4), stages=made, steps=5, optimizer=Optimizer())
+    found, text = planner.plan(cfg, "v5e:2x2", stage=2)
+    connector, every = (specs.count(spec) for spec in (vlm.spec(cfg.model)["connector"], vlm.spec(cfg.model)))
+    # A and B of two layers: q, k, v, out; gate and up, down.
+    thin = 2 * 4 * ((16 + 32) + 2 * (16 + 16) + (32 + 16) + 2 * (16 + 24) + (24 + 16))
+    assert found["trained"] == connector + thin
+    assert found["parameters"] == every + thin + 7 * 2  # and scales
+    assert found["optimizer_bytes"] == pytest.approx(4 * 2 * found["trained"], abs=64)  # and counters
+    (bucket,) = found["buckets"]
+    assert bucket["flops"] > bucket["model_flops_per_chip"] > 0
+    assert f"{found['trained']:,} that are trained" in text
+    told = program.state_bytes(stages.numbered(cfg), make_mesh(cfg.mesh, jax.devices()[:4]))
+    assert told.trained == connector
+    with pytest.raises(InputError, match="--stage is 3"):
+        planner.plan(cfg, "v5e:2x2", stage=3)
 
 
 def test_the_next_token_reads_parameters_and_cache_once(no_chips, capsys, monkeypatch):
@@ -171,7 +194,9 @@ def test_the_next_token_reads_parameters_and_cache_once(no_chips, capsys, monkey
     assert "DOES NOT FIT" in capsys.readouterr().out
     with pytest.raises(InputError, match="--decode is 3 rows, which 2 devices"):
         command.run(["any", "--topology", "v5e:2x2", "--decode", "3", "96"])
-    with pytest.raises(InputError, match="--all and --documents are a training step's"):
+    with pytest.raises(InputError, match="--all, --documents and --stage are a training step's"):
         command.run(["any", "--topology", "v5e:2x2", "--decode", "4", "96", "--all"])
+    with pytest.raises(InputError, match="--all, --documents and --stage are"):
+        command.run(["any", "--topology", "v5e:2x2", "--decode", "4", "96", "--stage", "1"])
     with pytest.raises(InputError, match="--decode is 0 96; give rows"):
         command.run(["any", "--topology", "v5e:2x2", "--decode", "0", "96"])

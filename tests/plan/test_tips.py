@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from tiny import tiny_run
 
 from mmjax.core.hlo import Collective, Count, Work
-from mmjax.core.sharding import MESH_AXES
+from mmjax.core.meshes import MESH_AXES
 from mmjax.plan.tips import tips
 from mmjax.train.config import Objective
 

@@ -9,10 +9,10 @@ from mmjax.sequence.document import Document, Image, Text, Video
 from mmjax.sequence.layout import layout
 from mmjax.tokenizers.resolution import Fixed, Native
 from mmjax.tokenizers.tiles import AnyRes
-from mmjax.tokenizers.video import Sampled
+from mmjax.tokenizers.video import Pooled, Sampled, Stills, Trimmed
 from mmjax.tokenizers.vocab import Vocab
 
-VOCAB = Vocab(0, 1, 2, 3, 4, 5, 6, 7, 8, size=35)
+VOCAB = Vocab(0, 1, 2, 3, 4, 5, 6, 7, 8, size=35, image_newline=34)
 NATIVE = Native(4, 1, 16, 40 * 40)
 CLIPS = Sampled(NATIVE, fps=2.0, most=8)
 
@@ -61,7 +61,7 @@ def test_costs_against_a_count_by_hand():
     expected += 3 * sum(2 * f * matrices + 2 * 2 * 6 * f * f for f in frames)
     costs = Costs(decoder, 35, encoder, bytes=2)
     assert costs.prefill(laid) == expected
-    assert costs.cache(10) == 10 * 2 * (2 * 4) * 2  # keys and values of two layers
+    assert costs.cache(laid, 3) == (n + 3) * 2 * (2 * 4) * 2  # keys and values of two layers
 
 
 def test_within_the_budget_nothing_is_done():
@@ -103,6 +103,29 @@ def test_fewer_frames_then_fewer_pictures_then_refused():
     assert fit(document, lay, Budget(5, over=("images",)), NATIVE, CLIPS)[0].images == 0
     with pytest.raises(InputError, match=r"'film' takes 4 tokens .*after frames .*without the spans \(0, 1, 3, 4\)"):
         fit(document, lay, Budget(3, over=("frames", "images", "refuse")), NATIVE, CLIPS)
+
+
+def test_frames_that_are_pictures_of_their_own_become_fewer():
+    """InternVL's and SmolVLM's; of 64 pictures all are shown, each of four tokens."""
+    document = Document("film", (film(64), Text("a")))
+    lay = functools.partial(LAY, resolution=NATIVE)
+    for clips in (Stills(NATIVE), Trimmed(NATIVE), Pooled(NATIVE)):
+        whole = lay(document, clips=clips)
+        found, said = fit(document, lay, Budget(whole.tokens // 2, over=("frames", "refuse")), NATIVE, clips)
+        assert said.did[0].startswith("frames lowered to")
+        assert 0.4 * whole.tokens < found.tokens <= whole.tokens // 2
+
+
+def test_what_changes_nothing_is_not_kept():
+    """Two pictures have a policy of their own, which is not lowered; what is left without the second is whole."""
+
+    def lay(document, resolution, skip=(), **how):
+        alone = sum(isinstance(span, Image) for span in document.spans) - len(skip) == 1
+        return LAY(document, resolution=resolution if alone else NATIVE, skip=skip, **how)
+
+    found, said = fit(TWO, lay, Budget(130, over=("resolution", "images")), NATIVE)
+    assert said.did == ("without the spans (2,)",)
+    assert found == LAY(TWO, resolution=NATIVE, skip=(2,))
 
 
 def test_a_limit_of_flops_or_cache():

@@ -7,7 +7,7 @@ import pytest
 from mmjax.core.errors import InputError
 from mmjax.data import drawings
 from mmjax.sequence.document import Document, Image, Text, Video
-from mmjax.sequence.interleave import interleave
+from mmjax.sequence.interleave import Config, interleave
 from mmjax.sequence.layout import IMAGE, TEXT, layout
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
@@ -61,7 +61,7 @@ def test_conversation_about_a_picture():
     user = [USER, START, PICTURE, PICTURE, STOP, A, A + 1, END]
     assert ids(laid) == [BEGIN, *user, ASSISTANT, A + 2, A, END]
     assert trained(laid) == [10, 11, 12]  # the answer and the end of its turn, not the marker before it
-    assert laid.size == (13, 2, 1, 0)
+    assert laid.size == (13, 2, 1, 0, 0)
     assert [(p.grid, p.length) for p in laid.pieces if p.modality == IMAGE] == [((1, 1, 2), 2)]
     assert laid.id == "d7"
 
@@ -99,7 +99,7 @@ def test_many_turns():
     assert ids(laid) == expected
     # "b" and its end; not "d", which is shown but not learnt; "f", "g" and their one end.
     assert trained(laid) == [14, 15, 26, 27, 28]
-    assert laid.size == (len(expected), 4, 1, 0)
+    assert laid.size == (len(expected), 4, 1, 0, 0)
 
 
 def test_an_untrained_span_leaves_the_end_of_its_turn_untrained():
@@ -118,6 +118,20 @@ def test_answer_leaves_places_after_the_marker():
     assert ids(question)[:8] == ids(whole)[:8]
 
 
+def test_what_is_said_can_be_counted_apart():
+    """By an encoder–decoder: its encoder reads all before the first learnt token, its decoder the rest."""
+    spans = picture(1, 2), Text("ab"), Text("ca", "assistant", True), Text("d"), Text("e", "assistant", True)
+    one, two = lay(*spans), lay(*spans, parted=True)
+    assert ids(two) == ids(one)
+    assert two.size == (10, 2, 1, 0, one.tokens - 10)
+    assert lay(*spans[:2], parted=True).size == (9, 2, 1, 0, 1)  # what begins the answer
+    assert lay(*spans[:2], answer=4, parted=True).size == (10, 2, 1, 0, 4)
+    with pytest.raises(InputError, match=r"'d7' has a layout of one stream, but sequence.answer is 3"):
+        interleave(one, VOCAB, Config(answer=3))
+    with pytest.raises(InputError, match=r"'d7' has a layout of two streams, but sequence.answer is 0"):
+        interleave(two, VOCAB)
+
+
 def test_no_piece_is_empty():
     laid = lay(Text(""), Text("a"))
     assert ids(laid) == [BEGIN, USER, A, END]
@@ -127,7 +141,7 @@ def test_no_piece_is_empty():
 def test_the_connector_counts_the_media_tokens():
     laid = lay(picture(4, 6), Text("a"), media_tokens=lambda grid: grid[1] * grid[2] // 4)
     assert ids(laid).count(PICTURE) == 6
-    assert laid.size == (12, 24, 1, 0)
+    assert laid.size == (12, 24, 1, 0, 0)
 
 
 def test_random_conversations_against_turns_written_straight_down(rng):
@@ -152,7 +166,7 @@ def test_random_conversations_against_turns_written_straight_down(rng):
         laid = lay(*spans)
         assert ids(laid) == expected
         pictures = [s for s in spans if isinstance(s, Image)]
-        assert laid.size == (len(expected), expected.count(PICTURE), len(pictures), 0)
+        assert laid.size == (len(expected), expected.count(PICTURE), len(pictures), 0, 0)
 
 
 @pytest.mark.parametrize(("wrong", "says"), [(Text("A"), "small letters"), (Image(3, 8, b""), "less than a patch")])
@@ -178,7 +192,7 @@ def test_twenty_thousand_turns_take_time_in_proportion():
     laid = lay(*spans)
     # A second without the tests' checks of types, 4 for a hundred thousand; searching all turns for each takes minutes.
     assert time.monotonic() - began < 60
-    assert laid.size == (1 + 2 * 20_000 + 18_000 + 3 * 2000, 2000, 2000, 0)
+    assert laid.size == (1 + 2 * 20_000 + 18_000 + 3 * 2000, 2000, 2000, 0, 0)
 
 
 @pytest.mark.slow

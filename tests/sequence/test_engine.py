@@ -100,7 +100,7 @@ def test_every_document_arrives_whole(name, given):
     documents = [Document(f"d{i}", tuple(spans)) for i, spans in enumerate(given)]
     laid = [lay(d) for d in documents]
     sizes = np.array([x.size for x in laid])
-    shape = np.maximum(sizes.max(0), [240, 240, 24, 40])  # mostly one shape: compiling is what it costs
+    shape = np.maximum(sizes.max(0), [240, 240, 24, 40, 0])  # mostly one shape: compiling is what it costs
     shape[1] += -shape[1] % 4
     packed, left = pack_shapes(sizes, [tuple(shape.tolist())])
     assert not left

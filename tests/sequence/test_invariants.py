@@ -6,7 +6,7 @@ import pytest
 from small import BUCKET, PICTURE, SIZE, VALUES, VOCAB, document
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.sequence.batch import Bucket, build
 from mmjax.sequence.invariants import KINDS, _count, _Host, check, violations
 from mmjax.sequence.layout import AUDIO, TEXT

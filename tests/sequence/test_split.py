@@ -40,7 +40,7 @@ SPANS = st.one_of(
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(st.lists(SPANS, min_size=1, max_size=12), st.integers(16, 40), st.integers(9, 20), st.integers(1, 3))
 def test_all_spans_in_order_and_every_part_fits(spans, tokens, patches, images):
-    document, room = Document("d", tuple(spans)), (tokens, patches, images, 0)
+    document, room = Document("d", tuple(spans)), (tokens, patches, images, 0, 0)
     parts = split(document, LAY, room)
     assert [span for part in parts for span in part.spans] == spans
     fits = [all(n <= most for n, most in zip(LAY(part).size, room, strict=True)) for part in parts]
@@ -73,7 +73,7 @@ def fits(spans, room):
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(st.lists(SPANS, min_size=1, max_size=60), st.integers(16, 200), st.integers(9, 40), st.integers(1, 9))
 def test_parts_are_those_of_a_span_at_a_time(spans, tokens, patches, images):
-    document, room = Document("d", tuple(spans)), (tokens, patches, images, 0)
+    document, room = Document("d", tuple(spans)), (tokens, patches, images, 0, 0)
     assert [part.spans for part in split(document, LAY, room)] == slowly(document, room)
 
 
@@ -95,7 +95,7 @@ def test_a_document_of_many_turns_is_laid_out_a_few_times():
         counted.append(len(document.spans))
         return LAY(document)
 
-    parts = split(Document("d", tuple(spans)), lay, (200, 0, 0, 0))
+    parts = split(Document("d", tuple(spans)), lay, (200, 0, 0, 0, 0))
     assert sum(len(part.spans) for part in parts) == 2000
     assert len(parts) > 30
     assert sum(counted) < 7 * len(spans)  # not some for each span
@@ -103,7 +103,5 @@ def test_a_document_of_many_turns_is_laid_out_a_few_times():
 
 def test_a_span_larger_than_a_row_is_refused_by_number():
     document = Document("d", (Text("ab"), Image(20, 20, b""), Text("c")))
-    with pytest.raises(
-        InputError, match=r"'d', span 1 alone takes 30 tokens, 25 patches, 1 images, 0 frames, more than"
-    ):
-        split(document, LAY, (28, 100, 4, 0))
+    with pytest.raises(InputError, match=r"'d', span 1 alone takes 30 tokens, 25 patches, 1 images, more than"):
+        split(document, LAY, (28, 100, 4, 0, 0))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny import randomised
 
-from mmjax.core import sharding, tree
+from mmjax.core import meshes, tree
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.nn import lora, transformer
 
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def test_as_on_one_device(mesh):
         on = make_mesh(mesh)
         placed = jax.device_put(params, specs.shardings(SPEC, on, Rules()))
         rows = [
-            jax.device_put(a, sharding.named(on, ("batch", "length", None)[: a.ndim], Rules(), a.shape))
+            jax.device_put(a, meshes.named(on, ("batch", "length", None)[: a.ndim], Rules(), a.shape))
             for a in (x, order)
         ]
         with jax.set_mesh(on):

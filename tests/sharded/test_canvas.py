@@ -7,7 +7,7 @@ from canvases import documents, make, model
 from tiny import randomised
 
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.models import vlm
 from mmjax.sequence import invariants
 from mmjax.sequence.batch import Bucket

@@ -9,7 +9,7 @@ from small import VOCAB, document
 from tiny import randomised, tiny_model
 
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.generate import engine, sample
 from mmjax.generate.sample import GREEDY, Sampling
 from mmjax.models import vlm

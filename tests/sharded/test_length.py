@@ -9,7 +9,7 @@ from fused import VOCAB, even, everything, make
 from tiny import randomised
 
 from mmjax.core import spec as specs
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh
 from mmjax.models import vlm
 from mmjax.nn import attention, block
 from mmjax.sequence import invariants

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny_run
 
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.train import loop, report
 
 pytestmark = pytest.mark.slow

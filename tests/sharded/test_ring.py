@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nn.test_attention import relative
 from sharded import test_length as models
 
-from mmjax.core import sharding, spec
+from mmjax.core import meshes, sharding, spec
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.meshes import MeshConfig, make_mesh
 from mmjax.nn import attention, ring, rope, transformer
 from mmjax.nn.kernels import xla
 from mmjax.nn.kernels.inputs import Inputs, Static
@@ -120,8 +120,8 @@ def test_results_of_steps_are_merged_in_float32():
 def test_mesh_axes_that_carry_a_row_together():
     learnt, see, *_ = setting(72, 72)
     expected = jax.jit(attention.attend)(*learnt[0], *see)
-    rules = sharding.Rules(batch=(), length=("data", "sequence"))
-    with jax.set_mesh(mesh_of(2, 1, 2, 2)), sharding.use_rules(rules), attention.context("ring"):
+    rules = meshes.Rules(batch=(), length=("data", "sequence"))
+    with jax.set_mesh(mesh_of(2, 1, 2, 2)), meshes.use_rules(rules), attention.context("ring"):
         got = jax.jit(attention.attend)(*learnt[0], *see)
     assert got[0].addressable_shards[0].data.shape[1] == 18
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, expected)

@@ -21,7 +21,7 @@ import json, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.train import loop
 from mmjax.train.cluster import Cluster
 from mmjax.train.config import Update

@@ -18,7 +18,7 @@ from mmjax import checkpoint
 from mmjax.checkpoint import Checkpoints
 from mmjax.convert import huggingface, orbax
 from mmjax.core.checksum import checksums, checksums_numpy
-from mmjax.core.sharding import Rules
+from mmjax.core.meshes import Rules
 from mmjax.core.spec import init
 from mmjax.core.tree import flatten
 

@@ -6,7 +6,7 @@ from mmjax.core.errors import InputError
 from mmjax.tokenizers.audio import Frames
 from mmjax.tokenizers.numerals import in_words
 from mmjax.tokenizers.resolution import Fixed, Native
-from mmjax.tokenizers.video import Sampled, Stills, Trimmed
+from mmjax.tokenizers.video import Pooled, Sampled, Stills, Trimmed
 
 NATIVE = Native(4, 1, 16, 40 * 40)
 
@@ -32,6 +32,24 @@ def test_fewer_frames():
     half = Sampled(NATIVE).lowered(0.5)
     assert (half.fps, half.most) == (1.0, 32)
     assert Sampled(NATIVE, most=2).lowered(0.1).clip(300, 8, 8, 30.0)[0][0] == 1
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Pooled(NATIVE), Pooled(NATIVE, number=8), Stills(NATIVE, fps=2.0), Stills(NATIVE), Trimmed(NATIVE, 2.0, 9)],
+    ids=str,
+)
+def test_fewer_of_the_pictures_that_a_family_chooses(policy):
+    """Some of those it shows, in their order and far apart; as often lowered as wanted, one is left."""
+    every = policy.chosen(40, 10.0)
+    half = policy.lowered(0.5).chosen(40, 10.0)
+    assert len(half) == len(every) // 2
+    assert set(half) < set(every)
+    assert list(half) == sorted(half)
+    assert half[-1] - half[0] > 0.6 * (every[-1] - every[0])
+    assert policy.lowered(0.5).lowered(0.5).chosen(40, 10.0) == policy.lowered(0.25).chosen(40, 10.0)
+    assert policy.lowered(1e-9).clip(40, 8, 12, 10.0) == ((1, 2, 3), 1.0)
+    assert len(policy.lowered(0.5).times(40, 10.0)) == len(half)
 
 
 def test_long_clips_lose_their_first_and_last_second():
@@ -72,6 +90,7 @@ def test_frames_of_sound(samples, frames):
         (lambda: Frames(hop=0), "no frames"),
         (lambda: Trimmed(NATIVE, fps=1.0), "give both fps and most"),
         (lambda: Trimmed(NATIVE, 1.0, 0), "shows nothing"),
+        *((lambda of=of: of(NATIVE, share=0.0), "give a share above 0") for of in (Pooled, Stills, Trimmed)),
         (lambda: Trimmed(NATIVE, 1.0, 4).chosen(0, 1.0), "0 frames"),
     ],
 )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig, Rules, make_mesh, named
+from mmjax.core.meshes import MeshConfig, Rules, make_mesh, named
 from mmjax.train import cluster
 from mmjax.train.cluster import Cluster, several
 

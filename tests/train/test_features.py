@@ -16,7 +16,7 @@ from tiny import randomised, tiny_model, tiny_run
 
 from mmjax.connectors import merger
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import index
 from mmjax.data.sets import Files, Mixed
 from mmjax.generate import features as generated

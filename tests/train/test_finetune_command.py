@@ -25,6 +25,8 @@ from mmjax.models import vlm
 from mmjax.nn import lora
 from mmjax.sequence import document
 from mmjax.sequence.budget import Budget, Limited
+from mmjax.tokenizers.resolution import Ended, Fixed
+from mmjax.tokenizers.tiles import AnyRes
 from mmjax.train import __main__ as program
 from mmjax.train import answers, export, finetune, loop, report, start
 from mmjax.train.prepare import prepare_data
@@ -220,6 +222,25 @@ def test_a_budget_of_documents(place, tmp_path):
         Limited(lay, Budget(tokens=less), its.resolution, its.clips)(said)
     with pytest.raises(InputError, match="a chat template leaves nothing out"):
         Limited(lay, Budget(tokens=less, over=("images",)), its.resolution)(said)
+
+
+def test_a_resolution_reaches_pictures_that_are_not_alone(place, tmp_path, monkeypatch):
+    """LLaVA-OneVision shows each of several pictures once, as large as a tile of a single one."""
+    model, its = start.both(place / "model")
+    patch, tile = its.patch, its.resolution.height
+    single, others = AnyRes(patch, tile, newline=False), Ended(Fixed(patch, tile, tile, "pad", fill=(1, 2, 3)))
+    given = dataclasses.replace(its, resolution=single, several=others)
+    monkeypatch.setattr(start, "both", lambda path: (model, given))
+    plain, _ = finetune.config_of(arguments(place, tmp_path / "out"))
+    assert start.processor(plain).several == others
+    cfg, _ = finetune.config_of(arguments(place, tmp_path / "out", "--resolution.filter", "bilinear"))
+    used = start.processor(cfg)
+    assert (used.resolution.filter, used.several) == (
+        "bilinear",
+        Ended(dataclasses.replace(others.whole, filter="bilinear")),
+    )
+    other = start.processor(dataclasses.replace(cfg, resolution=Fixed(patch, tile, tile)))
+    assert other.several is None  # of another kind: all pictures are shown by it
 
 
 def test_questions_and_what_is_exact():

@@ -11,7 +11,7 @@ from PIL import Image as Pictures
 from tokenizer_files import pieces
 
 from mmjax.core import config, spec, tree
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import sets
 from mmjax.models import vlm
 from mmjax.nn import rope

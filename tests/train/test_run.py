@@ -12,7 +12,7 @@ from tiny import tiny_run
 
 from mmjax.core.errors import InputError
 from mmjax.core.files import lock_directory
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.data import source
 from mmjax.sequence import batch as batches
 from mmjax.sequence import media

@@ -73,13 +73,16 @@ def test_all_but_what_is_named(tmp_path):
     assert trained(part) == {n for n in every - still if n.startswith("decoder/")}
 
 
-def test_what_is_planned_and_timed_is_the_first_stage(tmp_path):
-    cfg = stages.first(run(tmp_path, "connector:3", "everything:4", lora=None))
+def test_what_is_planned_and_timed_is_a_stage(tmp_path):
+    both = run(tmp_path, "connector:3", "everything:4", lora=None)
+    cfg = stages.numbered(both).cfg
     assert (cfg.stages, cfg.steps, sorted(cfg.update.frozen)) == ((), 3, ["decoder", "vision"])
+    assert stages.numbered(both, 2) == stages.parts(both)[1]
     plain = tiny_run(tmp_path)
-    assert stages.first(plain) == plain
-    with pytest.raises(InputError, match="leave lora and its stages out"):
-        stages.first(run(tmp_path, "lora:3"))
+    assert stages.numbered(plain).cfg == plain
+    for number in (0, 3):
+        with pytest.raises(InputError, match=f"--stage is {number}, and the run has 2; give one of 1 to 2"):
+            stages.numbered(both, number)
 
 
 def test_what_no_stage_trains_lies_as_it_is_computed(tmp_path):

@@ -8,7 +8,7 @@ from tiny import tiny_model, tiny_run
 
 from mmjax.connectors import perceiver, qformer
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import MeshConfig
+from mmjax.core.meshes import MeshConfig
 from mmjax.models import encoder_decoder
 from mmjax.nn import cross_attention
 from mmjax.sequence.budget import Budget

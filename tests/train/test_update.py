@@ -12,7 +12,7 @@ from tiny import tiny_run
 
 from mmjax.core import tree
 from mmjax.core.errors import InputError
-from mmjax.core.sharding import Rules, make_mesh
+from mmjax.core.meshes import Rules, make_mesh
 from mmjax.models import vlm
 from mmjax.train import loop, report, state, step
 from mmjax.train.config import Update

@@ -10,7 +10,7 @@ from mmjax.core.errors import InputError
 from mmjax.nn.patch_embed import Colours
 from mmjax.sequence import interleave
 from mmjax.tokenizers.convention import Convention
-from mmjax.tokenizers.resolution import Policy
+from mmjax.tokenizers.resolution import Ended, Policy
 from mmjax.tokenizers.tiles import AnyRes
 from mmjax.tokenizers.video import Grouped, Pooled, Stills, Trimmed
 from mmjax.tokenizers.vocab import Vocab
@@ -56,7 +56,7 @@ class Family:
     lead: tuple[str, ...] | None = None
     check: Callable[[Found, Policy, Tower], None] = lambda found, policy, tower: None
     videos: Callable[[Found, Tower], tuple[Grouped | Pooled | Stills | Trimmed, Colours]] | None = None
-    several: Callable[[Found, Tower, AnyRes, Colours], Policy] | None = None
+    several: Callable[[Found, Tower, AnyRes, Colours], Ended] | None = None
     refined: Callable[[Found, Policy], Policy] = lambda found, policy: policy
     readers: Readers = field(default_factory=dict)
     spelled: tuple[str, ...] = ()

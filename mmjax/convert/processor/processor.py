@@ -35,7 +35,7 @@ from mmjax.sequence.layout import Clips, Grid, Layout, layout, patches_of
 from mmjax.tokenizers.canvas import Canvas
 from mmjax.tokenizers.chat import Chat
 from mmjax.tokenizers.patches import Pixels
-from mmjax.tokenizers.resolution import Fixed, Policy
+from mmjax.tokenizers.resolution import Ended, Fixed, Policy
 from mmjax.tokenizers.tiles import AnyRes, Splits, Tiles
 from mmjax.tokenizers.vocab import Vocab
 
@@ -69,7 +69,7 @@ class Processor:
     colours: Colours = HALF
     patch: int = 0
     group: int = 1
-    several: Policy | None = None
+    several: Ended | None = None
     per_picture: int = 0
     prompts: bool = False
     reader: Reader | None = None
@@ -98,6 +98,16 @@ class Processor:
         """All that a picture's or a video's patches depend on besides its own pixels, in words."""
         parts = (self.resolution, self.several, self.clips, self.colours, self.patch, self.group, self.sequence.merge)
         return " ".join(map(str, parts))
+
+    def at(self, resolution: Policy | None) -> "Processor":
+        """The same with pictures of another resolution, those that are not alone too: `several` becomes alike.
+
+        Where it is another kind of policy than the directory's, all pictures are shown by it.
+        """
+        several = self.several
+        if resolution != self.resolution and several is not None:
+            several = _alike(several, resolution) if isinstance(resolution, AnyRes) else None
+        return dataclasses.replace(self, resolution=resolution, several=several)
 
     def media_tokens(self, grid: Grid) -> int:
         """Tokens that a grid of patches takes in the sequence."""
@@ -147,7 +157,8 @@ class Processor:
         pictures = sum(isinstance(s, Image) for n, s in enumerate(document.spans) if n not in how["skip"])
         policy = self.several if self.several is not None and pictures > 1 else resolution or self.resolution
         fuse = "sequence" if self.sequence.cross == "none" else "cross"
-        return layout(document, chat, policy, self.media_tokens, answer, fuse=fuse, **how)
+        parted = self.sequence.answer > 0
+        return layout(document, chat, policy, self.media_tokens, answer, fuse=fuse, parted=parted, **how)
 
     def example(
         self, document: Document, answer: int = 0, *, ask: bool | None = None, frames: int | None = None
@@ -169,14 +180,11 @@ class Processor:
         return example, media.read(document, laid, self.patch, frames)
 
     def described(self, examples: Sequence[Example]) -> interleave.Config:
-        """The descriptors of a batch of these, one in a row: `sequence`, with room for their other streams."""
-        out = self.sequence
-        if self.reader is not None:
-            longest = max(x.instruction.shape[1] for x in examples)
-            out = dataclasses.replace(out, instruction=max(FEWEST, ladder(longest)))
-        if out.answer:
-            out = dataclasses.replace(out, answer=ladder(max(len(x.answer.tokens) for x in examples)))
-        return out
+        """The descriptors of a batch of these, one in a row: `sequence`, with room for what the connector reads."""
+        if self.reader is None:
+            return self.sequence
+        longest = max(x.instruction.shape[1] for x in examples)
+        return dataclasses.replace(self.sequence, instruction=max(FEWEST, ladder(longest)))
 
     def frames(self, documents: Sequence[Document]) -> int:
         """How many pictures a patch has in a batch of these documents."""
@@ -213,16 +221,23 @@ class Processor:
     def bucket(self, sizes: Sequence[tuple[int, ...]]) -> Bucket:
         """The smallest bucket with a row for each document of these sizes (Layout.size).
 
-        Tokens, patches and pictures are powers of two or one and a half times one, patches times what a picture has
-        where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
+        Tokens (of answers, too), patches and pictures are powers of two or one and a half times one, patches times what
+        a picture has where all are of one size (or of whole tiles): so that a few compiled programs serve all lengths.
         """
-        tokens, patches, images, _ = (max(size[n] for size in sizes) for n in range(4))
+        tokens, patches, images, _, answers = (max(of) for of in zip(*sizes, strict=True))
         unit = FEWEST
         if isinstance(self.resolution, Fixed | AnyRes | Splits | Tiles | Canvas):
             side = self.resolution.grid(1, 1)
             unit = side[0] * side[1]
         most = ladder(-(-patches // unit)) * unit if patches else 0
-        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0)
+        answers = ladder(answers) if answers else 0
+        return Bucket(len(sizes), max(FEWEST, ladder(tokens)), most, ladder(images) if images else 0, answers=answers)
+
+
+def _alike(several: Ended, of: AnyRes) -> Ended:
+    """The policy of pictures that are not alone, with the patch, tile and filter of the policy of single ones."""
+    changes = {"patch": of.patch, "height": of.tile, "width": of.tile, "filter": of.filter, "drop": of.drop}
+    return Ended(dataclasses.replace(several.whole, **changes))
 
 
 def load(path: PathLike, model: Model | None = None) -> Processor:

@@ -148,10 +148,10 @@ def t5(c: Compare) -> None:
     mask = torch.tensor(given.there.astype(np.int64))
     weight = weights_for((*there.shape, VOCAB.size)) * there[..., None]
     examples = [
-        interleave.interleave(Layout.of(str(i), tuple(p for p, _ in r)), VOCAB, PARTED) for i, r in enumerate(rows)
+        interleave.interleave(Layout.of(str(i), tuple(p for p, _ in r), True), VOCAB, PARTED)
+        for i, r in enumerate(rows)
     ]
-    room = dataclasses.replace(PARTED, answer=12)
-    packed = build([[(x, []) for x in examples]], Bucket(1, 17, 0, 0), 3, VOCAB, room)
+    packed = build([[(x, []) for x in examples]], Bucket(1, 17, 0, 0, answers=12), 3, VOCAB, PARTED)
 
     def ours(params: dict, batch: Batch) -> jax.Array:
         x = encoder_decoder.embed(params, jnp.asarray(batch.tokens), loaded.cfg)
