@@ -323,6 +323,8 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
     """The vectors of all tokens, media in their places, and what the decoder is told of them."""
     if batch.frames is not None:
         raise InputError("This model has no encoder for sound; leave audio out of the documents.")
+    if not cfg.sees and (known is not None or batch.patches.shape[1]):
+        raise InputError("This model reads text alone; make batches without pictures.")
     see = {"order": batch.order, "lo": batch.lo, "hi": batch.hi, "position": batch.position}
     if (rope := cfg.decoder.blocks.rope) is not None and rope.needs_length:
         see["length"] = positions.lengths(batch.document, batch.position)
@@ -330,8 +332,6 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         x = module(cfg.decoder).embed(params["decoder"], batch.tokens, cfg.decoder)
     if cfg.decoder.cross is not None:
         see |= {"media_lo": batch.media_lo, "media_hi": batch.media_hi}
-    if not cfg.sees and (known is not None or batch.patches.shape[1]):
-        raise InputError("This model reads text alone; make batches without pictures.")
     if known is None and batch.patches.shape[1] == 0:
         return _marked(params, x, batch, cfg), see  # rows of text alone, or whose media were read before
     found = media(params, batch, cfg) if known is None else known

@@ -91,6 +91,14 @@ def test_a_full_row():
     assert flops.full_row(Bucket(4, 100, 2, 3)) == Row((100,), (1, 1))
 
 
+def test_a_language_model_alone_is_the_decoder_of_another():
+    cfg, row = tiny_model(vocab=64), flops.full_row(Bucket(2, 16, 0, 0), document=12)
+    assert row == Row((12, 4), ())
+    alone = flops.of_row(vlm.Config(None, None, cfg.decoder), row)
+    assert alone.forward == {"decoder": flops.of_row(cfg, row).forward["decoder"]}
+    assert alone.total == flops.of_row(cfg, row, frozen=("vision", "connector")).total
+
+
 def looking(**changes):
     """Layers before every other block, through which text looks at four media tokens of each picture."""
     plain = tiny_model(vocab=64)

@@ -18,7 +18,10 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.models import decoder, vlm
 from mmjax.nn import lora
+from mmjax.sequence import batch as batches
+from mmjax.sequence.batch import Bucket
 from mmjax.sequence.document import Document, Text
+from mmjax.tokenizers.vocab import Vocab
 from mmjax.train import export, finetune, loop, prepare, stages, start
 from mmjax.train.step import loss_fn
 
@@ -163,6 +166,9 @@ def test_one_of_encoder_and_connector_is_no_model(place):
         vlm.Config(None, mlp.Config(16, 16), cfg)
     with pytest.raises(InputError, match="placeholder is of models that see pictures"):
         vlm.Config(None, None, cfg, placeholder=3)
+    batch = batches.abstract(Bucket(1, 8, 4, 1), 12, Vocab(*range(9), size=cfg.vocab))
+    with pytest.raises(InputError, match="This model reads text alone; make batches without pictures"):
+        vlm.hidden({}, batch, vlm.Config(None, None, cfg))
 
 
 @pytest.mark.slow
