@@ -27,7 +27,6 @@ from mmjax.models import decoder, vlm
 from mmjax.nn import rope, transformer
 from mmjax.sequence import interleave
 from mmjax.tokenizers.convention import Convention
-from mmjax.tokenizers.conventions import CONVENTIONS
 from mmjax.tokenizers.parts import Around, Symbol
 from mmjax.tokenizers.resolution import Fixed
 from mmjax.train.config import Config, Objective, Optimizer, Packing, Update
@@ -75,11 +74,9 @@ def model() -> vlm.Config:
 
 
 def config() -> Config:
-    CONVENTIONS[MINIGPT4.name] = MINIGPT4  # found by its name from here on
-    queries = ("queries", "norm", "layers", "cross")
     return Config(
         model=model(),
-        data=sets.Mixed((sets.Files(Path("chats.json")),), Path("tokenizer.model"), convention=MINIGPT4.name),
+        data=sets.Mixed((sets.Files(Path("chats.json")),), Path("tokenizer.model"), convention=MINIGPT4),
         out=Path("runs/minigpt4"),
         steps=20_000,
         resolution=Fixed(14, 224, 224),
@@ -88,6 +85,6 @@ def config() -> Config:
         sequence=interleave.Config(position="sequential"),
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.25, final=0.8, b2=0.999, weight_decay=0.05),
         objective=Objective(chunk=1024),
-        update=Update(compute="bfloat16", frozen=("vision", "decoder", *(f"connector/{name}" for name in queries))),
+        update=Update(compute="bfloat16", frozen=("!connector/projection",)),
         mesh=MeshConfig(data=1, fsdp=CHIPS),
     )

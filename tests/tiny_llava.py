@@ -20,30 +20,36 @@ PICTURES = {
 }
 
 
+BLOCKS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONTROLS = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+
 def write(path: Path, seed: int = 0) -> Path:
     """The directory, as files are on the Hub."""
-    path.mkdir(parents=True)
     spec = tokenizer_files.letters()
     image = max(t["id"] for t in spec["added_tokens"]) + 1
     spec["added_tokens"].append({"id": image, "content": "<image>", **tokenizer_files.FLAGS, "special": True})
-    blocks = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {
         "model_type": "llava",
         "image_token_index": image,
-        "vision_config": {"model_type": "clip_vision_model", "patch_size": 8, "image_size": 16, **blocks},
-        "text_config": {"model_type": "llama", "vocab_size": image + 7, "num_key_value_heads": 1, **blocks},
+        "vision_config": {"model_type": "clip_vision_model", "patch_size": 8, "image_size": 16, **BLOCKS},
+        "text_config": {"model_type": "llama", "vocab_size": image + 7, "num_key_value_heads": 1, **BLOCKS},
     }
     files = {
         "tokenizer.json": spec,
-        "tokenizer_config.json": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        "tokenizer_config.json": CONTROLS,
         "chat_template.json": {"chat_template": TEMPLATE},
         "preprocessor_config.json": PICTURES,
         "processor_config.json": {"image_token": "<image>", "patch_size": 8},
     }
+    return saved(path, config, files, seed)
+
+
+def saved(path: Path, config: dict, files: dict, seed: int = 0) -> Path:
+    """A directory with a model of this config, of random weights, and these files beside it."""
     origin = huggingface.Origin.of(config)
     found = origin.found
     model = huggingface.Model(found.of, found.cfg, randomised(found.of.spec(found.cfg), seed), origin)
-    path.rmdir()
     huggingface.save(path, model)
     for name, content in files.items():
         (path / name).write_text(json.dumps(content))

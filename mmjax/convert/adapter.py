@@ -134,19 +134,17 @@ def load(path: PathLike, model: Model) -> Model:
       InputError: a file is missing, damaged or unsafe; it is no LoRA, or one of a kind that is not computed here; or it
         is of another model.
     """
-    path = Path(path)
-    said = strict_json.loads(read_small(path / CONFIG, MAX_CONFIG), str(path / CONFIG), max_bytes=MAX_CONFIG)
-    config = _understood(said, path / CONFIG)
+    path, said = Path(path), config(path)
     source, made = One(path, WEIGHTS), _plan(model)
     there = {_plain(key): key for key in source.shapes()}
     names, flat = renamed(model), tree.flatten(model.params)
     used: set[str] = set()
     for name, pieces in made.pieces.items():
         if name.endswith("/kernel"):
-            found = [_pair(source, there, piece, names, config.rank) for piece in pieces]
+            found = [_pair(source, there, piece, names, said.rank) for piece in pieces]
             if any(found):
                 used |= {key for pair in found if pair for key in pair[:2]}
-                flat[name] = _node(name, made, found, flat[name], config)
+                flat[name] = _node(name, made, found, flat[name], said)
     flat |= _replaced(source, there, made, flat, names, used)
     surplus = sorted(there.keys() - used)
     if surplus:
@@ -157,10 +155,20 @@ def load(path: PathLike, model: Model) -> Model:
     return dataclasses.replace(model, params=tree.unflatten(flat))
 
 
+def config(path: PathLike) -> lora.Config:
+    """What a directory says of its adapters; `targets` are not its own: which kernels are adapted its tensors say.
+
+    Raises:
+      InputError: there is no such file, it is damaged or unsafe; or it is of no LoRA, or one that is not computed here.
+    """
+    place = Path(path) / CONFIG
+    return _understood(strict_json.loads(read_small(place, MAX_CONFIG), str(place), max_bytes=MAX_CONFIG), place)
+
+
 def renamed(model: Model) -> Renamed:
     """The table for `in_memory`; models of text are called as in their files."""
     kind = origin_of(model).raw["model_type"]
-    if model.of is not vlm or kind in AS_IN_FILES:
+    if model.of is not vlm or not model.cfg.sees or kind in AS_IN_FILES:
         return ()
     return RENAMED + RENAMED_MORE.get(kind, ())
 
@@ -217,7 +225,7 @@ def _config(base: str, config: lora.Config, targets: list[str], kept: list[str])
         "use_rslora": config.rslora,
         "target_modules": targets,
         "modules_to_save": kept or None,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -256,7 +264,10 @@ def _understood(said: Any, path: Path) -> lora.Config:
             raise InputError(f"{path} says r is {shown(rank)} and lora_alpha {shown(alpha)}; both are numbers above 0.")
     if rank != int(rank):
         raise InputError(f"{path} says r is {shown(rank)}, which is no whole number; repair the file.")
-    return lora.Config(int(rank), float(alpha), rslora=bool(said.get("use_rslora", False)))
+    dropout = said.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{path} says lora_dropout is {shown(dropout)}, which is no share below 1; repair the file.")
+    return lora.Config(int(rank), float(alpha), rslora=bool(said.get("use_rslora", False)), dropout=float(dropout))
 
 
 def _plain(key: str) -> str:

@@ -111,7 +111,7 @@ class Directory:
     def __init__(self, path: PathLike):
         self.path = Path(path)
         self.where = str(self.path)
-        self.names = names = _names(self.path)
+        self.names = names = listed(self.path)
         self.config_bytes = read_small(self.path / CONFIG, MAX_CONFIG)
         self.config = _object(self.config_bytes, self.path / CONFIG, MAX_CONFIG)
         self.index: bytes | None = None
@@ -213,7 +213,8 @@ class One(Directory):
         self._home = dict.fromkeys(self.headers[name].tensors, name)
 
 
-def _names(path: Path) -> list[str]:
+def listed(path: Path) -> list[str]:
+    """The names of everything in a directory; InputError where it is none that can be read."""
     try:
         return sorted(os.listdir(path))
     except (OSError, ValueError):

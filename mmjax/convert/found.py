@@ -1,7 +1,7 @@
 """What a family's reader makes of a config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -27,3 +27,8 @@ class Found:
     rest: Mapping[str, str] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     otherwise: "Found | None" = None
+
+    def within(self, of: ModuleType, cfg: Any, part: str) -> "Found":
+        """The same files as those of a model around this one, which calls it `part` and has nothing else."""
+        rules = tuple(replace(rule, ours=f"{part}/{rule.ours}") for rule in self.rules)
+        return replace(self, of=of, cfg=cfg, rules=rules, otherwise=None)

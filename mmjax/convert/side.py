@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmjax.convert.files import read_small
+from mmjax.convert.files import listed, read_small
 from mmjax.core.errors import InputError
 from mmjax.core.strict_json import shown
 
@@ -28,12 +28,15 @@ PATTERNS = (
     *("preprocessor_config.json", "video_preprocessor_config.json", "audio_preprocessor_config.json"),
     *("README.md", "LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*", "USE_POLICY.md"),
 )
+# Folders with a tokenizer of their own (InstructBLIP's, of what its Q-Former reads); others are left where they are.
+FOLDERS = ("qformer_tokenizer",)
 MAX_FILE, MAX_ALL, MAX_FILES = 64 << 20, 128 << 20, 64  # the largest tokenizer.json published has 33 MB
 
 
 def carried(name: str) -> bool:
-    """Whether a file of this name is one of ours."""
-    plain = name.isprintable() and len(name) <= 100 and not set(name) & set("/\\")
+    """Whether a file of this name, perhaps in one of `FOLDERS`, is one of ours."""
+    folder, slash, name = name.rpartition("/")
+    plain = name.isprintable() and len(name) <= 100 and "\\" not in name and (not slash or folder in FOLDERS)
     return plain and any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
@@ -45,15 +48,22 @@ def read(path: Path, names: list[str]) -> dict[str, bytes]:
         copied, and perhaps published.
     """
     out, room = {}, MAX_ALL
-    for name in filter(carried, names):
+    inner = [folder for folder in FOLDERS if folder in names and (path / folder).is_dir()]
+    for folder in inner:
+        _refuse_links(path / folder)
+    for name in filter(carried, [*names, *(f"{folder}/{name}" for folder in inner for name in listed(path / folder))]):
         file = path / name
-        if file.is_symlink() and not _at_home(file):
-            raise InputError(f"{file} is a link to a file elsewhere, which is not copied; put the file in its place")
+        _refuse_links(file)
         out[name] = read_small(file, min(MAX_FILE, room))
         room -= len(out[name])
         if len(out) > MAX_FILES:
             raise InputError(f"{path} has more than {MAX_FILES} files beside its weights; remove those of no use")
     return out
+
+
+def _refuse_links(file: Path) -> None:
+    if file.is_symlink() and not _at_home(file):
+        raise InputError(f"{file} is a link to a file elsewhere, which is not copied; put the file in its place")
 
 
 def _at_home(file: Path) -> bool:

@@ -68,6 +68,7 @@ def save(path: PathLike, model: Model, *, shard_bytes: int = SHARD_BYTES) -> Non
             _write_at(folder / name, start, tensor)
             del tensor  # before the next
         for name, data in (small if index is None else small | {INDEX: index}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
             _write_at(folder / name, 0, data)
 
 

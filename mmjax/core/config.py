@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import runpy
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,6 @@ def from_command_line(program: str, arguments: Sequence[str], description: str) 
 
     Prints help for --help; answers a wrong name with the nearest right one and exits with status 2.
     """
-    import tyro
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
             f"usage: python -m {program} CONFIG [--field value ...]\n\n{description}\n\n"
@@ -65,15 +64,43 @@ def from_command_line(program: str, arguments: Sequence[str], description: str) 
         raise SystemExit(0 if arguments else 2)
     if arguments[0].startswith("-"):
         raise InputError(f"The first argument must be a config, not {arguments[0]!r}; for example: {names()[0]}.")
-    default = load(arguments[0])
-    return tyro.cli(
-        type(default),
-        default=default,
-        args=list(arguments[1:]),
-        prog=f"python -m {program} {arguments[0]}",
-        # A field that may be one of several dataclasses keeps the config's own kind, and its fields are flags.
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return changed(load(arguments[0]), arguments[1:], f"python -m {program} {arguments[0]}")
+
+
+def changed(config: Any, arguments: Sequence[str], program: str) -> Any:
+    """A config with the fields that a command line sets: `--optimizer.learning-rate 3e-4`.
+
+    A field that may be one of several dataclasses keeps the config's own kind, and its fields are flags. One that is a
+    name, or in its place a dataclass with a `name` of its own, is given as a name.
+
+    Prints help for --help; exits with status 2 where an argument is none.
+    """
+    import tyro
+
+    known = tyro.constructors.ConstructorRegistry()
+
+    @known.primitive_rule
+    def named(info: Any) -> Any:
+        kinds = typing.get_args(info.type)
+        if len(kinds) != 2 or kinds[0] is not str or not dataclasses.is_dataclass(kinds[1]):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NAME",
+            instance_from_str=lambda given: given[0],
+            is_instance=lambda value: isinstance(value, kinds),
+            str_from_instance=lambda value: [value if isinstance(value, str) else value.name],
+        )
+
+    @known.struct_rule
+    def kept(info: Any) -> Any:
+        """Of a field that may be None, what it is: its type may be a base of the config's own kind, as an Encoder."""
+        if type(None) not in typing.get_args(info.type) or not dataclasses.is_dataclass(info.default):
+            return None
+        return known.get_struct_spec(dataclasses.replace(info, type=type(info.default)))
+
+    how = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(type(config), default=config, args=list(arguments), prog=program, config=how, registry=known)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

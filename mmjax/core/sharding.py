@@ -62,13 +62,14 @@ def dense(x: jax.Array, w: jax.Array | dict[str, jax.Array], axes: Axes, *, wide
 
     Args:
       x: [B, L, in…].
-      w: [in…, out…], or that with a product of low rank beside it (nn.lora).
+      w: [in…, out…], or that with a product of low rank beside it (nn.lora), which may drop some of what it reads.
       axes: logical axes of the result [B, L, out…].
       wide: a float32 result of bfloat16 operands, not rounded to their type. Its cotangent is: the products of the
         backward pass are of bfloat16 as well.
     """
     if isinstance(w, dict):
-        beside = dense(dense(x, w["a"], ("batch", "length", None)), w["b"], axes, wide=wide)
+        read = _dropped(x, **w["drop"]) if "drop" in w else x
+        beside = dense(dense(read, w["a"], ("batch", "length", None)), w["b"], axes, wide=wide)
         y = dense(x, w["base"], axes, wide=wide)
         return y + (w["scale"] * beside).astype(y.dtype)
     axes, kind = fitting(axes, x.shape[:2] + w.shape[x.ndim - 2 :]), jnp.result_type(x, w)
@@ -76,6 +77,12 @@ def dense(x: jax.Array, w: jax.Array | dict[str, jax.Array], axes: Axes, *, wide
     if wide and kind.itemsize < 4:
         return _wide(x, w, axes)
     return _product(x, w, axes)
+
+
+def _dropped(x: jax.Array, key: jax.Array, kept: jax.Array) -> jax.Array:
+    """x with numbers left out at random, and the others larger by as much: so many are `kept`, f32[]."""
+    # A product, not a choice: with Explicit axes the numbers at random lie whole on each device, and x may be split.
+    return x * (jax.random.bernoulli(key, kept, x.shape) / kept).astype(x.dtype)
 
 
 def _product(x: jax.Array, w: jax.Array, axes: Axes, dtype: Any = None) -> jax.Array:

@@ -75,20 +75,27 @@ def choose(tree: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict, dict
     """The leaves of a nested dict that any of the patterns names, and the rest, as two nested dicts without empty ones.
 
     A pattern is a name ("vision", which takes everything in it, or "decoder/norm/scale") or has wildcards, of which *
-    crosses "/" ("*/attention/*", "*/bias"). `merge` puts the two together again.
+    crosses "/" ("*/attention/*", "*/bias"). With "!" in front it takes back what it names from those before it
+    ("connector", "!connector/projection"), or, as the first of all, from everything ("!decoder": all but the decoder).
+    `merge` puts the two together again.
 
     Raises:
       InputError: a pattern that names nothing.
     """
     flat = flatten(tree)
-    chosen = set()
-    for pattern in patterns:
+    chosen = set(flat) if patterns and patterns[0].startswith("!") else set()
+    for given in patterns:
+        pattern = given.removeprefix("!")
         named = {name for name in flat if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")}
         if not named:
             near = difflib.get_close_matches(pattern, _folders(flat), 1, 0.4)
-            hint = f"did you mean {near[0]!r}?" if near else "give a path of the tree, as 'vision' or '*/bias'."
-            raise InputError(f"the pattern {pattern!r} names no parameter; {hint}")
-        chosen |= named
+            hint = (
+                f"did you mean {given[: -len(pattern)] + near[0]!r}?"
+                if near
+                else "give a path of the tree, as 'vision' or '*/bias'."
+            )
+            raise InputError(f"the pattern {given!r} names no parameter; {hint}")
+        chosen = chosen | named if given == pattern else chosen - named
     parts = ({n: x for n, x in flat.items() if (n in chosen) is wanted} for wanted in (True, False))
     return tuple(unflatten(part) if part else {} for part in parts)
 

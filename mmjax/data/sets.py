@@ -10,6 +10,7 @@ from mmjax.core.errors import InputError
 from mmjax.data import drawings
 from mmjax.data.mixture import Mixture, permute
 from mmjax.sequence.document import Document
+from mmjax.tokenizers.convention import Convention
 
 GENERIC = "generic"
 KEY = b"held out"  # of the order from whose end documents are held out: it must never change
@@ -51,8 +52,8 @@ class Mixed:
 
     sources: of documents.
     tokenizer: a SentencePiece model, a tokenizer.json or a Hugging Face directory; None: that of the run's base.
-    convention: how conversations are written, by name (tokenizers.conventions); a base writes them by its own
-      template.
+    convention: how conversations are written, by name (tokenizers.conventions), or in a way of one's own
+      (tokenizers.convention); a base writes them by its own template.
     epochs: 0: the sources are mixed by their weights and begun again as often as it takes; above 0: each is used so
       many times, in proportion to its size.
     reader: a directory with the tokenizer.json of what the connector reads beside each picture, the question
@@ -63,7 +64,7 @@ class Mixed:
 
     sources: tuple[Files | Drawings, ...]
     tokenizer: Path | None = None
-    convention: str = GENERIC
+    convention: str | Convention = GENERIC
     epochs: int = 0
     held_out: int = 64
     reader: Path | None = None

@@ -275,7 +275,8 @@ def _settings(cfg: Any, resolution: str | None) -> tuple[Policy, interleave.Conf
         return Native(patch=16), interleave.PLAIN, patches_of, "sequence"
     if resolution is None:
         fuse = "sequence" if cfg.model.decoder.cross is None else "cross"
-        return cfg.resolution, cfg.sequence, cfg.model.connector.tokens, fuse
+        tokens = cfg.model.connector.tokens if cfg.model.sees else patches_of
+        return cfg.resolution, cfg.sequence, tokens, fuse
     if cfg is not None:
         raise InputError("Both --config and --resolution say how pictures are cut; give one of them.")
     if resolution not in PUBLISHED:

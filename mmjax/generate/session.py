@@ -87,8 +87,9 @@ class Session:
         inner = self.params["decoder"] if isinstance(self.cfg, vlm.Config) else self.params
         self._dtype = inner["embed"].dtype
         # What a connector makes of a picture that it reads a question beside is not the picture's alone.
-        asks = isinstance(self.cfg, vlm.Config) and self.cfg.connector.reads_text
-        self.store = store if isinstance(self.cfg, vlm.Config) and not asks else None
+        seen = isinstance(self.cfg, vlm.Config) and self.cfg.sees
+        asks = seen and self.cfg.asks
+        self.store = store if seen and not asks else None
         self._keeps = not (asks or engine.answers(self.cfg))
         self._tower = "" if self.store is None else self._on(features.tower, self.params, self.cfg)
         self._state: engine.State | None = None

@@ -55,7 +55,7 @@ def full_row(bucket: Bucket, sequence: interleave.Config = interleave.PLAIN, doc
     documents = [size] * (bucket.tokens // size)
     if rest := bucket.tokens - sum(documents):
         documents.append(rest)
-    each, more = divmod(bucket.patches, bucket.images)
+    each, more = divmod(bucket.patches, max(bucket.images, 1))
     pictures = tuple(each + (i < more) for i in range(bucket.images) if each + (i < more))
     shown = len(pictures) / len(documents) if sequence.cross in ("all_images", "last_images") else 1.0
     return Row(tuple(documents), pictures, (sequence.window * sequence.merge) ** 2, bucket.answers, shown)
@@ -111,13 +111,14 @@ def of_row(
     spec = _spec(cfg, adapters)
     names, sizes = tree.flatten(spec), matrices(cfg, adapters)
     still = tree.flatten(tree.choose(spec, frozen)[0]) if frozen else {}
-    media, patches = media_tokens(cfg, row), sum(map(cfg.vision.tokens, row.pictures))
-    attention = {
-        "vision": sum(_vision(stack, row, cfg.vision) for stack in cfg.vision.stacks.values()),
-        "decoder": _decoder(cfg.decoder, row, see, media),
-    }
+    media, patches, attention, parts = 0, 0, {}, []
+    if cfg.sees:
+        media, patches = media_tokens(cfg, row), sum(map(cfg.vision.tokens, row.pictures))
+        attention["vision"] = sum(_vision(stack, row, cfg.vision) for stack in cfg.vision.stacks.values())
+        parts = ["vision", "connector", *(["deep"] if cfg.deep else [])]
+    attention["decoder"] = _decoder(cfg.decoder, row, see, media)
     forward, total, before = {}, 0.0, False
-    for part in ("vision", "connector", *(("deep",) if cfg.deep else ()), "decoder"):
+    for part in (*parts, "decoder"):
         own = {n: size for n, size in sizes.items() if n.startswith(f"{part}/")}
         seen = {n: 2.0 * size * _sees(n, cfg, row, patches, media) for n, size in own.items()}
         trained = sum(flops for n, flops in seen.items() if n not in still)

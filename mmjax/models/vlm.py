@@ -33,6 +33,7 @@ from mmjax.sequence.layout import IMAGE, NAMES, VIDEO
 class Config:
     """Where media enter is the decoder's choice: `decoder.cross`, or else in the sequence.
 
+    vision, connector: None for both where there is nothing but text: a language model alone is the same without them.
     placeholder: the token id (or ids: of pictures, of videos) that stands where media tokens go; given, the train step
       checks that they do.
     deepstack, deep: blocks of the encoder whose outputs go to the first blocks of the decoder, each through a merger of
@@ -44,8 +45,8 @@ class Config:
       its rows: `image_newline` of LLaVA-NeXT and LLaVA-OneVision), whatever token id they carry.
     """
 
-    vision: Encoder
-    connector: Connector
+    vision: Encoder | None
+    connector: Connector | None
     decoder: Language
     placeholder: int | tuple[int, ...] | None = None
     segments: bool = False
@@ -55,6 +56,11 @@ class Config:
     deep: merger.Config | None = None
 
     def __post_init__(self):
+        if (self.vision is None) != (self.connector is None):
+            raise InputError("An encoder of pictures and a connector go together; give both or neither.")
+        if self.vision is None:
+            self._refuse_media()
+            return
         if bool(self.deepstack) != (self.deep is not None):
             raise InputError("DeepStack's blocks and the config of its mergers go together; give both or neither.")
         if self.deepstack and self.decoder.answers:
@@ -87,13 +93,36 @@ class Config:
                 f"picture or per square of patches; call it as a function, or choose another one."
             )
 
+    def _refuse_media(self) -> None:
+        """Raises InputError where a model of text alone is told of media."""
+        told = ("placeholder", "newline", "scaled", "deepstack", "deep")
+        odd = next((name for name in told if getattr(self, name) not in (None, False, ())), None)
+        odd = "decoder.cross" if self.decoder.cross is not None else odd
+        if odd is not None:
+            raise InputError(f"{odd} is of models that see pictures, and this one reads text alone; leave it out.")
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is an encoder of pictures; without one, text is read alone."""
+        return self.vision is not None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the connector reads a text beside each picture, so that media tokens are not the picture's alone."""
+        return self.connector is not None and self.connector.reads_text
+
+    @property
+    def per_picture(self) -> int:
+        """Media tokens of every picture, where that number is fixed; 0: it depends on the picture."""
+        return 0 if self.connector is None else self.connector.per_picture
+
     def refuse(self, sequence: interleave.Config) -> None:
         """Raises InputError where batches made with this config lack what the model reads."""
-        square = 1 if self.connector.per_picture else self.connector.square
+        square = 1 if self.per_picture or not self.sees else self.connector.square
         if square != sequence.merge:
             raise InputError(
-                f"The connector reads squares of {square} × {square} patches, but sequence.merge is {sequence.merge}; "
-                f"set it to {square}."
+                f"The {'connector' if self.sees else 'model'} reads squares of {square} × {square} patches, but "
+                f"sequence.merge is {sequence.merge}; set it to {square}."
             )
         if (self.decoder.cross is not None) != (sequence.cross != "none"):
             raise InputError(
@@ -106,30 +135,29 @@ class Config:
                 f"The language model is {'' if self.decoder.answers else 'no '}encoder and decoder, but "
                 f"sequence.answer is {sequence.answer}; set it to how many tokens a row's answers may have, or to 0."
             )
-        if self.connector.reads_text != bool(sequence.instruction):
+        if self.asks != bool(sequence.instruction):
             raise InputError(
-                f"The connector {'reads' if self.connector.reads_text else 'does not read'} a text beside each "
+                f"The connector {'reads' if self.asks else 'does not read'} a text beside each "
                 f"picture, but sequence.instruction is {sequence.instruction}; set it to such texts' tokens, or 0."
             )
-        windows = self.vision.window
+        windows, canvas = (self.vision.window, self.vision.canvas) if self.sees else (0, 0)
         if (windows is None and not sequence.window) or (windows is not None and sequence.window != windows):
             raise InputError(
                 f"The encoder reads patches in windows of {windows or 'any'} patches a side (0: in none), but "
                 f"sequence.window is {sequence.window}; set both or neither."
             )
-        if self.vision.canvas != sequence.canvas:
+        if canvas != sequence.canvas:
             raise InputError(
-                f"The encoder has {self.vision.canvas} tiles of every picture, but sequence.canvas is "
+                f"The encoder has {canvas} tiles of every picture, but sequence.canvas is "
                 f"{sequence.canvas}; set it to that."
             )
 
 
 def spec(cfg: Config) -> Spec:
-    out = {
-        "vision": encoder_of(cfg.vision).spec(cfg.vision),
-        "connector": module(cfg.connector).spec(cfg.connector),
-        "decoder": module(cfg.decoder).spec(cfg.decoder),
-    }
+    out = {"decoder": module(cfg.decoder).spec(cfg.decoder)}
+    if cfg.sees:
+        seen = encoder_of(cfg.vision).spec(cfg.vision), module(cfg.connector).spec(cfg.connector)
+        out = {"vision": seen[0], "connector": seen[1]} | out
     if cfg.deep is not None:
         out["deep"] = stack(merger.spec(cfg.deep), len(cfg.deepstack))
     if cfg.segments:
@@ -149,6 +177,8 @@ def costs(cfg: Config, sequence: interleave.Config = interleave.PLAIN) -> budget
     def blocks(b: transformer.Config) -> budget.Blocks:
         return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
 
+    if not cfg.sees:
+        return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, bytes=4)
     # Transformers that follow each other are of one width and as good as one.
     layers = sum(stack.layers for stack in cfg.vision.stacks.values())
     encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
@@ -220,7 +250,7 @@ def _read(seen: vit.Features, batch: Batch, cfg: Config) -> tuple[Float[Array, "
 
 def _instruction(batch: Batch, cfg: Config) -> Text | None:
     """What the connector reads beside the pictures."""
-    if not cfg.connector.reads_text:
+    if not cfg.asks:
         return None
     if (said := batch.instruction) is None:
         raise InputError("This connector reads a text beside each picture; make batches with sequence.instruction.")
@@ -230,6 +260,8 @@ def _instruction(batch: Batch, cfg: Config) -> Text | None:
 def present(batch: Batch, cfg: Config) -> Bool[Array, "b m"] | None:
     """Which of the row's media tokens exist; None where there is one for each patch."""
     connector = cfg.connector
+    if connector is None:
+        return None
     if connector.per_picture:
         return jnp.repeat(batch.grid.prod(-1) > 0, connector.per_picture, axis=1)
     if connector.square > 1:
@@ -298,6 +330,8 @@ def _placed(params: dict, batch: Batch, cfg: Config, known: Media | None) -> tup
         x = module(cfg.decoder).embed(params["decoder"], batch.tokens, cfg.decoder)
     if cfg.decoder.cross is not None:
         see |= {"media_lo": batch.media_lo, "media_hi": batch.media_hi}
+    if not cfg.sees and (known is not None or batch.patches.shape[1]):
+        raise InputError("This model reads text alone; make batches without pictures.")
     if known is None and batch.patches.shape[1] == 0:
         return _marked(params, x, batch, cfg), see  # rows of text alone, or whose media were read before
     found = media(params, batch, cfg) if known is None else known

@@ -3,15 +3,17 @@
     kernel: W    →    kernel: {"base": W, "a": A, "b": B, "scale": s}            y = x W + s · (x A) B
 
 `core.sharding.dense` takes either, so that whatever multiplies with a kernel does, in training and in generation,
-without W + s · A B being made. `merged` makes it.
+without W + s · A B being made. `merged` makes it. In a step of training, A may read less than W (`dropping`).
 """
 
 import functools
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,9 +23,10 @@ from mmjax.core.spec import ZEROS, Constant, ParamSpec, Spec, Uniform
 
 MATRICES = ("base", "a", "b")
 PARTS = (*MATRICES, "scale")
-# What peft's lists of modules name: attention's products and the MLP's in a decoder's blocks; not those of layers of
-# cross-attention between them (decoder/cross).
+# What peft's lists of modules name: attention's products and the MLP's in a decoder's blocks; and, where text looks at
+# media, those of the layers of cross-attention between them, which bear the same names.
 TARGETS = ("decoder/blocks/attention/*", "decoder/blocks/mlp/*")
+CROSSED = (*TARGETS, "decoder/cross/*")
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,22 @@ class Config:
 
     rank: of A B. alpha: s is alpha / rank; with `rslora` alpha / sqrt(rank) (Kalajdzievski 2023, section 3).
     targets: of kernels, by path (core.tree.choose); what is no kernel among what they name is left as it is.
+    dropout: the share of an adapter's inputs that is left out in each step of training (peft's lora_dropout).
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = TARGETS
     rslora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.rank < 1 or not self.alpha > 0:
             raise InputError(
                 f"lora.rank is {self.rank} and lora.alpha {self.alpha}; give a rank of 1 or more, and more."
             )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout is {self.dropout}; give a share below 1, as 0.05, or 0 for none.")
 
     @property
     def scale(self) -> float:
@@ -54,21 +61,29 @@ def targets(spec: Spec, cfg: Config) -> list[str]:
     """The names of the kernels that are adapted.
 
     Raises:
-      InputError: a pattern names nothing, or no kernel of a product.
+      InputError: a pattern names nothing, or no kernel of a product; or they leave none.
     """
-    out: dict[str, None] = {}
+
+    def kernels(of: Spec) -> dict[str, None]:
+        flat = tree.flatten(of).items()
+        return dict.fromkeys(name for name, p in flat if name.split("/")[-1] == "kernel" and _product(p))
+
+    out = kernels(spec) if cfg.targets and cfg.targets[0].startswith("!") else {}
     for pattern in cfg.targets:
+        less = pattern.startswith("!")
         try:
-            named = tree.flatten(tree.choose(spec, [pattern])[0])
+            kept, taken = tree.choose(spec, [pattern])
         except InputError as error:
             raise InputError(f"lora.targets: {error}") from error
-        kernels = [name for name, p in named.items() if name.split("/")[-1] == "kernel" and _product(p)]
-        if not kernels:
+        named = kernels(taken if less else kept)
+        if not named:
             raise InputError(
                 f"lora.targets: the pattern {pattern!r} names no kernel that tokens are multiplied with; give one that "
                 f"does, as {TARGETS[0]!r}."
             )
-        out |= dict.fromkeys(kernels)
+        out = {name: None for name in out if name not in named} if less else out | named
+    if not out:
+        raise InputError(f"lora.targets is {cfg.targets}, which leaves no kernel to adapt; give one that stays.")
     return list(out)
 
 
@@ -107,6 +122,33 @@ def parted(params: dict) -> tuple[dict[str, Any], dict[str, dict]]:
         nodes[kernel] = {part: flat.pop(f"{kernel}/{part}") for part in PARTS}
         flat[kernel] = nodes[kernel]["base"]
     return flat, nodes
+
+
+def dropping(params: dict, rate: float, key: jax.Array) -> dict:
+    """Parameters whose adapters leave out some of their inputs, for one step of training.
+
+        y = x W + s · (m x / (1 - rate) A) B         each number of m is 1, or 0 with the probability `rate`
+
+    W reads all of x. Every kernel in every layer has an m of its own, which follows from `key` and the kernel's path
+    alone (Srivastava et al. 2014, Dropout, section 4): the same when the backward pass computes it again, and on any
+    mesh.
+
+    Args:
+      params: a model's; without adapters nothing changes.
+      rate: from 0 up to, and without, 1.
+      key: of the step.
+    """
+
+    def one(name: str, node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        if node.keys() != set(PARTS):
+            return {part: one(f"{name}/{part}", inner) for part, inner in node.items()}
+        layers, own = node["scale"].shape, jax.random.fold_in(key, zlib.crc32(name.encode()))
+        keys = jax.random.split(own, layers) if layers else own
+        return node | {"drop": {"key": keys, "kept": jnp.full(layers, 1.0 - rate, jnp.float32)}}
+
+    return one("", params)
 
 
 def merged(params: dict) -> dict:

@@ -117,7 +117,7 @@ def learnt(cfg: Config) -> int:
 def batch_of(cfg: Config, bucket: Bucket) -> Batch:
     """The abstract batch of a bucket; ids do not matter to its shape."""
     vocab = Vocab(*range(9), size=cfg.model.decoder.vocab)
-    patch = cfg.resolution.patch
+    patch = cfg.patch
     return batches.abstract(bucket, Values(patch * patch * 3), vocab, cfg.sequence)
 
 
@@ -131,10 +131,8 @@ def compiled(part: Part, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | T
     refuse_model(cfg)
     refuse_rows(cfg, parts_of("batch", mesh, Rules()))
     shape, tx = stages.abstract(part, mesh), stages.optimizer(cfg)
-    return attempted(
-        lambda: compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update),
-        bucket,
-    )
+    how = (cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
+    return attempted(lambda: compile_step(shape, batch_of(cfg, bucket), *how, **stages.drops(cfg)), bucket)
 
 
 def attempted(compile: Callable[[], jax.stages.Compiled], bucket: Bucket) -> Program | TooLarge:

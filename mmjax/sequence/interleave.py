@@ -225,7 +225,7 @@ def refuse(layout: Layout, cfg: Config) -> None:
 
 def refuse_instruction(id: str, said: np.ndarray | None, room: int) -> None:
     """Raises InputError where what the connector reads beside a document's pictures is not there, or too long."""
-    if said is None or said.shape[1] > room:
+    if said is None or (len(said) and said.shape[1] > room):
         raise InputError(
             f"Document {id!r} has {'no text' if said is None else f'a text of {said.shape[1]} tokens'} for the "
             f"connector to read beside its pictures; give one of at most {room} (sequence.instruction)."

@@ -110,7 +110,8 @@ class _Host:
     @staticmethod
     def marked(shape: tuple[int, int], index: np.ndarray, some: np.ndarray) -> np.ndarray:
         out = np.zeros(shape, bool)
-        np.logical_or.at(out, (np.arange(shape[0])[:, None], index), some)
+        if shape[1]:
+            np.logical_or.at(out, (np.arange(shape[0])[:, None], index), some)
         return out
 
 
@@ -132,9 +133,7 @@ def _count(
     filled = batch.modality != EMPTY
     sound = batch.modality == AUDIO
     shows = (batch.slot >= 0) & ~sound
-    slot = xp.clip(batch.slot, 0, media.shape[1] - 1)
-    present = xp.take_along_axis(media, slot, axis=1) & (batch.slot < media.shape[1])
-    present = present & _mixable(batch, media, xp)
+    present = _there(batch.slot, media, xp) & _mixable(batch, media, xp)
     heard = _sounds(batch, sound, of)
     is_placeholder = batch.slot >= 0
     if placeholder is not None:
@@ -149,7 +148,7 @@ def _count(
         (batch.tokens < 0) | (batch.tokens >= vocab_size) | (batch.target < 0) | (batch.target >= said) | strange,
         (is_placeholder != (batch.slot >= 0)) | ((batch.slot >= 0) & ((batch.modality == TEXT) | ~filled)),
         (shows & ~present) | heard,
-        wanted & ~of.marked(media.shape, slot, shows),
+        wanted & ~of.marked(media.shape, xp.clip(batch.slot, 0, media.shape[1] - 1), shows),
         falls,
         (batch.weight != 0) & (~visible | ~filled | ~xp.isfinite(batch.weight)),
         past,
@@ -214,13 +213,19 @@ def _past(run: Any, order: Any, sees: Sequence[tuple[Any, Any]], of: type) -> An
     return out
 
 
+def _there(slot: Any, media: Any, xp: Any) -> Any:
+    """Which places name a media token that the row has, if they name any."""
+    if not media.shape[1]:  # a row with no room for any
+        return xp.zeros_like(slot, dtype=bool)
+    return xp.take_along_axis(media, xp.clip(slot, 0, media.shape[1] - 1), axis=1) & (slot < media.shape[1])
+
+
 def _mixable(batch: Batch, media: Any, xp: Any) -> Any:
     """Places whose token is mixed with none that the row does not have."""
     if batch.mix_slot is None:
         return xp.ones(batch.slot.shape, bool)
     others = batch.mix_slot.reshape(batch.slot.shape[0], -1)
-    there = xp.take_along_axis(media, xp.clip(others, 0, media.shape[1] - 1), axis=1) & (others < media.shape[1])
-    return (there | (others < 0)).reshape(batch.mix_slot.shape).all(-1)
+    return (_there(others, media, xp) | (others < 0)).reshape(batch.mix_slot.shape).all(-1)
 
 
 def _sounds(batch: Batch, sound: Any, of: type) -> Any:

@@ -414,8 +414,10 @@ CONVENTIONS = {
 }
 
 
-def find(name: str) -> Convention:
-    """A convention by name; InputError names the nearest."""
+def find(name: str | Convention) -> Convention:
+    """A convention by name, or one of its owner's as it is; InputError names the nearest."""
+    if isinstance(name, Convention):
+        return name
     if name not in CONVENTIONS:
         near = difflib.get_close_matches(name, CONVENTIONS, 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""

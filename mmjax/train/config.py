@@ -68,8 +68,8 @@ class Update:
       up to that of all rows at once, in the memory of one part.
     compute: of products and activations. Parameters, their gradients, the optimizer's state, norms, softmax and logits
       are float32 in any case.
-    frozen: parameters that stay as they are, by path ("vision", "decoder/blocks/*/kernel"): they have no gradient and
-      no optimizer state.
+    frozen: parameters that stay as they are, by path ("vision", "decoder/blocks/*/kernel"; "!connector" is all but the
+      connector, see core.tree.choose): they have no gradient and no optimizer state.
     spike: above 0: an update whose gradient's norm is over so many times the running mean of norms is left out, as
       those are whose gradient or loss is not finite; what the batch held is written to skipped.jsonl.
     patience: updates left out one after the other, after which the run ends.
@@ -149,6 +149,7 @@ class Stage:
 class Config:
     """A run. Any field can be set on the command line: --optimizer.learning-rate 3e-4.
 
+    resolution: the policy of pictures; None where the model reads text alone.
     base: the model that the run starts from, a Hugging Face directory or a checkpoint made of one (mmjax.convert): its
       weights, and its processor writes the documents. None: parameters start at random.
     lora: what adapters of low rank are beside kernels; stages say when they are trained.
@@ -162,7 +163,7 @@ class Config:
     base: Path | None = None
     lora: Lora | None = None
     stages: tuple[Stage, ...] = ()
-    resolution: Policy = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
+    resolution: Policy | None = field(default_factory=lambda: Native(patch=8, min_pixels=64, max_pixels=64 * 64))
     packing: Packing = field(default_factory=Packing)
     sequence: interleave.Config = field(default_factory=interleave.Config)
     budget: Budget = field(default_factory=Budget)  # what a document may take
@@ -180,3 +181,8 @@ class Config:
     threads: int = 2  # that read and decode
     answer: int = 10  # tokens an answer may take in the evaluation
     questions: int = 200  # that are answered of each dataset, with a base: the first so many; 0: all
+
+    @property
+    def patch(self) -> int:
+        """Pixels a side of a patch; 0 where there are no pictures."""
+        return 0 if self.resolution is None else self.resolution.patch

@@ -106,7 +106,8 @@ def export(run: Path, target: Path, to: To = "merged", step: int | None = None, 
     params = tree.unflatten(there)
     config = None
     if "lora.rank" in said:
-        config = lora.Config(said["lora.rank"], said["lora.alpha"], rslora=said["lora.rslora"])
+        how = {"rslora": said["lora.rslora"], "dropout": said.get("lora.dropout", 0.0)}
+        config = lora.Config(said["lora.rank"], said["lora.alpha"], **how)
     adapted = Model(model.of, model.cfg, params, model.origin)
     adapter.save(target, adapted, base=str(path.absolute()), changed=changed, config=config)
 

@@ -46,7 +46,7 @@ def after(cfg: Config) -> features.After | None:
         )
     if jax.process_count() > 1:
         raise InputError(f"features are kept for one process, and this run has {jax.process_count()}; keep none.")
-    if cfg.model.connector.reads_text:
+    if cfg.model.asks:
         raise InputError("features are kept of pictures, and this connector reads a text beside each; keep none.")
     if not moving & {"connector", "deep"}:
         return "connector"

@@ -2,8 +2,9 @@
 
     python -m mmjax.train finetune --model DIR --data train.jsonl --eval test.jsonl --stages connector:200
 
-The directory's processor writes the documents: tokenizer, chat template, pictures. Each stage trains some of the
-parameters for some steps, and the next one goes on with them. The same command again resumes a run that was stopped.
+DIR is a vision-language model's or a language model's alone, whose documents have no pictures. Its processor writes the
+documents: tokenizer, chat template, pictures. Each stage trains some of the parameters for some steps, and the next one
+goes on with them. The same command again resumes a run that was stopped.
 """
 
 import argparse
@@ -13,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from mmjax.convert.processor import Processor
+from mmjax.core import config as configs
 from mmjax.core import processes
 from mmjax.core.errors import InputError
 from mmjax.data import sets
@@ -29,7 +29,8 @@ from mmjax.train.config import Config, Optimizer, Packing
 LOOK = 1024  # documents of a dataset that are measured for a row's default size
 
 DESCRIPTION = """STAGES are NAME:STEPS or NAME:STEPS:RATE, where NAME is a preset ({presets}), a pattern of parameters'
-paths as 'decoder/blocks/*/q/kernel', or several of them joined by '+'."""
+paths as 'decoder/blocks/*/q/kernel', or several of them joined by '+'. '!' in front of one takes it back from those
+before: 'everything+!vision', 'connector+!connector/down'."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +77,7 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
     place = _place(its)
     sources = tuple(_source(text, place) for text in given.data)
     evaluation = tuple(sets.Files(Path(path), place=place) for path in given.eval)
-    packing = _packing(its, sources + evaluation, model.cfg.decoder.longest)
+    packing, words = _packing(its, sources + evaluation, model.cfg.decoder.longest)
     default = Config(
         model=model.cfg,
         data=sets.Mixed(sources, held_out=0, evaluation=evaluation),
@@ -89,20 +90,17 @@ def config_of(arguments: Sequence[str]) -> tuple[Config, export.To | None]:
         steps=sum(stage.steps for stage in stages),
         resolution=its.resolution,
         packing=packing,
-        # All of a row may be answers.
-        sequence=dataclasses.replace(its.sequence, answer=packing.tokens) if its.sequence.answer else its.sequence,
+        sequence=dataclasses.replace(
+            its.sequence,
+            answer=packing.tokens if its.sequence.answer else 0,  # all of a row may be answers
+            instruction=ladder(words, 16) if words else 0,
+        ),
         optimizer=Optimizer(learning_rate=1e-4, warmup=0.03, final=0.0, b2=0.999, weight_decay=0.0),
         answer=64,
     )
     if given.help:
         rest = [*rest, "--help"]
-    cfg = tyro.cli(
-        Config,
-        default=default,
-        args=rest,
-        prog="python -m mmjax.train finetune",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    cfg = configs.changed(default, rest, "python -m mmjax.train finetune")
     if "--optimizer.learning-rate" in _named(rest) and all(stage.learning_rate for stage in cfg.stages):
         raise InputError(
             f"Every stage has a learning rate of its own, and optimizer.learning-rate would be ignored; say it in the "
@@ -138,12 +136,14 @@ def _named(arguments: Sequence[str]) -> set[str]:
 
 def _targets(model: vlm.Config) -> tuple[str, ...]:
     """The kernels that are adapted if nothing else is said: all products in the blocks of the language model."""
-    return ("decoder/encoder/blocks/*", "decoder/answer/blocks/*") if model.decoder.answers else lora.TARGETS
+    if model.decoder.answers:
+        return ("decoder/encoder/blocks/*", "decoder/answer/blocks/*")
+    return lora.TARGETS if model.decoder.cross is None else lora.CROSSED
 
 
 def _place(its: Processor) -> Literal["as_written", "bare"]:
     """How LLaVA's JSON is read, which has a newline behind a picture: without it, where the template writes one."""
-    if its.chat.convention.template is None:
+    if its.chat.convention.template is None or its.resolution is None:
         return "as_written"
     probe = its.layout(Document("a probe", (Image(64, 64, b""), Text("x"))))
     behind = itertools.dropwhile(lambda piece: not piece.views, probe.pieces)
@@ -162,21 +162,25 @@ def _source(text: str, place: Literal["as_written", "bare"]) -> sets.Files:
         raise InputError(f"The weight of {path} is {weight!r}; give a number, as {path}=0.5.") from error
 
 
-def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) -> Packing:
+def _packing(its: Processor, sources: Sequence[sets.Files], most: int | None) -> tuple[Packing, int]:
     """Rows with room for two of the longest documents among the first of every dataset, of at most so many tokens.
+
+    And the tokens of the longest text that the connector reads beside their pictures; 0 where it reads none.
 
     Raises:
       InputError: there is nothing to learn in any of those of a dataset.
     """
-    longest, lay = 0, start.layout_of(its)
+    longest, words, lay = 0, 0, start.layout_of(its)
     for source in sources:
         documents = sets.open_source(source)[1]
-        some = [lay(documents[n]) for n in range(min(LOOK, len(documents)))]
+        first = [documents[n] for n in range(min(LOOK, len(documents)))]
+        some = [lay(document) for document in first]
         if not any(piece.train for laid in some for piece in laid.pieces):
             raise InputError(
                 f"In none of the {len(some)} first documents of {source.path} is there anything to learn, as what an "
                 f"assistant says; give others."
             )
         longest = max(longest, *(laid.tokens + laid.answers for laid in some))
+        words = max(words, *(start.beside(its, document) for document in first))
     tokens = ladder(2 * longest, 64)
-    return Packing(rows=8, tokens=tokens if most is None else min(tokens, most))
+    return Packing(rows=8, tokens=tokens if most is None else min(tokens, most)), words

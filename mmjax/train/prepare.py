@@ -15,7 +15,7 @@ from mmjax.sequence import interleave
 from mmjax.sequence.batch import Bucket
 from mmjax.sequence.budget import Budget, Limited
 from mmjax.sequence.document import Document
-from mmjax.sequence.layout import Layout, layout
+from mmjax.sequence.layout import Layout, layout, patches_of
 from mmjax.sequence.split import split
 from mmjax.tokenizers import conventions, text
 from mmjax.tokenizers.chat import Chat
@@ -51,10 +51,13 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         be read.
     """
     its = start.processor(cfg) if cfg.base else None
-    if its and isinstance(cfg.data, sets.Mixed) and (cfg.data.tokenizer or cfg.data.convention != sets.GENERIC):
+    own = isinstance(cfg.data, sets.Mixed) and (
+        cfg.data.tokenizer or cfg.data.reader or cfg.data.convention != sets.GENERIC
+    )
+    if its and own:
         raise InputError(
-            f"The base {cfg.base} writes documents with its own tokenizer and template; leave data.tokenizer and "
-            f"data.convention out."
+            f"The base {cfg.base} writes documents with its own tokenizer and template; leave data.tokenizer, "
+            f"data.reader and data.convention out."
         )
     tokenizer, lay = _writer(cfg) if its is None else (its.chat, start.layout_of(its))
     _refuse(cfg, tokenizer, of)
@@ -71,7 +74,7 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
         opened = sets.open_sources(cfg.data, cfg.seed, most)
         documents, held_out, fingerprints = opened.training, opened.held_out, opened.fingerprints
     epochs = 0 if isinstance(cfg.data, drawings.Config) else cfg.data.epochs
-    said = _said(cfg)
+    said = _said(cfg) if its is None else its.reader and its.reader.beside
     fitting = _fitting(cfg, lay, said)
     plan = index.training(
         documents,
@@ -95,9 +98,9 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
     made = functools.partial(
         Source,
         vocab=tokenizer.vocab,
-        patch=cfg.resolution.patch,
+        patch=cfg.patch,
         cfg=cfg.sequence,
-        latents=cfg.model.connector.per_picture,
+        latents=cfg.model.per_picture,
         merge=cfg.sequence.merge,
         memory=Memory(packing.memory * 2**20),
         reduced=packing.reduced,
@@ -117,9 +120,9 @@ def prepare_data(cfg: Config, parts: tuple[int, ...] = (0,), of: int = 1) -> Dat
 
 
 def _said(cfg: Config) -> Callable[[Document, int], Any] | None:
-    """What the connector reads beside pictures, from documents; no base's does (train.start.both)."""
+    """What the connector reads beside pictures, from documents, where there is no base that says so."""
     path = None if isinstance(cfg.data, drawings.Config) else cfg.data.reader
-    if cfg.model.connector.reads_text != (path is not None):
+    if cfg.model.asks != (path is not None):
         raise InputError(
             f"The connector {'reads' if path is None else 'does not read'} a text beside each picture, and data.reader "
             f"is {path}; give the directory of its tokenizer where it does."
@@ -149,9 +152,10 @@ def _fitting(cfg: Config, lay: Callable[[Document], Layout], said: Callable | No
 
 
 def fixed_buckets(cfg: Config) -> tuple[Bucket, ...]:
-    """The buckets that `packing.shapes` gives; none where they are to be chosen."""
+    """The buckets that `packing.shapes` gives; none where they are to be chosen. For text alone there is one."""
     rows, tokens = cfg.packing.rows, cfg.packing.tokens
-    return tuple(Bucket(rows, tokens, *shape, answers=cfg.sequence.answer) for shape in cfg.packing.shapes)
+    shapes = cfg.packing.shapes if cfg.model.sees else ((0, 0),)
+    return tuple(Bucket(rows, tokens, *shape, answers=cfg.sequence.answer) for shape in shapes)
 
 
 def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
@@ -161,7 +165,7 @@ def _writer(cfg: Config) -> tuple[Any, Callable[..., Layout]]:
         layout,
         tokenizer=tokenizer,
         resolution=cfg.resolution,
-        media_tokens=cfg.model.connector.tokens,
+        media_tokens=cfg.model.connector.tokens if cfg.model.sees else patches_of,
         fuse="sequence" if cfg.model.decoder.cross is None else "cross",
         parted=cfg.sequence.answer > 0,
     )
@@ -191,6 +195,10 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
         )
     refuse_model(cfg)
     refuse_rows(cfg, of)
+    if not cfg.model.sees and isinstance(cfg.data, drawings.Config):
+        raise InputError(
+            "The built-in drawings are pictures, and the model reads text alone; train it on files (data.sources)."
+        )
     if cfg.model.decoder.answers and isinstance(cfg.data, drawings.Config):
         raise InputError(
             "The built-in drawings are judged by answers that go on with the question, which an encoder–decoder's do "
@@ -205,7 +213,13 @@ def _refuse(cfg: Config, tokenizer: Any, of: int) -> None:
 
 def refuse_model(cfg: Config) -> None:
     """Raises InputError where the model does not fit its inputs, whatever the mesh and the documents."""
-    if cfg.resolution.patch != cfg.model.vision.embed.patch:
+    told = cfg.resolution is not None, bool(cfg.packing.patches or cfg.packing.shapes)
+    if not cfg.model.sees and any(told):
+        name = "resolution" if told[0] else "packing.patches or packing.shapes"
+        raise InputError(f"The model reads text alone, and {name} is of pictures; leave it out (resolution: None).")
+    if cfg.model.sees and cfg.resolution is None:
+        raise InputError("The model sees pictures, and resolution is None; give a policy of theirs.")
+    if cfg.model.sees and cfg.resolution.patch != cfg.model.vision.embed.patch:
         raise InputError(
             f"resolution.patch is {cfg.resolution.patch} but model.vision.embed.patch is "
             f"{cfg.model.vision.embed.patch}; set both to the same number of pixels."
@@ -250,7 +264,7 @@ def _held_out(
     if not every:
         return HeldOut({})
     room = {"tokens": cfg.packing.tokens, "rows": cfg.packing.rows, "answers": cfg.sequence.answer}
-    shape = index.once(every, lay, **room).buckets[0]
+    shape = index.once(every, lay, **room).buckets[0] if cfg.model.sees else fixed_buckets(cfg)[0]
     plans = {name: index.once(documents, lay, shape=shape, **room) for name, documents in held_out.items()}
     return HeldOut(
         {

@@ -18,7 +18,9 @@ PRESETS: dict[str, tuple[tuple[str, ...], float]] = {
 
 
 def stages(texts: Sequence[str]) -> tuple[Stage, ...]:
-    """Stages from `NAME[+NAME…]:STEPS[:RATE]`; a NAME is a preset or a pattern. The rate is the first preset's.
+    """Stages from `NAME[+NAME…]:STEPS[:RATE]`; a NAME is a preset or a pattern, either with "!" for "but not".
+
+    The rate is the first preset's that is trained.
 
     Raises:
       InputError: a text that is none of these.
@@ -33,7 +35,9 @@ def _stage(text: str) -> Stage:
     names, steps, rate = found[1].split("+"), int(found[2]), found[3]
     trains: dict[str, None] = {}
     for name in names:
-        trains |= dict.fromkeys(PRESETS[name][0] if name in PRESETS else (_pattern(name),))
+        bare = name.removeprefix("!")
+        given = PRESETS[bare][0] if bare in PRESETS else (_pattern(bare),)
+        trains |= dict.fromkeys(name[: -len(bare)] + pattern for pattern in given)
     try:
         learning_rate = next((PRESETS[n][1] for n in names if n in PRESETS), 0.0) if rate is None else float(rate)
     except ValueError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -39,6 +40,8 @@ def parts(cfg: Config) -> tuple[Part, ...]:
       InputError: their steps do not add up to those of the run, a pattern names no parameter, or nothing is left to
         train.
     """
+    if cfg.features.on and not cfg.model.sees:
+        raise InputError("features are kept of pictures, and this model reads text alone; keep none.")
     if cfg.lora is not None and not cfg.stages:
         raise InputError("The config has adapters (lora) and no stages, which say when they are trained; give one.")
     if not cfg.stages:
@@ -100,6 +103,11 @@ def own(part: Part, now: TrainState) -> TrainState:
 def optimizer(cfg: Config) -> optax.GradientTransformation:
     """A stage's."""
     return state.optimizer(cfg.optimizer, cfg.steps)
+
+
+def drops(cfg: Config) -> dict[str, Any]:
+    """What train.step.compile_step is told of the dropout of adapters."""
+    return {"dropout": cfg.lora.dropout, "seed": cfg.seed} if cfg.lora else {}
 
 
 def begun(part: Part, shape: TrainState, now: TrainState) -> TrainState:

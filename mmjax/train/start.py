@@ -24,7 +24,7 @@ from mmjax.core.checksum import checksums
 from mmjax.core.errors import InputError
 from mmjax.core.files import PathLike
 from mmjax.core.fingerprint import fingerprint
-from mmjax.models import vlm
+from mmjax.models import decoder, encoder_decoder, vlm
 from mmjax.nn import transformer
 from mmjax.sequence.document import Document
 from mmjax.sequence.layout import TEXT, Layout, Piece
@@ -34,13 +34,13 @@ from mmjax.train.state import TrainState
 
 
 def opened(path: PathLike) -> Model:
-    """A model with leaves that are read when they are asked for.
+    """A model with leaves that are read when they are asked for; a language model alone as a vlm that sees nothing.
 
     Args:
       path: a Hugging Face directory, or a checkpoint that python -m mmjax.convert has made of one.
 
     Raises:
-      InputError: it is neither, cannot be read, or is no vision-language model.
+      InputError: it is neither, cannot be read, or writes no text.
     """
     path = Path(path)
     if not (path / CONFIG).exists() and not (path / "done").is_dir():
@@ -49,10 +49,14 @@ def opened(path: PathLike) -> Model:
             f"mmjax.convert has made of one; give the local directory of one."
         )
     model = huggingface.opened(path) if (path / CONFIG).exists() else orbax.opened(path)
+    if model.of in (decoder, encoder_decoder):
+        cfg = vlm.Config(None, None, model.cfg)
+        origin = dataclasses.replace(model.origin, found=model.origin.found.within(vlm, cfg, "decoder"))
+        return Model(vlm, cfg, {"decoder": model.params}, origin)
     if model.of is not vlm:
         raise InputError(
-            f"{path} holds a {model.origin.raw['model_type']}, which is no vision-language model that can be trained "
-            f"here; give the directory of one, as of LLaVA."
+            f"{path} holds a {model.origin.raw['model_type']}, which writes no text and cannot be trained here; give "
+            f"the directory of a language model or a vision-language model, as of LLaVA."
         )
     return model
 
@@ -65,15 +69,11 @@ def both(path: PathLike) -> tuple[Model, Processor]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             for name, data in {CONFIG: model.origin.config, **model.origin.files}.items():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
             its = processors.load(folder, model)
-    if its.resolution is None:
+    if model.cfg.sees and its.resolution is None:
         raise InputError(f"{path} has no settings of pictures (preprocessor_config.json); add those of the model.")
-    if its.reader is not None:
-        raise InputError(
-            f"The connector in {path} reads the question beside each picture, and such a base is not trained further "
-            f"yet; give a model whose connector sees pictures alone."
-        )
     return processors.with_colours(model, its), its
 
 
@@ -102,10 +102,18 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
     """The processor's layout, in which what is learnt last ends as answers do.
 
     Many templates write no end behind an answer (LLaVA's); who learns from them alone never stops.
+
+    It raises InputError for a question that is longer than what connectors read beside pictures, if they read any
+    (`sequence.instruction`): before anything is trained.
     """
 
     def lay(document: Document, answer: int = 0, **how: Any) -> Layout:
-        laid = its.layout(document, answer, **how)
+        laid, room = its.layout(document, answer, **how), its.sequence.instruction
+        if room and its.reader is not None and document.images and (n := beside(its, document)) > room:
+            raise InputError(
+                f"Document {document.id!r} has {n} tokens for the connector to read beside its pictures, and "
+                f"sequence.instruction is {room}; set it to {n}, or ask less."
+            )
         last = list(itertools.takewhile(lambda piece: piece.train, reversed(laid.pieces)))
         if not last or not its.stops or any(set(piece.ids) & set(its.stops) for piece in last):
             return laid
@@ -113,6 +121,11 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
         return Layout.of(laid.id, (*laid.pieces, Piece(TEXT, 1, (end,), train=True)), laid.answers > 0)
 
     return lay
+
+
+def beside(its: Processor, document: Document) -> int:
+    """How many tokens of a document the connector reads beside each of its pictures; 0 where it reads none."""
+    return 0 if its.reader is None else its.reader.beside(document, 1).shape[1]
 
 
 def start(part: stages.Part, shape: TrainState) -> TrainState:

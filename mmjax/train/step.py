@@ -15,6 +15,7 @@ from mmjax.core.meshes import Rules
 from mmjax.generate import features
 from mmjax.models import vlm
 from mmjax.models.tower import Media
+from mmjax.nn import lora
 from mmjax.objectives import next_token
 from mmjax.sequence import batch as batches
 from mmjax.sequence import invariants
@@ -83,12 +84,15 @@ def train_step(
     objective: Objective = PLAIN,
     update: Update = AT_ONCE,
     after: features.After = "connector",
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
     Where `update.accumulate` is A > 1, the batch's fields are [A, B, ...]: A parts, whose gradients are added.
     `known`: what the frozen tower (`after`: and connector) makes of the batch (generate.features.made), as `by_rows`
     has it, in parts like the batch.
+    `dropout`: of adapters (nn.lora.dropping); what is left out follows from `seed`, the state's step, and the part.
 
     Returns the new state and metrics: `loss`, `weight`, `correct` (sums over trained tokens), `tokens` (not padding),
     `grad_norm`, `skipped` (1 where the update was left out: see train.config.Update), `in_a_row` (how many were by now)
@@ -97,19 +101,23 @@ def train_step(
     """
     fixed, trained = tree.choose(state.params, update.frozen)
     per = jnp.maximum(learnt(batch).weight.sum(), 1.0)
-    how = {"cfg": cfg, "objective": objective, "compute": update.compute, "after": after}
+    how = {"cfg": cfg, "objective": objective, "compute": update.compute, "after": after, "dropout": dropout}
     part = functools.partial(_part, fixed=fixed, per=per, **how)
+    keys = (
+        jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), update.accumulate) if dropout else None
+    )
+    pieces = (batch, known, keys)
     if update.accumulate == 1:
-        (grads, sums), violations = part(trained, (batch, known))
+        (grads, sums), violations = part(trained, (batch, known, keys if keys is None else keys[0]))
     else:
-        shape = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], (batch, known)))[0][1]
+        shape = jax.eval_shape(part, trained, jax.tree.map(lambda x: x[0], pieces))[0][1]
         start = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
 
-        def add(so_far: Any, piece: tuple[Batch, Media | None]) -> tuple[Any, jax.Array]:
+        def add(so_far: Any, piece: tuple) -> tuple[Any, jax.Array]:
             found, violations = part(trained, piece)
             return jax.tree.map(jnp.add, so_far, found), violations
 
-        (grads, sums), violations = jax.lax.scan(add, start, (batch, known))
+        (grads, sums), violations = jax.lax.scan(add, start, pieces)
     norm = optax.tree.norm(grads)
     sound = violations.sum() == 0
     usable = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & ~_spike(norm, state.guard, update)
@@ -130,21 +138,23 @@ def train_step(
 
 def _part(
     trained: dict,
-    piece: tuple[Batch, Media | None],
+    piece: tuple[Batch, Media | None, jax.Array | None],
     fixed: dict,
     per: jax.Array,
     cfg: vlm.Config,
     objective: Objective,
     compute: str,
     after: features.After,
+    dropout: float,
 ) -> tuple[tuple[dict, dict[str, jax.Array]], jax.Array]:
     """What one part of a batch adds to the gradient and to the sums, and the invariants it breaks."""
-    batch, known = piece
+    batch, known, key = piece
     d = cfg.decoder
     violations = invariants.violations(batch, d.vocab, cfg.placeholder, vlm.present(batch, cfg), cfg.newline, d.said)
 
     def mean(trained: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = cast(tree.merge(trained, fixed), compute)
+        params = params if key is None else lora.dropping(params, dropout, key)
         media = None if known is None else features.media_of(params, batch, cfg, by_rows(known), after)
         return loss_fn(params, batch, cfg, objective, per=per, media=media)
 
@@ -225,18 +235,22 @@ def compile_step(
     *,
     known: Media | None = None,
     after: features.After = "connector",
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> jax.stages.Compiled:
     """The compiled step for one bucket: (state, batch, asked) → (state, metrics), and with `known` a fourth argument.
 
     `state`, `batch` and `known` (all rows, not cut into parts) are abstract; the state's buffers are reused (donated).
     `asked` i32[devices], a number of every process (see `of_devices`), comes back as its greatest: what one process is
-    asked to do, all know at the same step, without a message of its own. `known` and `after` are those of `train_step`.
+    asked to do, all know at the same step, without a message of its own. `known`, `after`, `dropout`
+    and `seed` are those of `train_step`.
     """
 
     def step(
         state: TrainState, batch: Batch, asked: jax.Array, known: Media | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         how = {"cfg": cfg, "tx": tx, "objective": objective, "update": update, "after": after}
+        how |= {"dropout": dropout, "seed": seed}
         state, metrics = train_step(state, batch, known, **how)
         return state, metrics | {"asked": asked.max()}
 

@@ -17,7 +17,7 @@ from mmjax.core import tree
 from mmjax.core.errors import InputError
 from mmjax.nn import lora
 
-RANK = lora.Config(3, 12.0)
+RANK = lora.Config(3, 12.0, dropout=0.125)
 Q = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
 OUT = "base_model.model.model.language_model.layers.0.self_attn.o_proj"
 
@@ -44,7 +44,7 @@ def adapted(plain):
 def written(adapted, tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter") / "a"
     changed = [name for name in lora.parted(adapted.params)[0] if name.startswith("connector/")]
-    adapter.save(path, adapted, base="some/llava", changed=changed)
+    adapter.save(path, adapted, base="some/llava", changed=changed, config=RANK)
     return path
 
 
@@ -81,6 +81,8 @@ def test_the_layout_of_tensors(adapted, written):
         np.testing.assert_allclose(4.0 * (b @ a).T, more.reshape(width, -1), atol=1e-4)
     said = json.loads((written / adapter.CONFIG).read_text())
     assert (said["peft_type"], said["r"], said["lora_alpha"]) == ("LORA", 3, 12)
+    assert said["lora_dropout"] == 0.125
+    assert adapter.config(written) == RANK
     assert said["base_model_name_or_path"] == "some/llava"
     assert said["target_modules"].count(Q.removeprefix(adapter.PREFIX)) == 1
 
@@ -132,6 +134,8 @@ def half(found):
         ({"r": 0}, None, "r is 0 and lora_alpha 12"),
         ({"r": 2}, None, r"is \[3, 16\].*this model has \[2, 16\]"),
         ({"lora_alpha": "x"}, None, "numbers above 0"),
+        ({"lora_dropout": 1.0}, None, r"lora_dropout is 1\.0, which is no share below 1"),
+        ({"lora_dropout": "x"}, None, "lora_dropout is 'x', which is no share below 1"),
         ({}, wider, r"lora_A.weight in .* is \[3, 17\]"),
         ({}, stranger, r"1 tensors that are not this model's, as .*r_proj"),
         ({}, half, "layers.0.input_layernorm.weight whole, but not all"),

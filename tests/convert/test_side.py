@@ -38,10 +38,16 @@ def test_they_come_along(tmp_path, read):
         (path / name).write_bytes(data)
     for name in LEFT:
         (path / name).write_bytes(b"\x80\x04.")
+    for name in ("qformer_tokenizer", "other_tokenizer"):  # the Q-Former's is read, others are nobody's
+        (path / name).mkdir()
+        for file in ("tokenizer.json", "evil.py"):
+            (path / name / file).write_bytes(b"{}")
     model = read(path)
-    assert model.origin.files == CARRIED
+    inner = {"qformer_tokenizer/tokenizer.json": b"{}"}
+    assert model.origin.files == CARRIED | inner
     save(tmp_path / "out", model)
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*CARRIED, "config.json", "model.safetensors"])
+    written = [str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert sorted(written) == sorted([*CARRIED, *inner, "config.json", "model.safetensors"])
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in CARRIED.items())
 
 
@@ -86,6 +92,9 @@ def test_links_lead_no_further_than_the_cache_of_the_hub(tmp_path):
     (snapshot / "LICENSE").symlink_to("../../blobs/8e")
     refused(snapshot, "LICENSE is a link to a file elsewhere")
     os.remove(snapshot / "LICENSE")
+    (snapshot / "qformer_tokenizer").symlink_to(tmp_path, target_is_directory=True)
+    refused(snapshot, "qformer_tokenizer is a link to a file elsewhere")
+    os.remove(snapshot / "qformer_tokenizer")
     (snapshot / "LICENSE").symlink_to("LICENSE")
     with pytest.raises(InputError, match="LICENSE"):
         side.read(snapshot, ["LICENSE"])
@@ -106,7 +115,13 @@ def test_they_are_bounded(tmp_path, monkeypatch):
     refused(tmp_path, "has more than 64 files beside its weights")
 
 
-@pytest.mark.parametrize("name", ["../tokenizer.json", "/etc/passwd", "evil.py", "", "a\0", ".bashrc", "x/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../tokenizer.json", "/etc/passwd", "evil.py", "", "a\0", ".bashrc", "x/README.md"),
+        *("qformer_tokenizer/evil.py", "qformer_tokenizer/../README.md", "x/qformer_tokenizer/vocab.txt"),
+    ],
+)
 def test_a_checkpoint_carries_no_others(name):
     with pytest.raises(InputError, match="step 3 carries the file"):
         side.refuse({"README.md": 3, name: 3}, "step 3")

@@ -33,6 +33,17 @@ def test_fields_are_set_by_dotted_names():
     assert flat["model.vision.blocks.rope.sections"] == [6, 6]
 
 
+def test_what_is_given_by_name_on_a_command_line_or_in_code():
+    """A field that is a name or a dataclass with one: MiniGPT-4's convention is its config's own."""
+    cfg = config.from_command_line("mmjax.train", ["minigpt4", "--steps", "7"], "")
+    assert (cfg.steps, cfg.data.convention) == (7, config.load("minigpt4").data.convention)
+    assert config.flatten(cfg)["data.convention.name"] == "minigpt-4"
+    assert json.loads(json.dumps(config.flatten(cfg))) == config.flatten(cfg)
+    for name in ("minigpt4", "mixture"):
+        cfg = config.from_command_line("mmjax.train", [name, "--data.convention", "chatml"], "")
+        assert cfg.data.convention == "chatml"
+
+
 def test_a_flat_config_survives_json():
     """It is compared with the one in a checkpoint, where tuples have become lists, nested ones too."""
     flat = config.flatten(config.load("quickstart"))

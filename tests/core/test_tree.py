@@ -98,6 +98,9 @@ NESTED = {"vision": {"kernel": 1, "bias": 2}, "decoder": {"norm": {"scale": 3}, 
         ((), {}),
         (("vision",), {"vision": {"kernel": 1, "bias": 2}}),
         (("*/bias", "decoder/norm"), {"vision": {"bias": 2}, "decoder": {"norm": {"scale": 3}, "bias": 4}}),
+        (("vision", "!vision/bias"), {"vision": {"kernel": 1}}),
+        (("!vision", "!*/bias"), {"decoder": {"norm": {"scale": 3}}, "visions": 5}),
+        (("!decoder", "decoder/bias", "!visions"), {"vision": {"kernel": 1, "bias": 2}, "decoder": {"bias": 4}}),
     ],
 )
 def test_choose_by_path_and_merge_again(patterns, chosen):
@@ -110,6 +113,8 @@ def test_choose_by_path_and_merge_again(patterns, chosen):
 def test_patterns_that_name_nothing_and_leaves_in_both():
     with pytest.raises(InputError, match=r"'decoder/nrm' names no parameter; did you mean 'decoder/norm'"):
         trees.choose(NESTED, ("decoder/nrm",))
+    with pytest.raises(InputError, match=r"'!decoder/nrm' names no parameter; did you mean '!decoder/norm'"):
+        trees.choose(NESTED, ("vision", "!decoder/nrm"))
     with pytest.raises(InputError, match="'bias' is in both trees"):
         trees.merge({"a": {"bias": 1}}, {"a": {"bias": 2}})
 

@@ -1,4 +1,4 @@
-"""Blocks with adapters on meshes: outputs and gradients are those of one device."""
+"""Blocks with adapters on meshes: outputs and gradients are those of one device, and what is dropped is the same."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ SPEC = lora.spec({"blocks": transformer.spec(BLOCKS)}, lora.Config(3, 6.0, targe
 
 def run(params: dict, x: jax.Array, order: jax.Array) -> tuple[jax.Array, dict]:
     def loss(params: dict) -> jax.Array:
+        params = lora.dropping(params, 0.3, jax.random.key(2))
         y = transformer.apply(params, x, BLOCKS, order=order, lo=jnp.zeros_like(order), hi=order)
         return jnp.sin(y).sum()
 

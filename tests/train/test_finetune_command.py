@@ -53,7 +53,20 @@ def place(tmp_path_factory):
 
 def arguments(place, out, *more, stages=("connector:2", "lora:3:1e-2")):
     given = ["--model", place / "model", "--data", place / "train.json", "--eval", place / "test.json"]
-    shape = ["--packing.rows", 2, "--packing.buckets", 1, "--lora.rank", 2, "--answer", 3, "--save-every", 2]
+    shape = [
+        "--packing.rows",
+        2,
+        "--packing.buckets",
+        1,
+        "--lora.rank",
+        2,
+        "--lora.dropout",
+        0.1,
+        "--answer",
+        3,
+        "--save-every",
+        2,
+    ]
     return [str(a) for a in (*given, "--stages", *stages, "--out", out, *shape, *more)]
 
 
@@ -129,6 +142,7 @@ def test_the_merged_directory_says_what_the_run_said(finished, place, tmp_path):
         assert np.abs(logits(base.params, batch, base.cfg) - whole).max() > 1e-2
     said = json.loads((tmp_path / "adapter" / adapter.CONFIG).read_text())
     assert (said["r"], said["lora_alpha"], len(said["target_modules"])) == (2, 32, 14)
+    assert said["lora_dropout"] == adapter.config(tmp_path / "adapter").dropout == 0.1
     linear = [f"model.multi_modal_projector.linear_{n}" for n in (1, 2)]
     assert said["modules_to_save"] == linear
     assert (finished / "merged" / "tokenizer.json").read_bytes() == (place / "model" / "tokenizer.json").read_bytes()
@@ -172,13 +186,13 @@ def test_the_config_comes_from_the_directory(place, tmp_path):
     assert cfg.steps == 9
     assert cfg.model.decoder.vocab == start.opened(place / "model").cfg.decoder.vocab
     assert cfg.resolution.patch == 8
-    assert cfg.lora == lora.Config(2, 32.0)
+    assert cfg.lora == lora.Config(2, 32.0, dropout=0.1)
     assert {source.place for source in cfg.data.sources + cfg.data.evaluation} == {"bare"}  # the template's newline
     two = arguments(place, tmp_path / "out", stages=("connector:2",))
     two[two.index("--data") + 1] += "=0.5"
     with pytest.raises(SystemExit):  # without a stage that trains adapters there are no fields of them
         finetune.config_of(two)
-    del two[two.index("--lora.rank") : two.index("--lora.rank") + 2]
+    del two[two.index("--lora.rank") : two.index("--lora.rank") + 4]
     cfg, _ = finetune.config_of(two)
     assert (cfg.lora, cfg.data.sources[0].weight) == (None, 0.5)
 
@@ -341,6 +355,15 @@ def test_every_block_of_an_encoder_decoder_is_adapted_by_default():
     assert len(names) == (4 + 3) + (4 + 4 + 3)  # attention and MLP; the answer's blocks look at the others, too
     cfg = Origin.of(PUBLISHED["llava-hf/llava-1.5-7b-hf"][0]).found.cfg
     assert finetune._targets(cfg) == lora.TARGETS
+
+
+def test_layers_of_cross_attention_are_adapted_by_default():
+    for name in ("meta-llama/Llama-3.2-11B-Vision", "HuggingFaceM4/idefics-9b"):
+        cfg = Origin.of(PUBLISHED[name][0]).found.cfg
+        names = lora.targets(vlm.spec(cfg), lora.Config(targets=finetune._targets(cfg)))
+        crossed = [n.removeprefix("decoder/cross/") for n in names if n.startswith("decoder/cross/")]
+        products = ("q", "k", "v", "out", "mlp/gate", "mlp/up", "mlp/down")
+        assert (len(names), sorted(crossed)) == (14, sorted(f"{n}/kernel" for n in products))
 
 
 def test_no_model_and_no_data():

@@ -26,13 +26,6 @@ from mmjax.train.config import Config, Packing
 QUESTION, ANSWER = "The quick brown fox?", "The lazy dog."
 
 
-@pytest.fixture(autouse=True)
-def only_here():
-    """The config makes its convention known by name; other tests go through all that are there."""
-    yield
-    conventions.CONVENTIONS.pop("minigpt-4", None)
-
-
 @pytest.fixture
 def tokenizer(tmp_path):
     path = tmp_path / "tokenizer.model"
@@ -53,6 +46,7 @@ def test_only_the_linear_map_is_trained():
 def test_the_prompt_is_tokenized_as_in_the_paper_s_code(tokenizer):
     """Three strings apart, by SentencePiece itself; only the answer and its ### are learnt."""
     cfg = config.load("minigpt4")
+    assert cfg.data.convention.name not in conventions.CONVENTIONS  # the config's own, and nobody else's
     chat = Chat(text.load(tokenizer), conventions.find(cfg.data.convention))
     assert chat.size == text.load(tokenizer).size  # nothing is added to Vicuna's vocabulary
     document = Document("d", (Image(30, 40, b""), Text(QUESTION), Text(ANSWER, "assistant", True)))

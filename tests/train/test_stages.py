@@ -27,6 +27,9 @@ def test_presets_patterns_and_rates():
     assert one == Stage("connector", 200, ("connector",), 1e-3)
     assert two == Stage("lora+decoder/norm", 500, ("*/kernel/a", "*/kernel/b", "decoder/norm"), 3e-4)
     assert three == Stage("vision/*", 7, ("vision/*",), 0.0)
+    less, all_but = presets.stages(["!decoder/norm+decoder+!lora:5", "everything+!vision:6"])
+    assert less == Stage(less.name, 5, ("!decoder/norm", "decoder", "!*/kernel/a", "!*/kernel/b"), 2e-5)
+    assert all_but.trains == ("*", "!vision")
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,7 @@ def test_presets_patterns_and_rates():
         ("connector", "not NAME:STEPS"),
         ("connector:many", "not NAME:STEPS"),
         ("conector:5", "did you mean 'connector'"),
+        ("everything+!visin:5", "did you mean 'vision'"),
         ("lora:5:fast", "learning rate 'fast'"),
         ("lora:0", "at least 1 step"),
         ("lora:5:-1", "a rate above 0"),
@@ -58,6 +62,15 @@ def test_what_each_stage_trains(tmp_path):
     assert len(thin) == 14
     assert trained(parts[2]) == {name for name in every if not name.endswith("/kernel/scale")}
     assert [stages.at(parts, step) for step in (0, 3, 4, 5, 6, 9)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_all_but_what_is_named(tmp_path):
+    (part,) = stages.parts(run(tmp_path, "everything+!vision+!connector/down:3"))
+    every = set(tree.flatten(part.spec))
+    still = {n for n in every if n.startswith(("vision/", "connector/down/")) or n.endswith("/kernel/scale")}
+    assert trained(part) == every - still
+    (part,) = stages.parts(run(tmp_path, "!connector:3", update=Update(frozen=("!decoder", "!connector"))))
+    assert trained(part) == {n for n in every - still if n.startswith("decoder/")}
 
 
 def test_what_is_planned_and_timed_is_a_stage(tmp_path):
@@ -101,6 +114,12 @@ def test_features_are_kept_where_the_tower_is_frozen(tmp_path):
         (["connector:3"], {"steps": 4}, "The stages have 3 steps, but steps is 4"),
         (["connector:3"], {"update": Update(frozen=("connector",))}, "'connector' names no parameter"),
         (["decoder/blocks/mlp/up/kernel/scale:3"], {}, "trains nothing"),
+        (["connector+!connector:3"], {}, "trains nothing"),
+        (
+            ["everything+!decoder/nrm:3"],
+            {},
+            "the pattern '!decoder/nrm' names no parameter; did you mean '!decoder/norm'",
+        ),
         (["connector:3"], {"stages": ()}, "has adapters .* and no stages"),
     ],
 )

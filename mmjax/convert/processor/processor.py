@@ -323,7 +323,7 @@ def with_colours(model: Model, processor: Processor) -> Model:
     Weights do not say what they were trained with: families have a default, and the directory may have another.
     """
     cfg = model.cfg
-    if processor.resolution is None or not hasattr(cfg, "vision"):
+    if processor.resolution is None or getattr(cfg, "vision", None) is None:
         return model
     mean, deviation = processor.colours
     embed = dataclasses.replace(cfg.vision.embed, mean=mean, deviation=deviation)
