@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def fills(self) -> Float[np.ndarray, "d"]:
-        """The share of every dimension (tokens, patches, images, frames) that is not padding."""
+        """The share of every dimension (layout.DIMENSIONS) that is not padding."""
         room = sum(np.multiply(b.row, b.rows * n) for b, n in zip(self.buckets, self.steps_of, strict=True))
         return np.sum(self.used, axis=0) / np.maximum(room, 1)
 
@@ -74,14 +74,15 @@ class Plan:
         shown = len(DIMENSIONS) - (not any(b.answers for b in self.buckets))
         names = [f"{name:>{max(9, len(name) + 2)}}" for name in DIMENSIONS[:shown]]
         title = f"bucket (rows × {', '.join(DIMENSIONS[:shown])})"
-        head = f"{title:<50}{'steps':>8}" + "".join(names)
+        wide = max(50, len(title))
+        head = f"{title:<{wide}}{'steps':>8}" + "".join(names)
         lines = [head]
         for bucket, steps, used in zip(self.buckets, self.steps_of, self.used, strict=True):
             size = f"{bucket.rows} × " + ", ".join(map(str, bucket.row[:shown]))
             room = np.multiply(bucket.row, bucket.rows * steps)
             shares = [f"{u / r:.1%}" if r else "-" for u, r in zip(used, room, strict=True)]
             full = "".join(f"{share:>{len(name)}}" for share, name in zip(shares, names, strict=False))
-            lines.append(f"{size:<50}{steps:>8}{full}")
+            lines.append(f"{size:<{wide}}{steps:>8}{full}")
         lines.append(
             f"{len(self.buckets)} programs to compile; expected fill {self.fill:.1%} (tokens {self.fill_tokens:.1%}, "
             f"patches {self.fill_patches:.1%}), the rest is padding"

@@ -171,19 +171,19 @@ def spec(cfg: Config) -> Spec:
 def costs(cfg: Config, sequence: interleave.Config = interleave.PLAIN) -> budget.Costs:
     """What budgets are counted with: attention and MLPs of encoder and decoder, and the head.
 
-    sequence: the descriptors of its batches, where text looks at media by cross-attention.
+    sequence: the descriptors of its batches, where text looks at media by cross-attention (left out: at all so far).
     """
 
     def blocks(b: transformer.Config) -> budget.Blocks:
         return budget.Blocks(b.layers, b.width, b.heads * b.head, b.kv_heads * b.head, b.hidden, b.gated)
 
-    if not cfg.sees:
-        return budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, bytes=4)
-    # Transformers that follow each other are of one width and as good as one.
-    layers = sum(stack.layers for stack in cfg.vision.stacks.values())
-    encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
-    tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
-    out = budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, encoder, bytes=4, tokens=tokens)
+    out = budget.Costs(blocks(cfg.decoder.blocks), cfg.decoder.said, bytes=4)
+    if cfg.sees:
+        # Transformers that follow each other are of one width and as good as one.
+        layers = sum(stack.layers for stack in cfg.vision.stacks.values())
+        encoder = dataclasses.replace(blocks(cfg.vision.blocks), layers=layers)
+        tokens = cfg.vision.tokens(0) if cfg.vision.per_picture else 0
+        out = dataclasses.replace(out, encoder=encoder, tokens=tokens)
     if cfg.decoder.answers:
         return dataclasses.replace(out, answer=blocks(cfg.decoder.answer))
     if (c := cfg.decoder.cross) is None:

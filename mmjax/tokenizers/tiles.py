@@ -293,6 +293,11 @@ class PanAndScan(Tiled):
     def __post_init__(self):
         self.check_tile(self.smallest, self.most)
 
+    def lowered(self, share: float) -> "PanAndScan":
+        """The same with about this share of the crops, of which there are two at least, or none."""
+        most = int(self.most * share)
+        return replace(self, most=most) if most > 1 else replace(self, ratio=math.inf)
+
     def views(self, height: int, width: int) -> tuple[View, ...]:
         """What is done to the pixels: the whole, then the crops."""
         check(height, width)

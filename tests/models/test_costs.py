@@ -92,3 +92,5 @@ def test_an_encoder_decoder():
         return encoder_decoder.empty_cache(params, encoded, order, cfg.decoder, 3 + 5)
 
     assert costs.cache(laid, 5) == held(jax.eval_shape(empty))
+    alone = dataclasses.replace(cfg, vision=None, connector=None, placeholder=None)  # T5 itself
+    assert vlm.costs(alone, Config(answer=8)) == costs

@@ -69,7 +69,7 @@ def test_a_picture_of_nothing_is_refused(name):
     "policy",
     [
         *(Native(14, 2), NaFlex(16, 256), Pixtral(16, 1024), AnyRes(14, 336), Tiles(14, 448), Splits(14, 364)),
-        *(Slices(14, 336, 1344), UHD(14, 336, 6)),
+        *(Slices(14, 336, 1344), UHD(14, 336, 6), PanAndScan(14, 448)),
     ],
     ids=lambda p: type(p).__name__,
 )

@@ -99,7 +99,7 @@ class Processor:
         parts = (self.resolution, self.several, self.clips, self.colours, self.patch, self.group, self.sequence.merge)
         return " ".join(map(str, parts))
 
-    def at(self, resolution: Policy) -> "Processor":
+    def at(self, resolution: Policy | None) -> "Processor":
         """The same with pictures of another resolution, those that are not alone too: `several` becomes alike.
 
         Where it is another kind of policy than the directory's, all pictures are shown by it.
