@@ -149,7 +149,7 @@ def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.shar
     """The train step of every bucket, compiled."""
     towers, rules, parts = compile_towers(cfg, source, shape.params, mesh), Rules(), cfg.update.accumulate
     counter, tx = Compiles(), state.optimizer(cfg.optimizer, cfg.steps)
-    drops = {"dropout": cfg.lora.dropout, "seed": cfg.seed} if cfg.lora else {}
+    drops = stages.drops(cfg)
     steps, shapes, placed = [], [], []
     for number, bucket in enumerate(source.plan.buckets):
         batch, kept = batches.abstract(bucket, source.values, source.vocab, source.cfg), {}
