@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_run
 
-from mmjax.core.sharding import make_mesh
+from mmjax.core.meshes import make_mesh
 from mmjax.nn import lora
 from mmjax.train import loop, parameters, presets, stages, state
 from mmjax.train.step import loss_fn, train_step
