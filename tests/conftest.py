@@ -1,26 +1,43 @@
 """Strict tests: eight simulated CPU devices, no silent rank promotion, signatures checked at run time."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
+
+import quick
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MMJAX_TEST_PLATFORM", "cpu")
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # The tests compile hundreds of programs and run each for a millisecond: optimising them would take the most time.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick.flags(8)}"
 
 # Collectives of simulated devices block a thread each; with as few threads as cores they wait for each other for ever.
 os.environ.setdefault("NPROC", "32")
 
-# Before anything imports mmjax: its functions then check their jaxtyping signatures with beartype on every call.
+# Before anything imports mmjax: its functions then check their signatures with beartype on every call.
 from jaxtyping import install_import_hook
 
 if "mmjax" in sys.modules:
     raise RuntimeError("mmjax was imported before the jaxtyping hook; run the tests with plain `pytest`.")
-install_import_hook("mmjax", "beartype.beartype")
+
+
+def checked() -> list[str]:
+    """Modules whose signatures are checked: all, or (MMJAX_TEST_TYPES=arrays) those that say shapes of arrays.
+
+    On the host a check takes longer than what most functions do: of all modules, a run's data take six times as long.
+    """
+    if os.environ.get("MMJAX_TEST_TYPES", "all") == "all":
+        return ["mmjax"]
+    root = Path(importlib.util.find_spec("mmjax").origin).parent
+    files = (path for path in root.rglob("*.py") if "from jaxtyping import" in path.read_text(encoding="utf-8"))
+    names = (".".join(path.relative_to(root.parent).with_suffix("").parts) for path in files)
+    return [name.removesuffix(".__init__") for name in names]
+
+
+install_import_hook(checked(), "beartype.beartype")
 
 import jax
 import numpy as np
@@ -32,7 +49,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # for the processes that tests start
     jax.config.update("jax_compilation_cache_dir", cache)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

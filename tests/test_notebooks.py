@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import pytest
+import quick
 import tiny_llava
 
 NOTEBOOKS = {p.stem: p for p in sorted((Path(__file__).parents[1] / "colab").glob("*.ipynb"))}
@@ -42,7 +43,7 @@ def test_runs(name, tmp_path, monkeypatch):
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
     parameters.source = SMALL[name]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", quick.flags())
     here = tmp_path
     if BARE:  # beside the notebook, from where its first cell finds the clone
         here = path.parent / "runs" / name

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from mmjax import checkpoint
 from mmjax.checkpoint import Checkpoints
@@ -296,7 +297,7 @@ config.main(lambda arguments: loop.run(tiny_run(Path(sys.argv[1]), steps=3, save
 
 @pytest.mark.slow
 def test_a_program_whose_last_save_fails_does_not_exit_with_zero(tmp_path):
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": quick.flags()}
     out = subprocess.run(
         [sys.executable, "-c", TRAINS, str(tmp_path)], env=env, cwd=ROOT, capture_output=True, text=True
     )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import quick
 
 from mmjax.train import report
 
@@ -26,7 +27,7 @@ raise SystemExit(loop.run(tiny_run(Path(sys.argv[1]), steps=120, save_every=7, k
 
 
 def start(out: Path) -> subprocess.Popen:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.flags()}
     code = RUN.format(tests=str(Path(__file__).parent.parent))
     return subprocess.Popen([sys.executable, "-c", code, str(out)], env=env, stderr=subprocess.PIPE, text=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 
 from mmjax.train import report
 
@@ -80,7 +81,7 @@ WHERE = ("step", "save", "manifest", "deletion")
 
 
 def start(out: Path, where: str = "never", n: int = 0, delay: float = 0.0) -> subprocess.Popen:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.flags()}
     code = RUN.format(tests=str(Path(__file__).parents[1]), steps=STEPS)
     command = [sys.executable, "-c", code, str(out), where, str(n), str(delay)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick
 
 from mmjax.train import report
 
@@ -49,8 +50,7 @@ def free_port() -> int:
 
 def start(out: Path, processes: int, devices: int, steps=20, save_every=100, accumulate=1, pause=0.0, **mesh) -> list:
     """The processes of one run; `devices` each."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.flags(devices), "NPROC": "16"}
     given = {"steps": steps, "save_every": save_every, "accumulate": accumulate, "pause": pause, "mesh": mesh}
     code, port = RUN.format(tests=str(Path(__file__).parents[1])), free_port()
     made = []

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -170,7 +171,8 @@ def run(tmp_path_factory) -> tuple[Path, list[dict]]:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     # As many threads as devices and more: their collectives wait for each other.
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "32", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = os.environ | {"XLA_FLAGS": quick.flags(4), "NPROC": "32", "PYTHONPATH": path}
     command = [sys.executable, __file__, port]
     started = [
         subprocess.Popen(

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def mmjax(*arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.flags()}
     command = [sys.executable, *python, "-m", "mmjax.train", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
 
