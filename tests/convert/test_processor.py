@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers", reason="needs the `data` extra")
 from mmjax.connectors import linear
 from mmjax.convert import huggingface, processor
 from mmjax.convert.processor.files import Settings
-from mmjax.convert.processor.images import colours
+from mmjax.convert.processor.images import Tower, colours, fixed_of, pinpoints
 from mmjax.core.errors import InputError
 from mmjax.encoders import vit
 from mmjax.models import decoder, vlm
@@ -242,6 +242,8 @@ def test_what_an_encoder_decoder_is_asked_ends(tmp_path):
     assert example.tokens[-1] == made.chat.controls["</s>"]
     assert example.answer.tokens.tolist() == [5]
     assert made.batch([QUESTION]).answer.tokens.shape == (1, 1)
+    write(path, "generation_config.json", {"decoder_start_token_id": 7})  # where it is said, padding is not asked
+    assert processor.load(path).sequence.start == 7
 
 
 def test_a_question_to_internvl_and_to_pixtral(tmp_path):
@@ -444,6 +446,15 @@ def test_every_factor_comes_to_a_mean_and_a_deviation(settings, mean, deviation)
     value = 51 * factor if "do_normalize" in settings else (51 * factor - 0.5) / 0.25
     got = patch_embed.normalise(jnp.full((1, 1, 3), 51, jnp.uint8), cfg)
     np.testing.assert_allclose(got, np.full((1, 1, 3), value), rtol=1e-5)
+
+
+def test_the_rest_of_a_side_that_is_no_whole_patch_is_dropped():
+    said, tower = Settings({}, "here"), Tower(14)
+    assert [fixed_of(said, tower, side).drop for side in (378, 384)] == [False, True]
+
+
+def test_pinpoints_are_height_and_width():
+    assert pinpoints(Settings({"image_grid_pinpoints": [[28, 56], [84, 28]]}, "here"), 28) == ((1, 2), (3, 1))
 
 
 def test_a_model_gets_the_colours_of_its_directory(tmp_path):
