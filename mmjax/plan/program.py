@@ -131,10 +131,8 @@ def compiled(part: Part, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | T
     refuse_model(cfg)
     refuse_rows(cfg, parts_of("batch", mesh, Rules()))
     shape, tx = stages.abstract(part, mesh), stages.optimizer(cfg)
-    return attempted(
-        lambda: compile_step(shape, batch_of(cfg, bucket), cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update),
-        bucket,
-    )
+    how = (cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
+    return attempted(lambda: compile_step(shape, batch_of(cfg, bucket), *how, **cfg.drops), bucket)
 
 
 def attempted(compile: Callable[[], jax.stages.Compiled], bucket: Bucket) -> Program | TooLarge:
