@@ -61,7 +61,7 @@ def write(path: Path, arrays: Mapping[str, Any], cuts: Mapping[str, tuple[int, .
             for place, start, part in _parts(x, block):
                 more = sums_numpy(part, start)
                 plain, mixed = (plain + more[0]) % 2**32, (mixed + more[1]) % 2**32
-                store[place].write(part, can_reference_source_data_indefinitely=True).result()
+                store[place].write(part).result()
         sums[name] = text(describe(np.broadcast_to(np.zeros((), dtype), shape)), plain, mixed)
     return sums
 

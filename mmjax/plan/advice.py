@@ -99,8 +99,9 @@ def remats(cfg: Config, reached: Collection[str] = PARTS) -> tuple[str, ...]:
         f"model.{part}.{f.name}.remat"
         for part in reversed(PARTS)
         if part in reached
-        for f in fields(getattr(cfg.model, part))
-        if isinstance(getattr(getattr(cfg.model, part), f.name), transformer.Config)
+        if (of := getattr(cfg.model, part)) is not None
+        for f in fields(of)
+        if isinstance(getattr(of, f.name), transformer.Config)
     )
 
 
@@ -137,10 +138,11 @@ def ladder(
         yield shard(), cfg, state
     most = largest(cfg)
     while cfg.packing.tokens // 2 >= max(LEAST, most.tokens + TEXT):
-        shapes = _halved(cfg, most)
-        if shapes == cfg.packing.shapes:
-            break
-        flags = {"packing__tokens": cfg.packing.tokens // 2, "packing__shapes": shapes}
+        flags = {"packing__tokens": cfg.packing.tokens // 2}
+        if cfg.model.sees:
+            flags["packing__shapes"] = _halved(cfg, most)
+            if flags["packing__shapes"] == cfg.packing.shapes:
+                break
         if cfg.sequence.answer:
             flags["sequence__answer"] = max(cfg.sequence.answer // 2, 1)
         yield changed("shorter rows", **flags), cfg, state
@@ -160,7 +162,7 @@ def largest(cfg: Config) -> Largest:
     them.
     """
     found = [Largest(0, 1, 1)]
-    for height, width in SHAPES:
+    for height, width in SHAPES if cfg.model.sees else ():
         try:
             views, slots = (cfg.resolution.grid(height, width),), None
             if hasattr(cfg.resolution, "picture"):

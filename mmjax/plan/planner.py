@@ -10,6 +10,7 @@ from mmjax.plan.chips import GIB, Topology
 from mmjax.plan.program import Program, TooLarge
 from mmjax.train import stages
 from mmjax.train.config import Config
+from mmjax.train.prepare import fixed_buckets
 
 
 def chosen(topology: str, memory: float) -> tuple[Topology, float]:
@@ -84,7 +85,7 @@ def plan(
 
     def attempt(cfg: Config, bucket=None) -> Program | TooLarge:
         # No advice changes what buckets documents ask for, which takes reading them.
-        bucket = bucket or (program.buckets(cfg) if cfg.packing.shapes else found)[-1]
+        bucket = bucket or (program.buckets(cfg) if fixed_buckets(cfg) else found)[-1]
         made = program.compiled(stages.numbered(cfg, stage), bucket, make_mesh(cfg.mesh, devices))
         if isinstance(made, Program) and made.memory.total > limit:
             return TooLarge(float(made.memory.total), limit)

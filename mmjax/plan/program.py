@@ -132,7 +132,7 @@ def compiled(part: Part, bucket: Bucket, mesh: jax.sharding.Mesh) -> Program | T
     refuse_rows(cfg, parts_of("batch", mesh, Rules()))
     shape, tx = stages.abstract(part, mesh), stages.optimizer(cfg)
     how = (cfg.model, tx, mesh, Rules(), cfg.objective, cfg.update)
-    return attempted(lambda: compile_step(shape, batch_of(cfg, bucket), *how, **cfg.drops), bucket)
+    return attempted(lambda: compile_step(shape, batch_of(cfg, bucket), *how, **stages.drops(cfg)), bucket)
 
 
 def attempted(compile: Callable[[], jax.stages.Compiled], bucket: Bucket) -> Program | TooLarge:

@@ -40,7 +40,7 @@ def figures(cfg: Config, program: Program, topology: Topology, mesh: jax.shardin
     bucket = program.bucket
     row = flops.full_row(bucket, cfg.sequence, document)
     model = flops.of_row(cfg.model, row, cfg.sequence.see, cfg.update.frozen, cfg.lora)
-    media = flops.media_tokens(cfg.model, row)
+    media = flops.media_tokens(cfg.model, row) if cfg.model.sees else 0
     rows = max(bucket.rows // parts_of("batch", mesh, Rules()) // cfg.update.accumulate, 1)
     heads, length = (parts_of(axis, mesh, Rules()) for axis in ("heads", "length"))
     hints = attention.hints(cfg.model, row, cfg.sequence, media, rows, heads, cfg.update.compute, length)

@@ -62,16 +62,21 @@ def questions(row: Row) -> Seen:
 
 
 def media(row: Row, cross: str, count: int) -> Seen:
-    """What text looks at by cross-attention (sequence.interleave.Config.cross): of its document's media tokens the last
-    picture's so far, or all so far. Pictures are taken to lie evenly through the row, apart from each other.
+    """What text looks at by cross-attention (sequence.interleave.Config.cross), of so many media tokens.
+
+    As models.flops.full_row takes it: documents have equally many pictures, which lie evenly through them, or, where
+    text looks at more than the last one so far, stand together before the text.
     """
-    n, pictures = row.tokens, max(len(row.pictures), 1)
-    each, starts = count // pictures, np.arange(pictures) * n // pictures
-    begin = _begins(row.documents)
-    last = np.searchsorted(starts, np.arange(n), "right") - 1
-    some = starts[last] >= begin
-    first = np.searchsorted(starts, begin, "left") if cross == "all_images" else last
-    return Seen(np.arange(count), np.where(some, first * each, 0), np.where(some, last * each + each - 1, -1))
+    documents, pictures = len(row.documents), len(row.pictures)
+    each, lo, hi = count // max(pictures, 1), [], []
+    for d, length in enumerate(row.documents):
+        first, after = (-(-i * pictures // documents) for i in (d, d + 1))
+        of = first + np.arange(length) * (after - first) // length
+        lo.append(of * each if cross == "last_image" else np.full(length, first * each))
+        hi.append((of if cross == "last_image" else np.full(length, after - 1)) * each + each - 1)
+        if first == after:
+            lo[-1], hi[-1] = np.zeros(length, np.int64), np.full(length, -1)
+    return Seen(np.arange(count), np.concatenate(lo), np.concatenate(hi))
 
 
 def patches(row: Row, prefix: int, windowed: bool = False) -> Seen:

@@ -183,11 +183,6 @@ class Config:
     questions: int = 200  # that are answered of each dataset, with a base: the first so many; 0: all
 
     @property
-    def drops(self) -> dict[str, float | int]:
-        """What of the run's settings says what adapters leave out in training (train.step)."""
-        return {} if self.lora is None else {"dropout": self.lora.dropout, "seed": self.seed}
-
-    @property
     def patch(self) -> int:
         """Pixels a side of a patch; 0 where there are no pictures."""
         return 0 if self.resolution is None else self.resolution.patch

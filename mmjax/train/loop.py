@@ -149,15 +149,14 @@ def compile_steps(cfg: Config, source: Source, shape: TrainState, mesh: jax.shar
     """The train step of every bucket, compiled."""
     towers, rules, parts = compile_towers(cfg, source, shape.params, mesh), Rules(), cfg.update.accumulate
     counter, tx = Compiles(), state.optimizer(cfg.optimizer, cfg.steps)
+    drops = stages.drops(cfg)
     steps, shapes, placed = [], [], []
     for number, bucket in enumerate(source.plan.buckets):
         batch, kept = batches.abstract(bucket, source.values, source.vocab, source.cfg), {}
         if towers:
             batch = without_patches(batch)
             kept = {"known": by_rows(towers.shapes[number]), "after": towers.after}
-        steps.append(
-            compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective, cfg.update, **cfg.drops, **kept)
-        )
+        steps.append(compile_step(shape, batch, cfg.model, tx, mesh, rules, cfg.objective, cfg.update, **drops, **kept))
         shapes.append(cut((batch, kept["known"]) if kept else (batch,), parts))
         lay = (batch_shardings, known_shardings)[: len(shapes[-1])]
         placed.append(tuple(of(x, mesh, rules, parts) for of, x in zip(lay, shapes[-1], strict=True)))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -102,6 +103,11 @@ def own(part: Part, now: TrainState) -> TrainState:
 def optimizer(cfg: Config) -> optax.GradientTransformation:
     """A stage's."""
     return state.optimizer(cfg.optimizer, cfg.steps)
+
+
+def drops(cfg: Config) -> dict[str, Any]:
+    """What train.step.compile_step is told of the dropout of adapters."""
+    return {"dropout": cfg.lora.dropout, "seed": cfg.seed} if cfg.lora else {}
 
 
 def begun(part: Part, shape: TrainState, now: TrainState) -> TrainState:

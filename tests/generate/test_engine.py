@@ -125,6 +125,14 @@ def test_in_parts_is_in_one():
     assert (said(run(one, 10), 9) == said(run(two, 10), 9)).all()
 
 
+def test_an_answer_goes_on_from_the_last_token_not_from_the_largest_position():
+    """The times of a clip may run past the text behind it."""
+    batch = prompts()
+    ahead = batch.position.at[:, 1, 0].set(50)
+    state = engine.run_prefill(params(), batch.replace(position=ahead), cfg=CFG, state=started())
+    assert np.asarray(state.position).tolist() == list(LENGTHS)
+
+
 def test_one_program_for_streams_and_long_runs():
     before = engine.run_decode._cache_size()
     state = engine.run_prefill(params(), prompts(), cfg=CFG, state=started(41))

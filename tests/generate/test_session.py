@@ -193,6 +193,24 @@ def test_the_rest_of_a_document_has_every_field(session):
     assert left.media == example.media - 6
 
 
+def test_what_was_said_is_known_by_label_and_position():
+    """After a picture, positions lag behind labels; an answer goes on with both, and sees what the last token saw."""
+    rows = np.array([[5, 0, 0, 0, 0, 0, 0, 4], [7, 0, 1, 2, 4, 3, 1, 6]])
+    said = prompts.Read(rows, ()).said(np.array([8, 9])).rows
+    assert said.tolist() == [*rows.tolist(), [8, 0, 2, 5, 5, 5, 1, 6], [9, 0, 3, 6, 6, 6, 1, 6]]
+
+
+def test_a_picture_that_is_made_otherwise_is_read_again(session):
+    """The same object under another policy, as where a second one beside it changes what the first becomes."""
+    document, its = asked("the", picture(1), "fox"), session.processor
+    layout, (example, _) = its.layout(document), its.example(document)
+    read = prompts.Read.of(example, document, layout)
+    assert prompts.common(read, read, layout) == len(example.tokens) - 1
+    ((span, (policy, *rest)),) = read.media
+    other = dataclasses.replace(read, media=((span, (dataclasses.replace(policy, max_pixels=99), *rest)),))
+    assert prompts.common(other, read, layout) == np.flatnonzero(example.slot >= 0)[0]
+
+
 def test_parts_of_a_prompt(session):
     """Read 20 columns at a time."""
     questions = [asked(picture(0), "the quick brown fox jumps over the lazy dog"), asked("the", picture(1), "fox")]
@@ -205,6 +223,8 @@ def test_a_prefix_is_read_as_one_and_never_kept():
     question = asked(picture(3), "the quick brown fox")
     session = Session(*made("prefix"), part=4)
     one = session.answer([question], max_tokens=5)[0]
+    again = session.answer([question], max_tokens=5)[0]
+    assert (again.reused, again.ids) == (0, one.ids)  # all but its last token is there, and sees that one
     assert session.answer([asked(picture(3), "the quick brown fox jumps")], max_tokens=5)[0].reused == 0
     other = Session(*made("prefix")).answer([question], max_tokens=5)[0]
     assert one.ids == other.ids

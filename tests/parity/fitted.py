@@ -1,9 +1,9 @@
 """A connector fitted to words before any gradient goes through the language model, so that it starts by saying names.
 
-Every picture is one token. What the tower sees of it, normalised, goes by a linear map to the mean of the vectors that
-its name's tokens have in the language model's table. The map is first the least-squares one (ridge regression, in its
+Every picture is one token. What the tower sees of it, normalised, goes by a linear map to a vector that stands for its
+name in the language model's table (own_vlm.vectors). The map is first the least-squares one (ridge regression, in its
 dual form: there are more values than pictures), then moved by a few hundred steps so that of all names the right one is
-nearest (the contrastive loss of Radford et al. 2021, CLIP, with words that stay). On two CPU cores that is 3 minutes;
+nearest (the contrastive loss of Radford et al. 2021, CLIP, with words that stay). On one CPU core that is 2 minutes;
 through the language model, as many pictures would take an hour.
 """
 
@@ -29,7 +29,7 @@ class Config:
 
     ridge: float = 0.2
     floor: float = 0.05
-    steps: int = 600
+    steps: int = 300
     rate: float = 5e-6  # small, for a value of the result adds up as many products as a picture has values
     batch: int = 128
     sharpness: float = 20.0

@@ -9,7 +9,7 @@ from tiny import tiny_run
 
 from mmjax.core import config
 from mmjax.core.meshes import MESH_AXES, MeshConfig
-from mmjax.models import flops
+from mmjax.models import flops, vlm
 from mmjax.nn import lora, transformer
 from mmjax.plan import advice, program
 from mmjax.plan.advice import Advice, Largest
@@ -156,6 +156,16 @@ def remats_none(cfg):
     for flag in advice.remats(cfg):
         cfg = with_flag(cfg, flag, "none")
     return cfg
+
+
+def test_rows_of_text_alone_become_shorter_too():
+    text = vlm.Config(None, None, run().model.decoder)
+    cfg = dataclasses.replace(run(model=text, resolution=None), packing=Packing(rows=16, tokens=1024))
+    assert advice.remats(cfg) == ("model.decoder.blocks.remat",)
+    assert advice.reached(stages.numbered(cfg)) == ("decoder",)
+    found = steps(cfg)
+    assert found[0] == {"model.decoder.blocks.remat": "attention"}
+    assert found[-2:] == [{"packing.tokens": "512"}, {"packing.tokens": "256"}]
 
 
 def test_flags_reach_nested_fields():

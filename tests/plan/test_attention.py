@@ -13,7 +13,7 @@ from mmjax.core import hlo, spec
 from mmjax.core.hlo import Kernel
 from mmjax.core.hlo_text import Op, Shape
 from mmjax.core.meshes import MeshConfig, make_mesh
-from mmjax.models import encoder_decoder, vlm
+from mmjax.models import encoder_decoder, flops, vlm
 from mmjax.models.flops import Row
 from mmjax.nn import attention as model
 from mmjax.nn import cross_attention, relative
@@ -175,14 +175,23 @@ def listed(seen: sees.Seen) -> list[list[int]]:
     return [seen.order.tolist(), seen.lo.tolist(), seen.hi.tolist()]
 
 
-def test_text_looks_at_the_pictures_of_its_document_so_far():
-    """Three pictures of two tokens each, before tokens 0, 2 and 4 of six."""
+def test_text_looks_at_the_pictures_of_its_document():
+    """Three pictures of two tokens each: two of them in the first of two documents."""
     row = Row((6,), (9, 9, 9))
     assert listed(sees.media(row, "last_image", 6)) == [[*range(6)], [0, 0, 2, 2, 4, 4], [1, 1, 3, 3, 5, 5]]
-    assert listed(sees.media(row, "all_images", 6)) == [[*range(6)], [0] * 6, [1, 1, 3, 3, 5, 5]]
-    row = Row((3, 3), (9, 9, 9))  # what stands before the second document's first picture sees none
-    assert listed(sees.media(row, "last_image", 6)) == [[*range(6)], [0, 0, 2, 0, 4, 4], [1, 1, 3, -1, 5, 5]]
-    assert listed(sees.media(row, "all_images", 6)) == [[*range(6)], [0, 0, 0, 0, 4, 4], [1, 1, 3, -1, 5, 5]]
+    assert listed(sees.media(row, "all_images", 6)) == [[*range(6)], [0] * 6, [5] * 6]
+    row = Row((4, 2), (9, 9, 9))
+    assert listed(sees.media(row, "last_image", 6)) == [[*range(6)], [0, 0, 2, 2, 4, 4], [1, 1, 3, 3, 5, 5]]
+    assert listed(sees.media(row, "all_images", 6)) == [[*range(6)], [0] * 4 + [4] * 2, [3] * 4 + [5] * 2]
+    alone = Row((4, 2), (9,))
+    assert listed(sees.media(alone, "last_image", 2)) == [[0, 1], [0] * 6, [1] * 4 + [-1] * 2]
+
+
+@pytest.mark.parametrize("cross", ["last_image", "all_images"])
+def test_as_many_pairs_as_the_models_flops_take(cross):
+    row = flops.full_row(Bucket(1, 600, 96, 6), interleave.Config(cross=cross), 200)
+    seen = sees.media(row, cross, 60)
+    assert (seen.hi - seen.lo + 1).sum() == row.tokens * row.shown * 60 / len(row.pictures)
 
 
 def test_two_streams():
@@ -245,7 +254,7 @@ def test_every_loop_of_a_program_is_known(name, own_scopes):
     """Compiled for CPUs, where attention is loops over tiles: without hints, each of them would count once."""
     cfg, see, places = systems()[name]
     row, vocab = Row((300, 300), (300, 300), answer=see.answer), Vocab(*range(9), size=64)
-    batch = batches.abstract(Bucket(1, 600, 600, 2), cfg.vision.embed.values, vocab, see)
+    batch = batches.abstract(Bucket(1, 600, 600, 2, answers=see.answer), cfg.vision.embed.values, vocab, see)
 
     def loss(params, batch):
         return loss_fn(params, batch, cfg)[0]
