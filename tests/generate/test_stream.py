@@ -68,6 +68,13 @@ def test_stop_strings_across_tokens(name, text, stop, sizes):
     assert len(stream.ids) == read
 
 
+def test_of_stop_strings_that_end_together_the_one_that_began_first_counts():
+    tokenizer = made("letters")
+    stream = Stream(tokenizer, stop=["b", "ab"])
+    assert stream.add(tokenizer.encode("xab", start=False)) == "x"
+    assert stream.reason == "stop"
+
+
 def test_an_end_shows_what_was_held_back():
     tokenizer = made("letters")
     euro = tokenizer.encode("a€", start=False)
