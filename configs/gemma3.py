@@ -6,7 +6,7 @@
 SigLIP So400m at 896 pixels, whose 64 × 64 patches are averaged to 256 media tokens; an RMS norm and a matrix; a decoder
 of which every sixth block sees all that comes before, the others 1,024 tokens. A picture's tokens see each other.
 `mmjax.convert.huggingface.load` reads google/gemma-3-4b-it as this model. The defaults are for 256 chips with 16 GB or
-more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`). Pictures are shown once, without the crops of long ones
+more, a v5e-256 (`v5e:16x16`). Pictures are shown once, without the crops of long ones
 (`resolution=PUBLISHED["gemma-3"].policy`, which makes up to five of one).
 
 `--model.decoder.vocab` must be at least what the tokenizer has (fewer are refused with the right number); 262,208 is

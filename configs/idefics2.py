@@ -5,8 +5,8 @@
 
 SigLIP So400m over pictures of their own shape, up to 70 patches a side, whose places are shares of the picture; a
 resampler that makes 64 tokens of each; Mistral-7B. `mmjax.convert.huggingface.load` reads HuggingFaceM4/idefics2-8b as
-this model. The defaults are for 256 chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p
-(`v5p:8x8x4`). `--resolution.split` shows a picture's four quarters as well.
+this model. The defaults are for 256 chips with 16 GB or more, a v5e-256 (`v5e:16x16`).
+`--resolution.split` shows a picture's four quarters as well.
 
 `--model.decoder.vocab` must be at least what the tokenizer has (fewer are refused with the right number); 32,003 is
 that of the published weights.

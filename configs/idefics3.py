@@ -5,7 +5,7 @@
 
 SigLIP So400m on tiles of 364 pixels and the whole picture at that size, 2 × 2 of whose patches become one of 169 media
 tokens; Llama 3.1 8B. `mmjax.convert.huggingface.load` reads HuggingFaceM4/Idefics3-8B-Llama3 as this model. The
-defaults are for 256 chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
+defaults are for 256 chips with 16 GB or more, a v5e-256 (`v5e:16x16`).
 
 `--model.decoder.vocab` must be at least what the tokenizer has (fewer are refused with the right number); 128,259 is
 that of the published weights.

@@ -5,7 +5,7 @@
 
 InternViT-300M over tiles of 448 pixels and a thumbnail, pixel shuffle of 2 × 2 patches, an MLP of two layers,
 Qwen2.5-7B. `mmjax.convert.huggingface.load` reads OpenGVLab/InternVL3-8B-hf as this model. The defaults are for 256
-chips with 16 GB or more: a v5e-256 (`v5e:16x16`) or 256 chips of v5p (`v5p:8x8x4`).
+chips with 16 GB or more, a v5e-256 (`v5e:16x16`).
 
 `--model.decoder.vocab` must be at least what the tokenizer has; 151,674 is that of the published weights.
 """

@@ -11,6 +11,7 @@ from tiny import tiny_run
 
 from mmjax.core.meshes import make_mesh
 from mmjax.nn import lora
+from mmjax.plan import program
 from mmjax.train import loop, parameters, presets, stages, state
 from mmjax.train.step import loss_fn, train_step
 
@@ -53,5 +54,14 @@ def test_a_run_hands_it_to_its_steps(cfg, monkeypatch, adapted):
     cfg = cfg if adapted else dataclasses.replace(cfg, lora=None, stages=())
     (part,), mesh = stages.parts(cfg), make_mesh(cfg.mesh, jax.devices()[:1])
     loop.compile_steps(part.cfg, loop.prepare_data(cfg).training, stages.abstract(part, mesh), mesh)
-    assert given
+
+    def planned(*of, **how):
+        given.append(how)
+        raise LookupError
+
+    steps = len(given)
+    monkeypatch.setattr(program, "compile_step", planned)  # what is planned of it is the same step
+    with pytest.raises(LookupError):
+        program.compiled(part, program.buckets(cfg)[-1], mesh)
+    assert len(given) == steps + 1 > 1
     assert all(how == ({"dropout": 0.5, "seed": 3} if adapted else {}) for how in given)

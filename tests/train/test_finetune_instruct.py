@@ -1,5 +1,6 @@
 """Fine-tuning InstructBLIP, whose Q-Former reads the question beside each picture."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,10 @@ from tiny_llava import CONTROLS
 
 from mmjax.convert import huggingface
 from mmjax.core.errors import InputError
+from mmjax.sequence import batch as batches
+from mmjax.sequence.batch import Bucket
 from mmjax.sequence.buckets import ladder
+from mmjax.sequence.document import Document, Text
 from mmjax.train import finetune, loop, prepare, start
 from mmjax.train.step import loss_fn
 
@@ -99,6 +103,17 @@ def test_questions_longer_than_there_is_room_for(place, tmp_path):
     cfg, _ = finetune.config_of(arguments(place, tmp_path / "out", "--data.reader", str(place)))
     with pytest.raises(InputError, match=r"leave data.tokenizer, data.reader and data.convention out"):
         prepare.prepare_data(cfg)
+
+
+def test_a_text_without_pictures_may_be_longer(place):
+    """Nothing is read beside them."""
+    _, its = start.both(place / "model")
+    its = dataclasses.replace(its, sequence=dataclasses.replace(its.sequence, instruction=16))
+    said = Document("t", (Text(LONG), Text("no", "assistant", train=True)))
+    assert start.beside(its, said) > 16
+    size = start.layout_of(its)(said).tokens
+    batch = batches.build([[its.example(said)]], Bucket(1, size, 4, 1), its.values, its.vocab, its.sequence)
+    assert (batch.instruction.order < 0).all()
 
 
 @pytest.mark.slow

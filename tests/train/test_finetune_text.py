@@ -93,6 +93,7 @@ def test_a_language_model_alone_is_a_model_that_sees_nothing(place, tmp_path, na
         np.testing.assert_array_equal(leaves[f"decoder/{leaf}"], x)
     (part,) = stages.parts(cfg)
     assert part.cfg.lora.targets == (lora.TARGETS if name == "llama" else finetune._targets(cfg.model))
+    adapter.refuse(whole, lora.targets(vlm.spec(cfg.model), cfg.lora))  # its table names the leaves where they lie
     source = prepare.prepare_data(cfg).training
     batch = source[0]
     assert (batch.patches.shape[1:], batch.grid.shape[1]) == ((0, 0), 0)
