@@ -229,7 +229,7 @@ def test_copies_taken_in_the_middle_of_a_save(tmp_path, monkeypatch, commit):
 
 DELETED = """
 import os, shutil, signal, sys
-sys.path.insert(0, "tests/faults")
+sys.path[:0] = ["tests/faults", "tests"]
 import jax
 from pathlib import Path
 from mmjax.checkpoint import Checkpoints

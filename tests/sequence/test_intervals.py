@@ -58,7 +58,8 @@ def test_every_mask_is_as_drawn(function):
 
 def test_no_mask_is_left_out():
     public = [f for name, f in inspect.getmembers(intervals, inspect.isfunction) if not name.startswith("_")]
-    assert {f for f in public if f.__module__ == intervals.__name__} == set(EXAMPLES)
+    counted = {intervals.looked_at}  # how many a mask shows, which is no mask
+    assert {f for f in public if f.__module__ == intervals.__name__} - counted == set(EXAMPLES)
 
 
 def random_images(rng, length):
