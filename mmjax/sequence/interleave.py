@@ -225,10 +225,15 @@ def refuse(layout: Layout, cfg: Config) -> None:
 
 def refuse_instruction(id: str, said: np.ndarray | None, room: int) -> None:
     """Raises InputError where what the connector reads beside a document's pictures is not there, or too long."""
-    if said is None or (len(said) and said.shape[1] > room):
+    if said is None:
         raise InputError(
-            f"Document {id!r} has {'no text' if said is None else f'a text of {said.shape[1]} tokens'} for the "
-            f"connector to read beside its pictures; give one of at most {room} (sequence.instruction)."
+            f"Document {id!r} has no text for the connector to read beside its pictures; give one of at most {room} "
+            f"tokens (sequence.instruction)."
+        )
+    if len(said) and said.shape[1] > room:
+        raise InputError(
+            f"Document {id!r} has {said.shape[1]} tokens for the connector to read beside its pictures, and "
+            f"sequence.instruction is {room}; set it to {said.shape[1]}, or ask less."
         )
 
 

@@ -102,18 +102,10 @@ def layout_of(its: Processor) -> Callable[..., Layout]:
     """The processor's layout, in which what is learnt last ends as answers do.
 
     Many templates write no end behind an answer (LLaVA's); who learns from them alone never stops.
-
-    It raises InputError for a question that is longer than what connectors read beside pictures, if they read any
-    (`sequence.instruction`): before anything is trained.
     """
 
     def lay(document: Document, answer: int = 0, **how: Any) -> Layout:
-        laid, room = its.layout(document, answer, **how), its.sequence.instruction
-        if room and its.reader is not None and document.images and (n := beside(its, document)) > room:
-            raise InputError(
-                f"Document {document.id!r} has {n} tokens for the connector to read beside its pictures, and "
-                f"sequence.instruction is {room}; set it to {n}, or ask less."
-            )
+        laid = its.layout(document, answer, **how)
         last = list(itertools.takewhile(lambda piece: piece.train, reversed(laid.pieces)))
         if not last or not its.stops or any(set(piece.ids) & set(its.stops) for piece in last):
             return laid

@@ -162,5 +162,5 @@ def test_texts_beside_pictures_have_places_of_their_own():
     assert (x.order[1] == -1).all()
     with pytest.raises(InputError, match="no text for the connector"):
         build([[A]], BUCKET, VALUES, VOCAB, cfg)
-    with pytest.raises(InputError, match="a text of 3 tokens for the connector"):
+    with pytest.raises(InputError, match=r"has 3 tokens for the connector to read .* is 2; set it to 3"):
         build([[(a, pixels)]], BUCKET, VALUES, VOCAB, Config(instruction=2))

@@ -96,5 +96,5 @@ def test_documents_that_no_batch_can_hold_are_refused_at_once(cfg, tmp_path):
     plain = dataclasses.replace(tiny_model(VOCAB, 8), connector=reads)
     data = dataclasses.replace(cfg.data, sources=sources[1], held_out=0, reader=tmp_path)
     asking = replaced(cfg, model=plain, data=data, sequence=Config(instruction=8))
-    with pytest.raises(InputError, match=r"'long:long/long' has a text of \d+ tokens for the connector .* at most 8 "):
+    with pytest.raises(InputError, match=r"'long:long/long' has \d+ tokens for the connector .* is 8; set it to"):
         prepare.prepare_data(asking)
